@@ -1,0 +1,117 @@
+"""Checkpoints that are there whole or not at all.
+
+`checkpoints/step_000020/` holds the student in Hugging Face format (safetensors, float32, tokenizer beside it), the
+optimizer's moments (safetensors), trainer.json, and manifest.json with size and SHA-256 of every file. It is written
+under a temporary name, flushed to disk, then renamed; `latest` names the newest one. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from opd.cli import say
+from opd.engine import TorchEngine
+from opd.metrics import write_whole
+from opd.models import LanguageModel
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written, or is damaged."""
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:06d}"
+
+
+def save(run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, keep: int) -> Path:
+    """Writes the checkpoint of update `step`, points `latest` at it, and removes all but the newest `keep`.
+
+    Raises CheckpointError, with the earlier checkpoints untouched, when there is no room or a write fails.
+    """
+    final = folder(run_dir, step)
+    temporary = final.with_name(f".{final.name}.tmp")
+    optimizer = {name: value.detach().cpu().contiguous() for name, value in engine.state().items()}
+    needed = sum(v.nbytes for v in optimizer.values()) + sum(p.nbytes for p in student.model.parameters())
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for old in final.parent.glob(".*"):
+        shutil.rmtree(old)
+    free = shutil.disk_usage(final.parent).free
+    if free < needed * 1.05:
+        raise CheckpointError(
+            f"no room for the checkpoint of step {step}: it takes {needed / 2**30:.2f} GiB and {final.parent} has "
+            f"{free / 2**30:.2f} GiB free. Earlier checkpoints are intact; make room and start the same command again.")
+    try:
+        student.model.save_pretrained(temporary)
+        student.tokenizer.save_pretrained(temporary)
+        save_file(optimizer, temporary / "optimizer.safetensors")
+        (temporary / "trainer.json").write_text(json.dumps({"step": step}) + "\n")
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for path in (*files, temporary / MANIFEST, temporary):
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _flush(final.parent)
+        write_whole(final.parent / "latest", final.name + "\n")
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written ({error}). Earlier checkpoints are intact; "
+            "mend the cause and start the same command again.") from error
+    for old in _all(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole; a damaged one is named on the console and the one before is tried."""
+    for candidate in reversed(_all(run_dir)):
+        try:
+            verify(candidate)
+            return candidate
+        except CheckpointError as error:
+            say(f"warning: {error}; trying the one before")
+    return None
+
+
+def verify(checkpoint: Path) -> int:
+    """Checks every file against the manifest; returns the step. Raises CheckpointError naming what is damaged."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        for name, recorded in manifest.items():
+            path = checkpoint / name
+            if path.stat().st_size != recorded["bytes"] or _sha256(path) != recorded["sha256"]:
+                raise CheckpointError(f"checkpoint {checkpoint} is damaged: {name} is not what was written")
+        return json.loads((checkpoint / "trainer.json").read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint} is incomplete ({error})") from error
+
+
+def load_optimizer(checkpoint: Path, engine: TorchEngine) -> None:
+    """The moments; the student itself is loaded from the folder like any Hugging Face checkpoint."""
+    engine.load_state(load_file(checkpoint / "optimizer.safetensors"))
+
+
+def _all(run_dir: Path) -> list[Path]:
+    return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

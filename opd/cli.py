@@ -1,0 +1,61 @@
+"""What every command shares: user errors, exit codes, and the `--config` / `--set` arguments.
+
+Standard error carries messages and progress; standard output carries only the result (a run folder, a table),
+so that shell scripts can capture it.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """The user's input is wrong. The text says what, what was got, what was expected and what to do; exit code 2."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop and the work is safely on disk; exit code 128 + `signum`."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+def main(command: Callable[[list[str]], None]) -> None:
+    """Runs a command on `sys.argv[1:]` and exits: 0 done, 2 wrong input, 128 + signal when stopped, 1 anything else."""
+    try:
+        command(sys.argv[1:])
+    except InputError as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    except Interrupted as stop:
+        say(str(stop))
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        say("stopped by SIGINT")
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of our output went away (`| head`); nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message}. Usage: {' '.join(self.format_usage().split()[1:])}")
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser whose errors are `InputError`s, with the two arguments that name a configuration."""
+    result = _Parser(prog=prog, description=description, allow_abbrev=False)
+    result.add_argument("--config", required=True, metavar="FILE", help="a pair file, for example configs/tiny.json")
+    result.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override one key, for example --set optim.lr=1e-6; repeatable; a value is JSON, else a string",
+    )
+    return result

@@ -1,0 +1,339 @@
+"""The configuration: one complete JSON file per teacher-student pair, read into frozen dataclasses.
+
+Every key is required, so a file is the whole truth about a run and no default hides in code. A key is documented
+where it is declared; `configs/schema.json` is generated from here, so that editors complete and explain the same text.
+An extension (such as `tip`) brings its own optional section as a dataclass whose fields all have defaults.
+
+"Table 9" is the hyperparameter table of the TIP paper, arXiv 2604.14084.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from opd.cli import InputError
+
+strict = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+
+ROOT = Path(__file__).resolve().parent.parent
+Dtype = Literal["float32", "bfloat16"]
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def doc(text: str, **limits: Any) -> Any:
+    return Field(description=text, **limits)
+
+
+@strict
+class Student:
+    """The model that samples and learns."""
+
+    path: Annotated[Text, doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")]
+    revision: Annotated[str | None, doc("Hub commit or tag; null for a folder or the default branch.")]
+    dtype: Annotated[Dtype, doc(
+        "Compute dtype. Weights and optimizer state are always float32: a bfloat16 weight would not move at lr 1e-6.")]
+    attn_implementation: Annotated[Attention, doc("Attention kernel of transformers.")]
+
+
+@strict
+class Teacher:
+    """The frozen model that scores the student's tokens."""
+
+    mode: Annotated[Literal["local"], doc("Where the teacher runs. local: in this process.")]
+    path: Annotated[Text, doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")]
+    revision: Annotated[str | None, doc("Hub commit or tag; null for a folder or the default branch.")]
+    dtype: Annotated[Dtype, doc("Dtype of the teacher's weights and arithmetic.")]
+    attn_implementation: Annotated[Attention, doc("Attention kernel of transformers.")]
+
+
+@strict
+class Data:
+    """Training prompts."""
+
+    train: Annotated[Text, doc("JSONL file, one problem per line.")]
+    prompt_field: Annotated[Text, doc(
+        "Field of a line with the problem: a string (one user message) or a list of {role, content} messages.")]
+    answer_field: Annotated[str | None, doc("Field with the reference answer, for `rollout/accuracy`; null: none.")]
+    system_prompt: Annotated[str | None, doc("System message put before every prompt; null: none.")]
+    chat_template_args: Annotated[dict[str, Any], doc(
+        "Extra arguments of the chat template, for example {\"enable_thinking\": false}.")]
+    max_prompt_tokens: Annotated[Count, doc("Longer prompts are dropped and counted. Tokens. Table 9: 2048.")]
+    shuffle: Annotated[bool, doc("New prompt order in every epoch, from the seed. false: file order.")]
+    epochs: Annotated[Count | None, doc(
+        "Passes over the prompts; null when optim.steps is given. Public reruns of the paper: 1.")]
+
+
+@strict
+class RolloutSection:
+    """Sampling of responses from the student."""
+
+    engine: Annotated[Literal["transformers"], doc("What generates.")]
+    prompts_per_step: Annotated[Count, doc("Prompts of one update. Table 9: 8.")]
+    n: Annotated[Count, doc("Responses per prompt. Table 9: 16.")]
+    batch_size: Annotated[Count, doc("Responses generated together; bounds the key/value cache. Not the result.")]
+    temperature: Annotated[float, doc("Sampling temperature; 0 is greedy. Table 9: 1.0.", ge=0)]
+    top_p: Annotated[float, doc("Nucleus: smallest set of tokens with this probability. Table 9: 1.0.", gt=0, le=1)]
+    max_response_tokens: Annotated[Count, doc("A response is cut here. Tokens. Table 9: 8192.")]
+    truncated: Annotated[Literal["keep", "drop", "mask_tail"], doc(
+        "What a cut response contributes. keep: all its tokens; drop: none; "
+        "mask_tail: all but the end that only repeats itself (a loop of at least three rounds, from its second on).")]
+
+
+@strict
+class Loss:
+    """Divergence between student and teacher at every response token, over the whole vocabulary, at temperature 1."""
+
+    divergence: Annotated[Literal["reverse_kl", "forward_kl", "jsd"], doc(
+        "reverse_kl: KL(student || teacher), the paper's loss; forward_kl: KL(teacher || student); jsd: JSD_beta.")]
+    jsd_beta: Annotated[float, doc(
+        "beta of JSD_beta = beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S.", gt=0, lt=1)]
+    chunk_bytes: Annotated[int, doc(
+        "Transient memory of the loss in bytes; sets how many tokens are projected at once. Not the result.", ge=2**16)]
+
+
+@strict
+class Optim:
+    """AdamW; weight decay on matrices only (not on norms and biases)."""
+
+    lr: Annotated[float, doc("Peak learning rate. Table 9: 1e-6 (Qwen), 3e-7 (Llama).", gt=0)]
+    schedule: Annotated[Literal["constant", "cosine"], doc("After warm-up: constant, or cosine to 0. Table 9: cosine.")]
+    warmup_steps: Annotated[int, doc("Updates of linear warm-up. Not stated in the paper; public reruns: 0.", ge=0)]
+    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], doc(
+        "Adam's decay rates of the two moments.")]
+    weight_decay: Annotated[float, doc("Decoupled weight decay. Not stated in the paper; public reruns: 0.1.", ge=0)]
+    grad_clip: Annotated[float, doc("L2 norm the gradient is clipped to. Not stated; public reruns: 1.0.", gt=0)]
+    steps: Annotated[Count | None, doc("Number of updates; null when data.epochs is given.")]
+    micro_batch_tokens: Annotated[Count, doc(
+        "Padded tokens (prompt + response) of one forward; one rollout always fits. Bounds memory, not the result.")]
+
+
+@strict
+class Engine:
+    """What holds the weights and applies the update."""
+
+    kind: Annotated[Literal["torch"], doc("torch: one process, one device.")]
+    device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda when there is one, else cpu.")]
+    gradient_checkpointing: Annotated[bool, doc("Recompute activations in the backward pass: less memory, more time.")]
+
+
+@strict
+class Eval:
+    """Held-out accuracy of the step-0 student, the teacher, and the student in training and at the end."""
+
+    benchmarks: Annotated[tuple[Text, ...], doc("Names of configs/benchmarks/NAME.json, or paths of such files.")]
+    k: Annotated[int, doc("Samples per problem for mean@k; 0: greedy decoding only. Paper: 16.", ge=0)]
+    every: Annotated[int, doc("Evaluate every so many updates as well; 0: only before and after.", ge=0)]
+    limit: Annotated[Count | None, doc("Only the first problems of each benchmark; null: all.")]
+
+
+@strict
+class Checkpoint:
+    """Whole checkpoints: the student in Hugging Face format, and the optimizer."""
+
+    every: Annotated[int, doc("Save every so many updates; the last update is always saved. 0: only the last.", ge=0)]
+    keep: Annotated[Count, doc("How many of the newest checkpoints stay on disk.")]
+
+
+@strict
+class Log:
+    """Diagnostics beyond the metrics of every step."""
+
+    diagnostics_every: Annotated[int, doc(
+        "Updates between diagnostics (entropies, divergences, quadrants); costs one scoring pass where the rule needs "
+        "none. 0: never.", ge=0)]
+    samples: Annotated[int, doc("Rollouts written as text to TensorBoard on a diagnostics step.", ge=0)]
+
+
+@strict
+class Config:
+    """A teacher-student pair and how it is trained."""
+
+    student: Student
+    teacher: Teacher
+    data: Data
+    rollout: RolloutSection
+    loss: Loss
+    optim: Optim
+    engine: Engine
+    eval: Eval
+    checkpoint: Checkpoint
+    log: Log
+    seed: Annotated[int, doc("Seed of data order, sampling and random rules.", ge=0, lt=2**31)]
+    run_name: Annotated[str, doc("Name of the run's folder below output_dir.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    output_dir: Annotated[Text, doc("Folder that holds the run folders.")]
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.run_name
+
+
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), extensions: Mapping[str, type] | None = None,
+    ignore: Iterable[str] = (),
+) -> tuple[Config, dict[str, Any]]:
+    """Reads a pair file and applies `KEY=VALUE` overrides through the same typed checks.
+
+    Args:
+        path: the JSON file.
+        overrides: texts such as `optim.lr=1e-6`; the value is JSON, else a string.
+        extensions: optional sections by name, each a `strict` dataclass whose fields all have defaults.
+        ignore: sections that other commands read and this one does not.
+    Returns:
+        the configuration and one object per extension section (its defaults where the file has no such section).
+    Raises:
+        InputError: naming the JSON path, what was got, what was expected, and the nearest legal name.
+    """
+    extensions = extensions or {}
+    values = read_json_object(path)
+    values.pop("$schema", None)
+    for text in overrides:
+        _override(values, text)
+    sections = {
+        name: build(kind, _section(values.pop(name, {}), name, path), f"{path}: {name}")
+        for name, kind in extensions.items()
+    }
+    for name in ignore:
+        values.pop(name, None)
+    if "tip" in values:
+        raise InputError(
+            f"{path}: section 'tip' selects tokens, and this command trains on all of them. "
+            "Start it with python -m tip.train, or remove the section."
+        )
+    config = build(Config, values, str(path))
+    _check(config, str(path))
+    return config, sections
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object without repeated keys. Raises InputError with file, line and column."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise InputError(f"{path}: key {repeated[0]!r} stands twice in one object. Keep one of them.")
+        return dict(pairs)
+
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(str(path), [str(p) for p in Path(path).parent.glob("*.json")], 1, 0.5)
+        raise InputError(f"{path}: no such file.{f' Did you mean {near[0]}?' if near else ''}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}). Expected a JSON file.") from None
+    return _section(values, "the file", path)
+
+
+def _section(value: Any, name: str, path: str | Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {name} is {type(value).__name__}, expected an object {{...}}.")
+    return value
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {text!r}: expected KEY=VALUE, for example --set optim.lr=1e-6.")
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError:
+        value = raw
+    *parents, name = key.split(".")
+    node = values
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise InputError(f"--set {text!r}: {parent!r} is a value, not a section. Legal keys: configs/schema.json.")
+    node[name] = value
+
+
+def build(kind: type, values: dict[str, Any], where: str) -> Any:
+    """Builds a `strict` dataclass from plain JSON values. Raises InputError that lists every fault."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values))
+    except pydantic.ValidationError as error:
+        raise InputError("\n".join(_explain(kind, fault, where) for fault in error.errors())) from None
+
+
+def _explain(kind: type, fault: Any, where: str) -> str:
+    path = [str(part) for part in fault["loc"]]
+    name = ".".join(path)
+    if fault["type"] in ("unexpected_keyword_argument", "missing"):
+        legal = _leaf_names(kind)
+        if fault["type"] == "missing":
+            return f"{where}: {name} is missing. Every key must be there; see configs/schema.json."
+        near = difflib.get_close_matches(name, legal, 1, 0.6) or [n for n in legal if n.endswith("." + path[-1])][:1]
+        return f"{where}: {name} is not a known key.{f' Did you mean {near[0]}?' if near else ''}"
+    got = json.dumps(fault["input"], default=str)
+    return f"{where}: {name} is {got[:200]}. Expected: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+
+
+def _leaf_names(kind: type, prefix: str = "") -> list[str]:
+    names = []
+    for field in fields(kind):
+        names.append(prefix + field.name)
+        if hasattr(field.type, "__dataclass_fields__"):
+            names += _leaf_names(field.type, f"{prefix}{field.name}.")
+    return names
+
+
+def _check(config: Config, where: str) -> None:
+    """Refuses combinations that have no meaning."""
+
+    def require(holds: bool, text: str) -> None:
+        if not holds:
+            raise InputError(f"{where}: {text}")
+
+    require(
+        (config.optim.steps is None) != (config.data.epochs is None),
+        f"optim.steps is {config.optim.steps} and data.epochs is {config.data.epochs}: give one, set the other to null.",
+    )
+    require(
+        config.rollout.temperature > 0 or config.rollout.n == 1,
+        f"rollout.temperature is 0 and rollout.n is {config.rollout.n}: greedy responses to one prompt are all the same. "
+        "Set rollout.n=1 or a temperature above 0.",
+    )
+    require(
+        config.rollout.temperature > 0 or config.rollout.top_p == 1,
+        f"rollout.top_p is {config.rollout.top_p} with temperature 0: a greedy response has no nucleus. Set rollout.top_p=1.",
+    )
+    require(
+        len(set(config.eval.benchmarks)) == len(config.eval.benchmarks),
+        f"eval.benchmarks names a benchmark twice: {list(config.eval.benchmarks)}.",
+    )
+    require(
+        config.eval.k == 0 or len(config.eval.benchmarks) > 0,
+        f"eval.k is {config.eval.k} without eval.benchmarks: name one, or set eval.k=0.",
+    )
+    if config.optim.steps is not None:
+        require(
+            config.optim.warmup_steps < config.optim.steps,
+            f"optim.warmup_steps is {config.optim.warmup_steps}, not below optim.steps = {config.optim.steps}.",
+        )
+    require(
+        config.log.samples == 0 or config.log.diagnostics_every > 0,
+        f"log.samples is {config.log.samples}, but samples are written on diagnostics steps and log.diagnostics_every is 0.",
+    )
+
+
+def schema(extensions: Mapping[str, type]) -> dict[str, Any]:
+    """The JSON schema of a pair file with these optional extension sections."""
+    result = TypeAdapter(Config).json_schema()
+    for name, kind in extensions.items():
+        section = TypeAdapter(kind).json_schema()
+        result["$defs"].update(section.pop("$defs", {}))
+        result["$defs"][kind.__name__] = section
+        result["properties"][name] = {"$ref": f"#/$defs/{kind.__name__}"}
+    result["properties"]["$schema"] = {"type": "string", "description": "This schema, for editors."}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}

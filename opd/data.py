@@ -1,0 +1,143 @@
+"""JSONL problems -> tokenised prompts (-> rollouts, whose type is declared here too). The chat template is applied here and nowhere else."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from opd.cli import InputError, say
+from opd.config import Data
+from opd.seeds import generator
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A line of a data file."""
+
+    id: str
+    messages: tuple[Mapping[str, str], ...]
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem ready for a model."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt and one sampled response."""
+
+    sequence_id: int  # place in its update or evaluation
+    prompt: Prompt
+    response_ids: tuple[int, ...]  # the EOS that ended it included
+    finish_reason: Literal["stop", "length"]
+
+
+def read_problems(path: str | Path, prompt_field: str, answer_field: str | None) -> list[Problem]:
+    """Reads a JSONL file. Raises InputError with file and line for what is not JSON, lacks a field, or is empty."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        near = " The embedded pair's files are made by: python -m data.tiny.build" if "tiny" in str(path) else ""
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.{near}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}).") from None
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error}). Expected one object per line.") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: {type(row).__name__}, expected a JSON object.")
+        messages = _messages(_field(row, prompt_field, where), prompt_field, where)
+        answer = None if answer_field is None else str(_field(row, answer_field, where))
+        problems.append(Problem(str(row.get("id", row.get("unique_id", number))), messages, answer))
+    if not problems:
+        raise InputError(f"{path}: no problems in it. Expected at least one JSON object per line.")
+    return problems
+
+
+def _field(row: dict[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        raise InputError(f"{where}: no field {name!r}; it has {sorted(row)}. Set the field's name in the config.")
+    return row[name]
+
+
+def _messages(value: Any, field: str, where: str) -> tuple[Mapping[str, str], ...]:
+    if isinstance(value, str) and value.strip():
+        return ({"role": "user", "content": value},)
+    if isinstance(value, list) and value and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    ):
+        return tuple(value)
+    raise InputError(f"{where}: field {field!r} is {json.dumps(value)[:80]}, expected a non-empty string or a list of "
+                     '{"role": ..., "content": ...} messages.')
+
+
+def make_prompts(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, data: Data, source: str,
+                 instruction: str = "") -> list[Prompt]:
+    """Applies system prompt, instruction (appended to the last message) and chat template; drops long prompts.
+
+    Raises InputError when no prompt is short enough, or the chat template refuses the messages.
+    """
+    prompts = []
+    for problem in problems:
+        messages = [dict(m) for m in problem.messages]
+        messages[-1]["content"] += instruction
+        if data.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": data.system_prompt})
+        try:
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **data.chat_template_args)
+        except Exception as error:  # a template is a program of the checkpoint's author: it can raise anything
+            raise InputError(f"{source}, problem {problem.id}: the chat template refuses it ({error}). Check "
+                             "data.system_prompt, data.chat_template_args and the messages' roles.") from error
+        if len(ids) <= data.max_prompt_tokens:
+            prompts.append(Prompt(problem.id, tuple(ids), problem.answer))
+    dropped = len(problems) - len(prompts)
+    if not prompts:
+        raise InputError(f"{source}: all {dropped} prompts are longer than data.max_prompt_tokens = "
+                         f"{data.max_prompt_tokens}. Raise it, or use shorter problems.")
+    if dropped:
+        say(f"{source}: {dropped} of {len(problems)} prompts dropped, longer than {data.max_prompt_tokens} tokens")
+    return prompts
+
+
+def prompts_of_step(prompts: Sequence[Prompt], step: int, per_step: int, shuffle: bool, seed: int) -> list[Prompt]:
+    """The prompts of update `step` (from 1): a pure function, so that a resumed run needs no iterator state.
+
+    The stream is one epoch after another, each in an order of its own; an update may span two epochs.
+    """
+    chosen = []
+    for index in range((step - 1) * per_step, step * per_step):
+        epoch, place = divmod(index, len(prompts))
+        chosen.append(prompts[_order(len(prompts), epoch, seed)[place] if shuffle else place])
+    return chosen
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, epoch: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
+
+
+def count_steps(prompts: Sequence[Prompt], per_step: int, epochs: int | None, steps: int | None) -> int:
+    """Updates of a run: `steps` if given, else whole updates in `epochs` passes. Raises InputError if that is none."""
+    total = steps if steps is not None else len(prompts) * epochs // per_step
+    if total == 0:
+        raise InputError(f"{len(prompts)} prompts x {epochs} epochs are fewer than rollout.prompts_per_step = "
+                         f"{per_step}: not one update. Lower rollout.prompts_per_step or raise data.epochs.")
+    return total

@@ -1,0 +1,46 @@
+"""Entropies and divergences from logits, token by token: the readable reference of what loss.py computes in chunks.
+
+All functions take float logits of shape (N, V), compute in their dtype and return (N,) in nats. They are
+differentiable, keep several (N, V) tensors alive, and are meant for reading and for tests.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """H(P) = -sum_v p log p."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(P_S || P_T), the loss of the TIP paper."""
+    log_s, log_t = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    return (log_s.exp() * (log_s - log_t)).sum(-1)
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(P_T || P_S)."""
+    return reverse_kl(teacher_logits, student_logits)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Tensor:
+    """JSD_beta = beta KL(P_T || M) + (1 - beta) KL(P_S || M) with M = beta P_T + (1 - beta) P_S.
+
+    Raises:
+        ValueError: beta outside (0, 1); at the ends JSD_beta is 0, not one of the KLs.
+    """
+    check_beta(beta)
+    log_s, log_t = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    from_teacher = (log_t.exp() * (log_t - log_m)).sum(-1)
+    from_student = (log_s.exp() * (log_s - log_m)).sum(-1)
+    return beta * from_teacher + (1 - beta) * from_student
+
+
+def check_beta(beta: float) -> None:
+    if not 0 < beta < 1:
+        raise ValueError(f"JSD beta is {beta}, expected 0 < beta < 1 (at the ends JSD_beta is 0, not one of the KLs)")

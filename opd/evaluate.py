@@ -1,0 +1,182 @@
+"""Accuracy on held-out problems: one greedy response and k sampled ones per problem, every response written to disk.
+
+    python -m opd.evaluate --config configs/tiny.json --model outputs/tiny/student
+
+A benchmark is data (configs/benchmarks/NAME.json): problems, prompt, decoding and version; with the grader's version
+they are written beside every number. Sampling is seeded per problem and sample, so that two models are compared on
+the same random numbers and a repeated evaluation is the same evaluation.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from opd import grading, models
+from opd.cli import InputError, main, parser, say
+from opd.config import ROOT, Config, Count, Student, Text, build, doc, load_config, read_json_object, strict
+from opd.data import Prompt, make_prompts, read_problems
+from opd.engine import pick_device
+from opd.metrics import Progress, write_whole
+from opd.models import LanguageModel
+from opd.rollout import Decoding, sample
+
+GREEDY = -1  # sample number of the greedy response in the files
+
+
+@strict
+class Benchmark:
+    """What an accuracy is measured on, and how."""
+
+    version: Annotated[int, doc("Raised whenever any field changes the numbers.", ge=1)]
+    file: Annotated[Text, doc("JSONL file, one problem per line.")]
+    prompt_field: Annotated[Text, doc("Field with the problem: a string or a list of messages.")]
+    answer_field: Annotated[Text, doc("Field with the reference answer.")]
+    instruction: Annotated[str, doc("Text appended to the problem.")]
+    temperature: Annotated[float, doc("Of the k samples of mean@k. Paper: 1.0.", gt=0)]
+    top_p: Annotated[float, doc("Of the k samples. Not stated in the paper.", gt=0, le=1)]
+    max_response_tokens: Annotated[Count, doc("A response is cut here. Tokens.")]
+
+
+@dataclass(frozen=True)
+class LoadedBenchmark:
+    name: str
+    benchmark: Benchmark
+    prompts: list[Prompt]
+
+
+def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> list[LoadedBenchmark]:
+    """Reads the config's benchmarks and their problems. Raises InputError naming the file that is wrong."""
+    loaded = []
+    for entry in config.eval.benchmarks:
+        path = Path(entry) if entry.endswith(".json") else ROOT / "configs" / "benchmarks" / f"{entry}.json"
+        if not path.is_file():
+            known = sorted(p.stem for p in (ROOT / "configs" / "benchmarks").glob("*.json"))
+            raise InputError(f"eval.benchmarks: no benchmark {entry!r}; there are {known}, or give the path of a file.")
+        benchmark = build(Benchmark, read_json_object(path), str(path))
+        problems = read_problems(benchmark.file, benchmark.prompt_field, benchmark.answer_field)[:limit]
+        prompts = make_prompts(problems, lm.tokenizer, config.data, benchmark.file, benchmark.instruction)
+        loaded.append(LoadedBenchmark(path.stem, benchmark, prompts))
+    return loaded
+
+
+def evaluate(lm: LanguageModel, benchmarks: Sequence[LoadedBenchmark], config: Config, vocab_size: int, out: Path,
+             stop: Callable[[], None] = lambda: None) -> dict[str, dict]:
+    """Evaluates on every benchmark unless `out` already holds the result; returns name -> figures.
+
+    Writes `<name>.jsonl` (every prompt, response, extracted answer, verdict) and then summary.json.
+
+    Args:
+        stop: called between batches; may raise to leave early.
+    """
+    summary_path = out / "summary.json"
+    if summary_path.exists():
+        return json.loads(summary_path.read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    summary = {}
+    for loaded in benchmarks:
+        rows = _responses(lm, loaded, config, vocab_size, stop)
+        write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        summary[loaded.name] = {
+            **summarise(rows), "benchmark": asdict(loaded.benchmark), "grader": grading.VERSION, "seed": config.seed,
+        }
+    write_whole(summary_path, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _responses(lm: LanguageModel, loaded: LoadedBenchmark, config: Config, vocab_size: int,
+               stop: Callable[[], None]) -> list[dict]:
+    benchmark = loaded.benchmark
+    sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
+    rows = []
+    with Progress(f"{lm.name} on {loaded.name}", len(loaded.prompts) * (1 + config.eval.k)) as progress:
+
+        def advance(responses: int, tokens: int) -> None:
+            progress.advance(responses, tokens)
+            stop()
+
+        for number in (GREEDY, *range(config.eval.k)):
+            decoding = replace(sampled, temperature=0.0, top_p=1.0) if number == GREEDY else sampled
+            seeds = [(config.seed, "eval", loaded.name, p.id, number) for p in loaded.prompts]
+            for rollout in sample(lm, loaded.prompts, decoding, vocab_size, config.rollout.batch_size, seeds, advance):
+                text = lm.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+                verdict = grading.grade(text, rollout.prompt.answer)
+                rows.append({
+                    "id": rollout.prompt.id, "sample": number,
+                    "prompt": lm.tokenizer.decode(rollout.prompt.token_ids), "response": text,
+                    "extracted": verdict.extracted, "answer": rollout.prompt.answer, "correct": verdict.correct,
+                    "finish_reason": rollout.finish_reason, "tokens": len(rollout.response_ids),
+                })
+    return rows
+
+
+def summarise(rows: Sequence[dict]) -> dict[str, float | int | None]:
+    """Greedy accuracy and mean@k with standard errors over problems, in [0, 1]; shares over all responses."""
+    greedy = [float(r["correct"]) for r in rows if r["sample"] == GREEDY]
+    by_problem: dict[str, list[float]] = {}
+    for row in rows:
+        if row["sample"] != GREEDY:
+            by_problem.setdefault(row["id"], []).append(float(row["correct"]))
+    means = [statistics.fmean(values) for values in by_problem.values()]
+    return {
+        "problems": len(greedy),
+        "greedy": statistics.fmean(greedy), "greedy_se": standard_error(greedy),
+        "k": len(next(iter(by_problem.values()), [])),
+        "mean_at_k": statistics.fmean(means) if means else None, "mean_at_k_se": standard_error(means),
+        "truncated": statistics.fmean(r["finish_reason"] == "length" for r in rows),
+        "unformatted": statistics.fmean(r["extracted"] is None for r in rows),
+        "length_mean": statistics.fmean(r["tokens"] for r in rows),
+    }
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean, over problems; None below two."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def scalars(summary: dict[str, dict]) -> dict[str, float]:
+    """TensorBoard names, eval/<benchmark>/<figure>."""
+    figures = ("greedy", "mean_at_k", "truncated", "unformatted", "length_mean")
+    return {f"eval/{name}/{figure}": values[figure]
+            for name, values in summary.items() for figure in figures if values[figure] is not None}
+
+
+def line(summary: dict[str, dict]) -> str:
+    """One line for the console."""
+    return "; ".join(f"{name} greedy {percent(v['greedy'], v['greedy_se'])}"
+                     + (f", mean@{v['k']} {percent(v['mean_at_k'], v['mean_at_k_se'])}" if v["k"] else "")
+                     for name, v in summary.items())
+
+
+def percent(value: float, error: float | None) -> str:
+    return f"{100 * value:.1f}" + (f" +- {100 * error:.1f}" if error is not None else "")
+
+
+def command(arguments: list[str]) -> None:
+    cli = parser("python -m opd.evaluate", "Evaluate one model on a config's benchmarks.")
+    cli.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub name")
+    cli.add_argument("--benchmark", action="append", metavar="NAME", help="instead of the config's; repeatable")
+    cli.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each")
+    cli.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT_DIR/eval/<model's folder name>")
+    options = cli.parse_args(arguments)
+    if options.limit is not None and options.limit < 1:
+        raise InputError(f"--limit is {options.limit}, expected a positive number of problems.")
+    config, _ = load_config(options.config, options.overrides, ignore=("tip",))
+    if options.benchmark:
+        config = replace(config, eval=replace(config.eval, benchmarks=tuple(options.benchmark)))
+    section = Student(path=options.model, revision=None, dtype=config.student.dtype,
+                      attn_implementation=config.student.attn_implementation)
+    lm = models.load(section, pick_device(config.engine.device), "model")
+    limit = options.limit if options.limit is not None else config.eval.limit
+    benchmarks = load_benchmarks(config, lm, limit)
+    out = options.out or Path(config.output_dir) / "eval" / Path(options.model).name
+    (out / "summary.json").unlink(missing_ok=True)  # asked for again: measured again
+    summary = evaluate(lm, benchmarks, config, len(lm.tokenizer), out)
+    say(line(summary))
+    print(out / "summary.json")
+
+
+if __name__ == "__main__":
+    main(command)

@@ -1,0 +1,138 @@
+"""Where numbers go: console, metrics.jsonl, TensorBoard. Names are flat with slashes, the same in all three."""
+
+import datetime
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from opd.cli import say
+
+CONSOLE = (  # label, metric, format
+    ("loss", "loss/divergence", ".4f"), ("kept", "tokens/kept", ".0f"), ("of", "tokens/response", ".0f"),
+    ("length", "rollout/length_mean", ".1f"), ("correct", "rollout/accuracy", ".2f"),
+    ("norm", "optim/grad_norm", ".3f"), ("lr", "optim/lr", ".1e"), ("s", "time/step", ".2f"),
+)
+
+
+class Stopwatch:
+    """Wall seconds of named phases, under `time/<phase>`; waits for the device at both ends."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.times: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._wait()
+        begin = time.perf_counter()
+        yield
+        self._wait()
+        self.times[f"time/{phase}"] = self.times.get(f"time/{phase}", 0.0) + time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak since the start, in GiB: allocated by torch on a GPU; resident size of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Progress:
+    """A long phase, visibly: a bar with tokens/s and time left on a terminal, else a line at most every 30 seconds."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total = label, total
+        self.done = self.tokens = 0
+        self.begin = self.said = time.monotonic()
+        self.bar = tqdm(total=total, desc=label, unit="resp", leave=False, disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def advance(self, responses: int, tokens: int) -> None:
+        self.done += responses
+        self.tokens += tokens
+        now = time.monotonic()
+        rate = self.tokens / max(now - self.begin, 1e-9)
+        self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        self.bar.update(responses)
+        if self.bar.disable and now - self.said > 30:
+            self.said = now
+            left = (now - self.begin) / self.done * (self.total - self.done)
+            say(f"{self.label}: {self.done}/{self.total} responses, {rate:.0f} tokens/s, {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """1:02:03"""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+class MetricsLog:
+    """Appends one object per update to metrics.jsonl, mirrors it to TensorBoard, prints a line."""
+
+    def __init__(self, run_dir: Path, total_steps: int, last_step: int):
+        self.path = run_dir / "metrics.jsonl"
+        self.total_steps = total_steps
+        self.last_step = last_step
+        if self.path.exists():  # lines after the checkpoint we resume from will be written again
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last_step]
+            write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(run_dir / "tensorboard", purge_step=last_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+        shown = " ".join(f"{label} {metrics[name]:{form}}" for label, name, form in CONSOLE if name in metrics)
+        say(f"step {step}/{self.total_steps} {shown}")
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        self.board.add_text(tag, text, step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """TensorBoard only: evaluations have files of their own."""
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # cut off while it was written
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all, and survives a crash of the machine."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,200 @@
+"""Causal language models as this trainer sees them: a body that gives hidden states, and a head.
+
+Any Hugging Face causal LM will do whose logits are soft_cap * tanh(scale * (h W^T + b) / soft_cap). That is not taken on
+trust: on loading, the head found here is compared with the model's own logits, and a model that differs is refused.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.batch import MicroBatch
+from opd.cli import InputError, say
+from opd.config import Student, Teacher
+from opd.loss import Head
+
+DROPOUT_KEYS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout",
+                "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "residual_dropout")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model with what the trainer asks of it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]  # every id that ends a response
+    compute_dtype: torch.dtype  # autocast when it is not the weights' dtype
+    name: str  # "student" or "teacher", for messages
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def context(self) -> int | None:
+        """Positions the model was made for, in tokens; None: unlimited."""
+        return self.model.config.get_text_config().to_dict().get("max_position_embeddings")
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Autocast to the compute dtype where the weights are kept in another one."""
+        lower = self.compute_dtype != self.model.dtype
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=lower):
+            yield
+
+    def states(self, batch: MicroBatch, keep: Tensor) -> Tensor:
+        """(K, H) states after the final norm that predict the kept response tokens; `keep` indexes the batch's N."""
+        with self.precision():
+            body = self.model.base_model(
+                input_ids=batch.input_ids.to(self.device), attention_mask=batch.attention_mask.to(self.device),
+                use_cache=False,
+            ).last_hidden_state
+        rows, columns = batch.rows[keep].to(self.device), batch.columns[keep].to(self.device)
+        return body[rows, columns].to(self.compute_dtype)
+
+
+def head_of(model: PreTrainedModel, vocab_size: int) -> Head:
+    """The head of a model, cut to the first `vocab_size` ids. Its tensors are the parameters themselves."""
+    layer = model.get_output_embeddings()
+    values = model.config.get_text_config().to_dict()
+    scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
+    return Head(layer.weight, layer.bias, scale, values.get("final_logit_softcapping"), vocab_size)
+
+
+def load(section: Student | Teacher, device: torch.device, name: str) -> LanguageModel:
+    """Loads model and tokenizer of a config section: safetensors only, no remote code.
+
+    The student's weights are float32 whatever its compute dtype; the teacher's are in its dtype and frozen.
+    Raises InputError when folder, weights, tokenizer or architecture are not usable.
+    """
+    where = f"{name}.path {section.path!r}"
+    _check_folder(section.path, where)
+    dtype = getattr(torch, section.dtype)
+    weights_dtype = torch.float32 if isinstance(section, Student) else dtype
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            section.path, revision=section.revision, dtype=weights_dtype, use_safetensors=True,
+            attn_implementation=section.attn_implementation,
+        ).to(device)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise InputError(
+            f"{where} does not load as a causal language model with its tokenizer: {_first_line(error)} "
+            "Expected a Hugging Face checkpoint in safetensors format whose architecture is part of transformers."
+        ) from error
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{where}: the tokenizer has no chat template, so a prompt cannot be formed. Use an instruction-tuned "
+            "checkpoint, or put a chat_template.jinja beside its tokenizer."
+        )
+    if tokenizer.is_fast is False and tokenizer.vocab_size == 0:
+        raise InputError(f"{where}: the tokenizer has an empty vocabulary.")
+    model.eval()
+    if isinstance(section, Teacher):
+        model.requires_grad_(False)
+    else:
+        _refuse_dropout(model, where)
+    eos_ids = _eos_ids(model, tokenizer)
+    if not eos_ids:
+        raise InputError(f"{where}: neither tokenizer, config.json nor generation_config.json names an EOS id.")
+    found = LanguageModel(model, tokenizer, eos_ids, dtype, name)
+    _check_head(found, where)
+    return found
+
+
+def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
+    """How many ids both models compare: those both tokenizers have; padded vocabulary rows beyond them are cut.
+
+    Raises InputError where an id means different strings; extra ids at the end of one are said aloud.
+    """
+    ours, theirs = (_strings(m.tokenizer) for m in (student, teacher))
+    size = min(len(ours), len(theirs))
+    for i in range(size):
+        if ours[i] != theirs[i]:
+            raise InputError(
+                f"student and teacher tokenizers differ: id {i} is {ours[i]!r} for the student and {theirs[i]!r} for "
+                "the teacher. A token-level divergence needs one vocabulary; choose a pair of the same family."
+            )
+    if len(ours) != len(theirs):
+        more = student if len(ours) > size else teacher
+        say(f"note: the {more.name}'s tokenizer has {max(len(ours), len(theirs)) - size} ids more at its end; "
+            f"they take no part in the divergence ({size} shared ids)")
+    for model in (student, teacher):
+        rows = model.model.get_output_embeddings().weight.shape[0]
+        if rows < size:
+            raise InputError(f"the {model.name}'s head has {rows} rows, fewer than the {size} ids of its tokenizer.")
+    return size
+
+
+def _strings(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    by_id = {i: text for text, i in tokenizer.get_vocab().items()}
+    return [by_id.get(i) for i in range(max(by_id) + 1)]
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    found: set[int] = set()
+    for value in (tokenizer.eos_token_id, model.config.get_text_config().eos_token_id,
+                  model.generation_config.eos_token_id):
+        found.update([value] if isinstance(value, int) else value or [])
+    return tuple(sorted(found))
+
+
+def _check_folder(path: str, where: str) -> None:
+    folder = Path(path)
+    if not folder.is_dir():
+        if path.count("/") == 1 and not path.startswith((".", "~", "/")) and not folder.parent.is_dir():
+            return  # a hub name, owner/model
+        hint = " The embedded pair is made by: python -m data.tiny.build" if folder.parent.name == "tiny" else ""
+        raise InputError(f"{where}: no such folder, and not a hub name (owner/model).{hint}")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{where}: the folder has no config.json. Expected a Hugging Face checkpoint.")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+        raise InputError(
+            f"{where}: no safetensors weights"
+            + (f", only {pickles[0]}, a pickle, which can run code when read and is refused. Convert it with "
+               "save_pretrained in an environment you trust." if pickles else ". Expected model.safetensors.")
+        )
+
+
+def _refuse_dropout(model: PreTrainedModel, where: str) -> None:
+    """Scoring and the gradient must see the same student."""
+    values = model.config.get_text_config().to_dict()
+    for key in DROPOUT_KEYS:
+        if values.get(key):
+            raise InputError(f"{where}: config.json has {key} = {values[key]}, expected 0: with dropout the scored "
+                             "student is not the trained one. Set it to 0 in a copy of the checkpoint.")
+    for module_name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            raise InputError(f"{where}: module {module_name} has dropout {module.p}, expected 0.")
+
+
+@torch.no_grad()
+def _check_head(lm: LanguageModel, where: str) -> None:
+    vocab = min(lm.model.get_output_embeddings().weight.shape[0], len(lm.tokenizer))
+    ids = (torch.arange(8) * 7919 % vocab)[None].to(lm.device)
+    own = lm.model(input_ids=ids, use_cache=False).logits[0, :, :vocab].float()
+    states = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
+    head = head_of(lm.model, vocab)
+    logits = states @ head.weight[:vocab].float().T
+    if head.bias is not None:
+        logits += head.bias[:vocab].float()
+    logits *= head.scale
+    if head.soft_cap is not None:
+        logits = head.soft_cap * (logits / head.soft_cap).tanh()
+    error = ((logits - own).norm() / own.norm()).item()
+    if not error < (1e-4 if lm.model.dtype == torch.float32 else 2e-2):
+        raise InputError(
+            f"{where}: the logits of {type(lm.model).__name__} are not its final states times its head (relative "
+            f"difference {error:.2g}), so divergences computed from hidden states would be wrong. Not supported."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

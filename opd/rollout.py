@@ -1,0 +1,126 @@
+"""Student sampling: prompts -> responses, as token ids that are kept and never re-tokenised.
+
+The only file that knows the generation engine. Sampling is by inverse transform: response token t of a rollout is the
+quantile of u_t in the student's distribution, with u from a generator seeded by what the rollout *is* (run seed, step,
+sequence id), not by when it is computed. So a rollout does not depend on its batch, and a resumed run repeats it.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from opd.data import Prompt, Rollout
+from opd.models import LanguageModel
+from opd.seeds import generator
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are drawn; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    max_response_tokens: int
+
+
+def sample(
+    lm: LanguageModel, prompts: Sequence[Prompt], decoding: Decoding, vocab_size: int, batch_size: int,
+    seeds: Sequence[tuple[int | str, ...]], progress: Callable[[int, int], None] = lambda responses, tokens: None,
+) -> list[Rollout]:
+    """One response per prompt (repeat a prompt for several), in order; `sequence_id` is the place in `prompts`.
+
+    Args:
+        vocab_size: only ids below are sampled, so never a padded vocabulary row.
+        batch_size: responses generated together; long prompts are batched with long ones.
+        seeds: per response, what seeds its randomness.
+        progress: called after each batch with its responses and the tokens they have; may raise to stop.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
+    rollouts: dict[int, Rollout] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        responses = _generate(lm, [prompts[i] for i in chosen], decoding, vocab_size, [seeds[i] for i in chosen])
+        for i, ids in zip(chosen, responses, strict=True):
+            rollouts[i] = Rollout(i, prompts[i], ids, "stop" if ids[-1] in lm.eos_ids else "length")
+        progress(len(responses), sum(map(len, responses)))
+    return [rollouts[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def _generate(lm: LanguageModel, prompts: Sequence[Prompt], decoding: Decoding, vocab_size: int,
+              seeds: Sequence[tuple[int | str, ...]]) -> list[tuple[int, ...]]:
+    longest = max(len(p.token_ids) for p in prompts)
+    pad = lm.eos_ids[0]  # masked on the left; on the right it only follows a response's end
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+        mask[row, longest - len(prompt.token_ids) :] = 1
+    sampler = _InverseTransform(decoding, vocab_size, seeds, lm.device)
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_response_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad,
+        eos_token_id=list(lm.eos_ids),
+    )
+    with _own_generation_config(lm, config), lm.precision():
+        output = lm.model.generate(
+            ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=config,
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+    responses = []
+    for row in output[:, longest:].tolist():
+        end = next((t for t, token in enumerate(row) if token in lm.eos_ids), len(row) - 1)
+        responses.append(tuple(row[: end + 1]))
+    return responses
+
+
+@contextmanager
+def _own_generation_config(lm: LanguageModel, config: GenerationConfig):
+    """`generate` fills unset options (repetition penalty, top_k, ...) from the checkpoint's file, which would bend the
+    sampled distribution away from the student's own; the checkpoint's file is put back for saving."""
+    own = lm.model.generation_config
+    lm.model.generation_config = config
+    try:
+        yield
+    finally:
+        lm.model.generation_config = own
+
+
+class _InverseTransform(LogitsProcessor):
+    """Chooses the token and leaves only it finite, so that greedy search picks it."""
+
+    def __init__(self, decoding: Decoding, vocab_size: int, seeds: Sequence[tuple[int | str, ...]],
+                 device: torch.device):
+        self.decoding, self.vocab_size, self.position = decoding, vocab_size, 0
+        if decoding.temperature > 0:
+            self.uniforms = torch.stack([
+                torch.rand(decoding.max_response_tokens, generator=generator(*seed), dtype=torch.float64)
+                for seed in seeds
+            ]).to(device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores[:, : self.vocab_size].float()
+        if self.decoding.temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            probs = (logits / self.decoding.temperature).softmax(-1).double()
+            token = quantile_token(probs, self.uniforms[:, self.position], self.decoding.top_p)
+        self.position += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def quantile_token(probs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """The token at quantile `uniform` (B,) of each row of `probs` (B, V), within its nucleus; (B, 1) int64.
+
+    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p; ids in their own order.
+    """
+    if top_p < 1:
+        ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p
+        probs = probs.masked_fill(outside.gather(1, ids.argsort(-1)), 0)
+    cumulative = probs.cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=probs.shape[1] - 1)
