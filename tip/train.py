@@ -1,0 +1,20 @@
+"""On-policy distillation with token selection: builds TipWeighter and hands it to opd.
+
+    python -m tip.train --config configs/tiny.json --set tip.rule=soft_or --set tip.retention=0.5
+"""
+
+from opd.cli import main
+from opd.config import load_config
+from opd.train import run, train_parser
+from tip.config import SECTIONS
+from tip.weighter import TipWeighter
+
+
+def command(arguments: list[str]) -> None:
+    options = train_parser("python -m tip.train", "On-policy distillation on selected tokens.").parse_args(arguments)
+    config, sections = load_config(options.config, options.overrides, SECTIONS)
+    print(run(config, TipWeighter(sections["tip"]), sections, options.resume))
+
+
+if __name__ == "__main__":
+    main(command)
