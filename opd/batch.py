@@ -88,6 +88,11 @@ def _collate(group: Sequence[Rollout], counted: dict[int, int], pad_id: int) -> 
     position = torch.cat([torch.arange(n) for n in lengths.tolist()])
     columns = prompt_lengths[rows] + position - 1
     return MicroBatch(
-        input_ids, attention_mask, rows, columns, input_ids[rows, columns + 1],
-        torch.tensor([r.sequence_id for r in group])[rows], position,
+        input_ids,
+        attention_mask,
+        rows,
+        columns,
+        input_ids[rows, columns + 1],
+        torch.tensor([r.sequence_id for r in group])[rows],
+        position,
     )

@@ -46,7 +46,8 @@ def save(run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, 
     if free < needed * 1.05:
         raise CheckpointError(
             f"no room for the checkpoint of step {step}: it takes {needed / 2**30:.2f} GiB and {final.parent} has "
-            f"{free / 2**30:.2f} GiB free. Earlier checkpoints are intact; make room and start the same command again.")
+            f"{free / 2**30:.2f} GiB free. Earlier checkpoints are intact; make room and start the same command again."
+        )
     try:
         student.model.save_pretrained(temporary)
         student.tokenizer.save_pretrained(temporary)
@@ -65,7 +66,8 @@ def save(run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, 
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written ({error}). Earlier checkpoints are intact; "
-            "mend the cause and start the same command again.") from error
+            "mend the cause and start the same command again."
+        ) from error
     for old in _all(run_dir)[:-keep]:
         shutil.rmtree(old)
     return final

@@ -55,7 +55,11 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     result = _Parser(prog=prog, description=description, allow_abbrev=False)
     result.add_argument("--config", required=True, metavar="FILE", help="a pair file, for example configs/tiny.json")
     result.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
         help="override one key, for example --set optim.lr=1e-6; repeatable; a value is JSON, else a string",
     )
     return result

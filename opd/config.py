@@ -39,8 +39,12 @@ class Student:
 
     path: Annotated[Text, doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")]
     revision: Annotated[str | None, doc("Hub commit or tag; null for a folder or the default branch.")]
-    dtype: Annotated[Dtype, doc(
-        "Compute dtype. Weights and optimizer state are always float32: a bfloat16 weight would not move at lr 1e-6.")]
+    dtype: Annotated[
+        Dtype,
+        doc(
+            "Compute dtype. Weights and optimizer state are always float32: a bfloat16 weight would not move at lr 1e-6."
+        ),
+    ]
     attn_implementation: Annotated[Attention, doc("Attention kernel of transformers.")]
 
 
@@ -60,16 +64,20 @@ class Data:
     """Training prompts."""
 
     train: Annotated[Text, doc("JSONL file, one problem per line.")]
-    prompt_field: Annotated[Text, doc(
-        "Field of a line with the problem: a string (one user message) or a list of {role, content} messages.")]
+    prompt_field: Annotated[
+        Text,
+        doc("Field of a line with the problem: a string (one user message) or a list of {role, content} messages."),
+    ]
     answer_field: Annotated[str | None, doc("Field with the reference answer, for `rollout/accuracy`; null: none.")]
     system_prompt: Annotated[str | None, doc("System message put before every prompt; null: none.")]
-    chat_template_args: Annotated[dict[str, Any], doc(
-        "Extra arguments of the chat template, for example {\"enable_thinking\": false}.")]
+    chat_template_args: Annotated[
+        dict[str, Any], doc('Extra arguments of the chat template, for example {"enable_thinking": false}.')
+    ]
     max_prompt_tokens: Annotated[Count, doc("Longer prompts are dropped and counted. Tokens. Table 9: 2048.")]
     shuffle: Annotated[bool, doc("New prompt order in every epoch, from the seed. false: file order.")]
-    epochs: Annotated[Count | None, doc(
-        "Passes over the prompts; null when optim.steps is given. Public reruns of the paper: 1.")]
+    epochs: Annotated[
+        Count | None, doc("Passes over the prompts; null when optim.steps is given. Public reruns of the paper: 1.")
+    ]
 
 
 @strict
@@ -83,21 +91,36 @@ class RolloutSection:
     temperature: Annotated[float, doc("Sampling temperature; 0 is greedy. Table 9: 1.0.", ge=0)]
     top_p: Annotated[float, doc("Nucleus: smallest set of tokens with this probability. Table 9: 1.0.", gt=0, le=1)]
     max_response_tokens: Annotated[Count, doc("A response is cut here. Tokens. Table 9: 8192.")]
-    truncated: Annotated[Literal["keep", "drop", "mask_tail"], doc(
-        "What a cut response contributes. keep: all its tokens; drop: none; "
-        "mask_tail: all but the end that only repeats itself (a loop of at least three rounds, from its second on).")]
+    truncated: Annotated[
+        Literal["keep", "drop", "mask_tail"],
+        doc(
+            "What a cut response contributes. keep: all its tokens; drop: none; "
+            "mask_tail: all but the end that only repeats itself (a loop of at least three rounds, from its second on)."
+        ),
+    ]
 
 
 @strict
 class Loss:
     """Divergence between student and teacher at every response token, over the whole vocabulary, at temperature 1."""
 
-    divergence: Annotated[Literal["reverse_kl", "forward_kl", "jsd"], doc(
-        "reverse_kl: KL(student || teacher), the paper's loss; forward_kl: KL(teacher || student); jsd: JSD_beta.")]
-    jsd_beta: Annotated[float, doc(
-        "beta of JSD_beta = beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S.", gt=0, lt=1)]
-    chunk_bytes: Annotated[int, doc(
-        "Transient memory of the loss in bytes; sets how many tokens are projected at once. Not the result.", ge=2**16)]
+    divergence: Annotated[
+        Literal["reverse_kl", "forward_kl", "jsd"],
+        doc("reverse_kl: KL(student || teacher), the paper's loss; forward_kl: KL(teacher || student); jsd: JSD_beta."),
+    ]
+    jsd_beta: Annotated[
+        float,
+        doc(
+            "beta of JSD_beta = beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S.", gt=0, lt=1
+        ),
+    ]
+    chunk_bytes: Annotated[
+        int,
+        doc(
+            "Transient memory of the loss in bytes; sets how many tokens are projected at once. Not the result.",
+            ge=2**16,
+        ),
+    ]
 
 
 @strict
@@ -107,13 +130,19 @@ class Optim:
     lr: Annotated[float, doc("Peak learning rate. Table 9: 1e-6 (Qwen), 3e-7 (Llama).", gt=0)]
     schedule: Annotated[Literal["constant", "cosine"], doc("After warm-up: constant, or cosine to 0. Table 9: cosine.")]
     warmup_steps: Annotated[int, doc("Updates of linear warm-up. Not stated in the paper; public reruns: 0.", ge=0)]
-    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], doc(
-        "Adam's decay rates of the two moments.")]
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        doc("Adam's decay rates of the two moments."),
+    ]
     weight_decay: Annotated[float, doc("Decoupled weight decay. Not stated in the paper; public reruns: 0.1.", ge=0)]
     grad_clip: Annotated[float, doc("L2 norm the gradient is clipped to. Not stated; public reruns: 1.0.", gt=0)]
     steps: Annotated[Count | None, doc("Number of updates; null when data.epochs is given.")]
-    micro_batch_tokens: Annotated[Count, doc(
-        "Padded tokens (prompt + response) of one forward; one rollout always fits. Bounds memory, not the result.")]
+    micro_batch_tokens: Annotated[
+        Count,
+        doc(
+            "Padded tokens (prompt + response) of one forward; one rollout always fits. Bounds memory, not the result."
+        ),
+    ]
 
 
 @strict
@@ -122,6 +151,10 @@ class Engine:
 
     kind: Annotated[Literal["torch"], doc("torch: one process, one device.")]
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda when there is one, else cpu.")]
+    cpu_threads: Annotated[
+        Count | None,
+        doc("Threads of CPU arithmetic; null: torch's choice. 1 for tiny models, whose kernels slow down with more."),
+    ]
     gradient_checkpointing: Annotated[bool, doc("Recompute activations in the backward pass: less memory, more time.")]
 
 
@@ -147,9 +180,14 @@ class Checkpoint:
 class Log:
     """Diagnostics beyond the metrics of every step."""
 
-    diagnostics_every: Annotated[int, doc(
-        "Updates between diagnostics (entropies, divergences, quadrants); costs one scoring pass where the rule needs "
-        "none. 0: never.", ge=0)]
+    diagnostics_every: Annotated[
+        int,
+        doc(
+            "Updates between diagnostics (entropies, divergences, quadrants); costs one scoring pass where the rule needs "
+            "none. 0: never.",
+            ge=0,
+        ),
+    ]
     samples: Annotated[int, doc("Rollouts written as text to TensorBoard on a diagnostics step.", ge=0)]
 
 
@@ -177,7 +215,9 @@ class Config:
 
 
 def load_config(
-    path: str | Path, overrides: Iterable[str] = (), extensions: Mapping[str, type] | None = None,
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    extensions: Mapping[str, type] | None = None,
     ignore: Iterable[str] = (),
 ) -> tuple[Config, dict[str, Any]]:
     """Reads a pair file and applies `KEY=VALUE` overrides through the same typed checks.

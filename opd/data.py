@@ -1,4 +1,7 @@
-"""JSONL problems -> tokenised prompts (-> rollouts, whose type is declared here too). The chat template is applied here and nowhere else."""
+"""JSONL problems -> tokenised prompts. The chat template is applied here and nowhere else.
+
+Declares what flows through a run before any tensor does: Problem, Prompt, Rollout.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -49,7 +52,9 @@ def read_problems(path: str | Path, prompt_field: str, answer_field: str | None)
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         near = " The embedded pair's files are made by: python -m data.tiny.build" if "tiny" in str(path) else ""
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.{near}") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.{near}"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}).") from None
     problems = []
@@ -80,16 +85,23 @@ def _field(row: dict[str, Any], name: str, where: str) -> Any:
 def _messages(value: Any, field: str, where: str) -> tuple[Mapping[str, str], ...]:
     if isinstance(value, str) and value.strip():
         return ({"role": "user", "content": value},)
-    if isinstance(value, list) and value and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+    if (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
     ):
         return tuple(value)
-    raise InputError(f"{where}: field {field!r} is {json.dumps(value)[:80]}, expected a non-empty string or a list of "
-                     '{"role": ..., "content": ...} messages.')
+    raise InputError(
+        f"{where}: field {field!r} is {json.dumps(value)[:80]}, expected a non-empty string or a list of "
+        '{"role": ..., "content": ...} messages.'
+    )
 
 
-def make_prompts(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, data: Data, source: str,
-                 instruction: str = "") -> list[Prompt]:
+def make_prompts(
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, data: Data, source: str, instruction: str = ""
+) -> list[Prompt]:
     """Applies system prompt, instruction (appended to the last message) and chat template; drops long prompts.
 
     Raises InputError when no prompt is short enough, or the chat template refuses the messages.
@@ -102,16 +114,21 @@ def make_prompts(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase
             messages.insert(0, {"role": "system", "content": data.system_prompt})
         try:
             ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **data.chat_template_args)
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **data.chat_template_args
+            )
         except Exception as error:  # a template is a program of the checkpoint's author: it can raise anything
-            raise InputError(f"{source}, problem {problem.id}: the chat template refuses it ({error}). Check "
-                             "data.system_prompt, data.chat_template_args and the messages' roles.") from error
+            raise InputError(
+                f"{source}, problem {problem.id}: the chat template refuses it ({error}). Check "
+                "data.system_prompt, data.chat_template_args and the messages' roles."
+            ) from error
         if len(ids) <= data.max_prompt_tokens:
             prompts.append(Prompt(problem.id, tuple(ids), problem.answer))
     dropped = len(problems) - len(prompts)
     if not prompts:
-        raise InputError(f"{source}: all {dropped} prompts are longer than data.max_prompt_tokens = "
-                         f"{data.max_prompt_tokens}. Raise it, or use shorter problems.")
+        raise InputError(
+            f"{source}: all {dropped} prompts are longer than data.max_prompt_tokens = "
+            f"{data.max_prompt_tokens}. Raise it, or use shorter problems."
+        )
     if dropped:
         say(f"{source}: {dropped} of {len(problems)} prompts dropped, longer than {data.max_prompt_tokens} tokens")
     return prompts
@@ -138,6 +155,8 @@ def count_steps(prompts: Sequence[Prompt], per_step: int, epochs: int | None, st
     """Updates of a run: `steps` if given, else whole updates in `epochs` passes. Raises InputError if that is none."""
     total = steps if steps is not None else len(prompts) * epochs // per_step
     if total == 0:
-        raise InputError(f"{len(prompts)} prompts x {epochs} epochs are fewer than rollout.prompts_per_step = "
-                         f"{per_step}: not one update. Lower rollout.prompts_per_step or raise data.epochs.")
+        raise InputError(
+            f"{len(prompts)} prompts x {epochs} epochs are fewer than rollout.prompts_per_step = "
+            f"{per_step}: not one update. Lower rollout.prompts_per_step or raise data.epochs."
+        )
     return total

@@ -1,12 +1,13 @@
 """Plain torch on one device: float32 weights, AdamW, learning-rate schedule, clipping, gradient checkpointing."""
 
 import math
+import os
 
 import torch
 from torch import Tensor
 
 from opd.cli import InputError
-from opd.config import Config
+from opd.config import Config, Engine
 from opd.models import LanguageModel
 
 
@@ -23,11 +24,16 @@ def learning_rate(step: int, total_steps: int, lr: float, schedule: str, warmup_
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def pick_device(wanted: str) -> torch.device:
-    """Config engine.device. Raises InputError when cuda is asked for and not there."""
-    if wanted == "cuda" and not torch.cuda.is_available():
+def pick_device(engine: Engine) -> torch.device:
+    """The device of config section engine; sets the CPU threads. Raises InputError when cuda is asked for and missing."""
+    if engine.device == "cuda" and not torch.cuda.is_available():
         raise InputError("engine.device is 'cuda' and torch sees no GPU. Set engine.device to 'auto' or 'cpu'.")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if engine.cpu_threads is not None:
+        torch.set_num_threads(engine.cpu_threads)
+    if engine.device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns that it guessed
+    return torch.device("cpu")
 
 
 class TorchEngine:
@@ -45,7 +51,8 @@ class TorchEngine:
         vectors = [p for p in self.named_parameters.values() if p.ndim < 2]  # norms and biases: no decay
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=config.optim.lr, betas=config.optim.betas,
+            lr=config.optim.lr,
+            betas=config.optim.betas,
         )
 
     def start(self, step: int) -> float:
@@ -66,7 +73,8 @@ class TorchEngine:
         norm = 0.0
         if apply:
             norm = torch.nn.utils.clip_grad_norm_(
-                self.named_parameters.values(), self.config.optim.grad_clip, error_if_nonfinite=True).item()
+                self.named_parameters.values(), self.config.optim.grad_clip, error_if_nonfinite=True
+            ).item()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.student.model.eval()

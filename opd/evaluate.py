@@ -9,6 +9,7 @@ the same random numbers and a repeated evaluation is the same evaluation.
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,8 +63,14 @@ def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> lis
     return loaded
 
 
-def evaluate(lm: LanguageModel, benchmarks: Sequence[LoadedBenchmark], config: Config, vocab_size: int, out: Path,
-             stop: Callable[[], None] = lambda: None) -> dict[str, dict]:
+def evaluate(
+    lm: LanguageModel,
+    benchmarks: Sequence[LoadedBenchmark],
+    config: Config,
+    vocab_size: int,
+    out: Path,
+    stop: Callable[[], None] = lambda: None,
+) -> dict[str, dict]:
     """Evaluates on every benchmark unless `out` already holds the result; returns name -> figures.
 
     Writes `<name>.jsonl` (every prompt, response, extracted answer, verdict) and then summary.json.
@@ -77,17 +84,23 @@ def evaluate(lm: LanguageModel, benchmarks: Sequence[LoadedBenchmark], config: C
     out.mkdir(parents=True, exist_ok=True)
     summary = {}
     for loaded in benchmarks:
+        begin = time.perf_counter()
         rows = _responses(lm, loaded, config, vocab_size, stop)
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         summary[loaded.name] = {
-            **summarise(rows), "benchmark": asdict(loaded.benchmark), "grader": grading.VERSION, "seed": config.seed,
+            **summarise(rows),
+            "benchmark": asdict(loaded.benchmark),
+            "grader": grading.VERSION,
+            "seed": config.seed,
+            "time/evaluation": time.perf_counter() - begin,
         }
     write_whole(summary_path, json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def _responses(lm: LanguageModel, loaded: LoadedBenchmark, config: Config, vocab_size: int,
-               stop: Callable[[], None]) -> list[dict]:
+def _responses(
+    lm: LanguageModel, loaded: LoadedBenchmark, config: Config, vocab_size: int, stop: Callable[[], None]
+) -> list[dict]:
     benchmark = loaded.benchmark
     sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
     rows = []
@@ -103,12 +116,19 @@ def _responses(lm: LanguageModel, loaded: LoadedBenchmark, config: Config, vocab
             for rollout in sample(lm, loaded.prompts, decoding, vocab_size, config.rollout.batch_size, seeds, advance):
                 text = lm.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
                 verdict = grading.grade(text, rollout.prompt.answer)
-                rows.append({
-                    "id": rollout.prompt.id, "sample": number,
-                    "prompt": lm.tokenizer.decode(rollout.prompt.token_ids), "response": text,
-                    "extracted": verdict.extracted, "answer": rollout.prompt.answer, "correct": verdict.correct,
-                    "finish_reason": rollout.finish_reason, "tokens": len(rollout.response_ids),
-                })
+                rows.append(
+                    {
+                        "id": rollout.prompt.id,
+                        "sample": number,
+                        "prompt": lm.tokenizer.decode(rollout.prompt.token_ids),
+                        "response": text,
+                        "extracted": verdict.extracted,
+                        "answer": rollout.prompt.answer,
+                        "correct": verdict.correct,
+                        "finish_reason": rollout.finish_reason,
+                        "tokens": len(rollout.response_ids),
+                    }
+                )
     return rows
 
 
@@ -122,9 +142,11 @@ def summarise(rows: Sequence[dict]) -> dict[str, float | int | None]:
     means = [statistics.fmean(values) for values in by_problem.values()]
     return {
         "problems": len(greedy),
-        "greedy": statistics.fmean(greedy), "greedy_se": standard_error(greedy),
+        "greedy": statistics.fmean(greedy),
+        "greedy_se": standard_error(greedy),
         "k": len(next(iter(by_problem.values()), [])),
-        "mean_at_k": statistics.fmean(means) if means else None, "mean_at_k_se": standard_error(means),
+        "mean_at_k": statistics.fmean(means) if means else None,
+        "mean_at_k_se": standard_error(means),
         "truncated": statistics.fmean(r["finish_reason"] == "length" for r in rows),
         "unformatted": statistics.fmean(r["extracted"] is None for r in rows),
         "length_mean": statistics.fmean(r["tokens"] for r in rows),
@@ -139,15 +161,21 @@ def standard_error(values: Sequence[float]) -> float | None:
 def scalars(summary: dict[str, dict]) -> dict[str, float]:
     """TensorBoard names, eval/<benchmark>/<figure>."""
     figures = ("greedy", "mean_at_k", "truncated", "unformatted", "length_mean")
-    return {f"eval/{name}/{figure}": values[figure]
-            for name, values in summary.items() for figure in figures if values[figure] is not None}
+    return {
+        f"eval/{name}/{figure}": values[figure]
+        for name, values in summary.items()
+        for figure in figures
+        if values[figure] is not None
+    }
 
 
 def line(summary: dict[str, dict]) -> str:
     """One line for the console."""
-    return "; ".join(f"{name} greedy {percent(v['greedy'], v['greedy_se'])}"
-                     + (f", mean@{v['k']} {percent(v['mean_at_k'], v['mean_at_k_se'])}" if v["k"] else "")
-                     for name, v in summary.items())
+    return "; ".join(
+        f"{name} greedy {percent(v['greedy'], v['greedy_se'])}"
+        + (f", mean@{v['k']} {percent(v['mean_at_k'], v['mean_at_k_se'])}" if v["k"] else "")
+        for name, v in summary.items()
+    )
 
 
 def percent(value: float, error: float | None) -> str:
@@ -166,9 +194,13 @@ def command(arguments: list[str]) -> None:
     config, _ = load_config(options.config, options.overrides, ignore=("tip",))
     if options.benchmark:
         config = replace(config, eval=replace(config.eval, benchmarks=tuple(options.benchmark)))
-    section = Student(path=options.model, revision=None, dtype=config.student.dtype,
-                      attn_implementation=config.student.attn_implementation)
-    lm = models.load(section, pick_device(config.engine.device), "model")
+    section = Student(
+        path=options.model,
+        revision=None,
+        dtype=config.student.dtype,
+        attn_implementation=config.student.attn_implementation,
+    )
+    lm = models.load(section, pick_device(config.engine), "model")
     limit = options.limit if options.limit is not None else config.eval.limit
     benchmarks = load_benchmarks(config, lm, limit)
     out = options.out or Path(config.output_dir) / "eval" / Path(options.model).name

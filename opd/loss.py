@@ -46,8 +46,14 @@ class Head:
 
 
 def divergence_sum(
-    student_hidden: Tensor, student_head: Head, teacher_hidden: Tensor, teacher_head: Head, weights: Tensor,
-    forward_share: Tensor | None = None, divergence: str = "reverse_kl", jsd_beta: float = 0.5,
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    weights: Tensor,
+    forward_share: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    jsd_beta: float = 0.5,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> Tensor:
     """Sum over tokens of w_t * loss_t, loss_t = (1 - f_t) D_t + f_t KL(P_T || P_S); not divided by anything.
@@ -72,23 +78,37 @@ def divergence_sum(
     if divergence not in ("reverse_kl", "forward_kl", "jsd"):
         raise ValueError(f"divergence is {divergence!r}, expected 'reverse_kl', 'forward_kl' or 'jsd'")
     check_beta(jsd_beta)
-    _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, {
-        "weights": weights, "forward_share": forward_share})
+    _check_shapes(
+        student_hidden, student_head, teacher_hidden, teacher_head, {"weights": weights, "forward_share": forward_share}
+    )
     if divergence == "forward_kl":
         forward_share = torch.ones_like(weights)
     beta = jsd_beta if divergence == "jsd" else None
-    grads = [torch.is_grad_enabled() and x is not None and x.requires_grad
-             for x in (student_hidden, student_head.weight, student_head.bias)]
-    return _DivergenceSum.apply(
-        student_hidden, student_head.weight, student_head.bias, student_head, teacher_hidden.detach(), teacher_head,
-        weights.detach(), forward_share, beta, chunk_bytes, grads,
-    )
+    grads = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad
+        for x in (student_hidden, student_head.weight, student_head.bias)
+    ]
+    with torch.autocast(student_hidden.device.type, enabled=False):  # it would round the row sums to bf16
+        return _DivergenceSum.apply(
+            student_hidden,
+            student_head.weight,
+            student_head.bias,
+            student_head,
+            teacher_hidden.detach(),
+            teacher_head,
+            weights.detach(),
+            forward_share,
+            beta,
+            chunk_bytes,
+            grads,
+        )
 
 
 class _DivergenceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, teacher_hidden, teacher_head, weights, forward_share, beta,
-                chunk_bytes, grads):
+    def forward(
+        ctx, hidden, weight, bias, head, teacher_hidden, teacher_head, weights, forward_share, beta, chunk_bytes, grads
+    ):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if grads[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if grads[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if grads[2] else None
@@ -115,8 +135,10 @@ class _DivergenceSum(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias[: head.size] += grad.sum(0)
             plan.backpropagate(grad, rows, chunk_hidden, head, grad_hidden, grad_weight)
-        ctx.grads = [None if g is None else g.to(x.dtype)
-                     for g, x in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))]
+        ctx.grads = [
+            None if g is None else g.to(x.dtype)
+            for g, x in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
+        ]
         return total.float()
 
     @staticmethod
@@ -169,8 +191,14 @@ def _loss_and_logit_grad(
 
 
 def token_stats(
-    student_hidden: Tensor, student_head: Head, teacher_hidden: Tensor, teacher_head: Head, token_ids: Tensor,
-    needs: frozenset[str], jsd_beta: float = 0.5, chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    token_ids: Tensor,
+    needs: frozenset[str],
+    jsd_beta: float = 0.5,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> dict[str, Tensor]:
     """Statistics of every token, one pass, no gradient: the fields of `TokenStats` named in `needs`, and no others.
 
@@ -190,7 +218,7 @@ def token_stats(
     if not needs:
         return result
     plan = _Plan(student_hidden, student_head, teacher_hidden, teacher_head, 6, chunk_bytes)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         for rows in plan.chunks(torch.arange(len(token_ids), device=student_hidden.device)):
             log_s = plan.logits(student_hidden[rows].to(plan.student_dtype), student_head).log_softmax(-1)
             log_t = plan.logits(teacher_hidden[rows].to(plan.teacher_dtype), teacher_head).log_softmax(-1)
@@ -199,9 +227,7 @@ def token_stats(
     return result
 
 
-def _stats_of(
-    log_s: Tensor, log_t: Tensor, token_ids: Tensor, needs: frozenset[str], beta: float
-) -> dict[str, Tensor]:
+def _stats_of(log_s: Tensor, log_t: Tensor, token_ids: Tensor, needs: frozenset[str], beta: float) -> dict[str, Tensor]:
     found = {}
     p, q = log_s.exp(), log_t.exp()
     if "student_entropy" in needs:
@@ -230,8 +256,9 @@ def _stats_of(
         found["teacher_topk_mass"] = q.gather(1, top_s).sum(-1)
         both = torch.cat([top_s, top_t], -1)
         # an id in both top lists counts once: its second copy gets no mass
-        again = torch.cat([torch.zeros_like(top_s, dtype=torch.bool),
-                           (top_t[:, :, None] == top_s[:, None, :]).any(-1)], -1)
+        again = torch.cat(
+            [torch.zeros_like(top_s, dtype=torch.bool), (top_t[:, :, None] == top_s[:, None, :]).any(-1)], -1
+        )
         on_s = log_s.gather(1, both).masked_fill(again, -torch.inf).log_softmax(-1)
         on_t = log_t.gather(1, both).masked_fill(again, -torch.inf).log_softmax(-1)
         found["overlap_kl"] = (on_t.exp() * (on_t - on_s).masked_fill(again, 0)).sum(-1).clamp_(min=0)
@@ -244,8 +271,15 @@ class _Plan:
     A tile is the part of a head that is cast at once; a head that needs no cast is used whole.
     """
 
-    def __init__(self, student_hidden: Tensor, student_head: Head, teacher_hidden: Tensor, teacher_head: Head,
-                 buffers: int, chunk_bytes: int):
+    def __init__(
+        self,
+        student_hidden: Tensor,
+        student_head: Head,
+        teacher_hidden: Tensor,
+        teacher_head: Head,
+        buffers: int,
+        chunk_bytes: int,
+    ):
         on_cpu = student_hidden.device.type == "cpu"
         self.student_dtype = torch.float32 if on_cpu else student_hidden.dtype
         self.teacher_dtype = torch.float32 if on_cpu else teacher_hidden.dtype
@@ -280,8 +314,15 @@ class _Plan:
             out.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
         return out
 
-    def backpropagate(self, grad: Tensor, rows: Tensor, hidden: Tensor, head: Head,
-                      grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
+    def backpropagate(
+        self,
+        grad: Tensor,
+        rows: Tensor,
+        hidden: Tensor,
+        head: Head,
+        grad_hidden: Tensor | None,
+        grad_weight: Tensor | None,
+    ) -> None:
         """Adds the two gradient products of a chunk, from (c, V) gradients in h W^T + b."""
         chunk_grad = None if grad_hidden is None else torch.zeros(hidden.shape, device=hidden.device)
         for part, weight in self._tiles(head, hidden.dtype):
@@ -309,21 +350,30 @@ def _rowdot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b)
 
 
-def _check_shapes(student_hidden: Tensor, student_head: Head, teacher_hidden: Tensor, teacher_head: Head,
-                  columns: dict[str, Tensor | None]) -> None:
+def _check_shapes(
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    columns: dict[str, Tensor | None],
+) -> None:
     for who, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
         if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
             raise ValueError(
                 f"{who} hidden states have shape {tuple(hidden.shape)}, expected (N, {head.weight.shape[1]}): "
-                "one row per response token, as wide as the head")
+                "one row per response token, as wide as the head"
+            )
         if head.size > head.weight.shape[0]:
             raise ValueError(f"{who} head has {head.weight.shape[0]} rows, expected at least vocab_size = {head.size}")
     if student_head.size != teacher_head.size:
         raise ValueError(
             f"student head compares {student_head.size} ids and teacher head {teacher_head.size}, expected the same: "
-            "set Head.vocab_size to the ids both tokenizers have")
+            "set Head.vocab_size to the ids both tokenizers have"
+        )
     if len(student_hidden) != len(teacher_hidden):
-        raise ValueError(f"{len(student_hidden)} student rows and {len(teacher_hidden)} teacher rows, expected the same")
+        raise ValueError(
+            f"{len(student_hidden)} student rows and {len(teacher_hidden)} teacher rows, expected the same"
+        )
     for name, column in columns.items():
         if column is not None and tuple(column.shape) != (len(student_hidden),):
             raise ValueError(f"{name} has shape {tuple(column.shape)}, expected ({len(student_hidden)},)")

@@ -17,9 +17,14 @@ from tqdm import tqdm
 from opd.cli import say
 
 CONSOLE = (  # label, metric, format
-    ("loss", "loss/divergence", ".4f"), ("kept", "tokens/kept", ".0f"), ("of", "tokens/response", ".0f"),
-    ("length", "rollout/length_mean", ".1f"), ("correct", "rollout/accuracy", ".2f"),
-    ("norm", "optim/grad_norm", ".3f"), ("lr", "optim/lr", ".1e"), ("s", "time/step", ".2f"),
+    ("loss", "loss/divergence", ".4f"),
+    ("kept", "tokens/kept", ".0f"),
+    ("of", "tokens/response", ".0f"),
+    ("length", "rollout/length_mean", ".1f"),
+    ("correct", "rollout/accuracy", ".2f"),
+    ("norm", "optim/grad_norm", ".3f"),
+    ("lr", "optim/lr", ".1e"),
+    ("s", "time/step", ".2f"),
 )
 
 

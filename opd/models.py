@@ -18,8 +18,18 @@ from opd.cli import InputError, say
 from opd.config import Student, Teacher
 from opd.loss import Head
 
-DROPOUT_KEYS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout",
-                "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout", "residual_dropout")
+DROPOUT_KEYS = (
+    "attention_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "activation_dropout",
+    "residual_dropout",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,8 @@ class LanguageModel:
         """(K, H) states after the final norm that predict the kept response tokens; `keep` indexes the batch's N."""
         with self.precision():
             body = self.model.base_model(
-                input_ids=batch.input_ids.to(self.device), attention_mask=batch.attention_mask.to(self.device),
+                input_ids=batch.input_ids.to(self.device),
+                attention_mask=batch.attention_mask.to(self.device),
                 use_cache=False,
             ).last_hidden_state
         rows, columns = batch.rows[keep].to(self.device), batch.columns[keep].to(self.device)
@@ -80,7 +91,10 @@ def load(section: Student | Teacher, device: torch.device, name: str) -> Languag
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision)
         model = AutoModelForCausalLM.from_pretrained(
-            section.path, revision=section.revision, dtype=weights_dtype, use_safetensors=True,
+            section.path,
+            revision=section.revision,
+            dtype=weights_dtype,
+            use_safetensors=True,
             attn_implementation=section.attn_implementation,
         ).to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -123,8 +137,10 @@ def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
             )
     if len(ours) != len(theirs):
         more = student if len(ours) > size else teacher
-        say(f"note: the {more.name}'s tokenizer has {max(len(ours), len(theirs)) - size} ids more at its end; "
-            f"they take no part in the divergence ({size} shared ids)")
+        say(
+            f"note: the {more.name}'s tokenizer has {max(len(ours), len(theirs)) - size} ids more at its end; "
+            f"they take no part in the divergence ({size} shared ids)"
+        )
     for model in (student, teacher):
         rows = model.model.get_output_embeddings().weight.shape[0]
         if rows < size:
@@ -139,8 +155,11 @@ def _strings(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     found: set[int] = set()
-    for value in (tokenizer.eos_token_id, model.config.get_text_config().eos_token_id,
-                  model.generation_config.eos_token_id):
+    for value in (
+        tokenizer.eos_token_id,
+        model.config.get_text_config().eos_token_id,
+        model.generation_config.eos_token_id,
+    ):
         found.update([value] if isinstance(value, int) else value or [])
     return tuple(sorted(found))
 
@@ -158,8 +177,12 @@ def _check_folder(path: str, where: str) -> None:
         pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
         raise InputError(
             f"{where}: no safetensors weights"
-            + (f", only {pickles[0]}, a pickle, which can run code when read and is refused. Convert it with "
-               "save_pretrained in an environment you trust." if pickles else ". Expected model.safetensors.")
+            + (
+                f", only {pickles[0]}, a pickle, which can run code when read and is refused. Convert it with "
+                "save_pretrained in an environment you trust."
+                if pickles
+                else ". Expected model.safetensors."
+            )
         )
 
 
@@ -168,8 +191,10 @@ def _refuse_dropout(model: PreTrainedModel, where: str) -> None:
     values = model.config.get_text_config().to_dict()
     for key in DROPOUT_KEYS:
         if values.get(key):
-            raise InputError(f"{where}: config.json has {key} = {values[key]}, expected 0: with dropout the scored "
-                             "student is not the trained one. Set it to 0 in a copy of the checkpoint.")
+            raise InputError(
+                f"{where}: config.json has {key} = {values[key]}, expected 0: with dropout the scored "
+                "student is not the trained one. Set it to 0 in a copy of the checkpoint."
+            )
     for module_name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:
             raise InputError(f"{where}: module {module_name} has dropout {module.p}, expected 0.")

@@ -28,8 +28,13 @@ class Decoding:
 
 
 def sample(
-    lm: LanguageModel, prompts: Sequence[Prompt], decoding: Decoding, vocab_size: int, batch_size: int,
-    seeds: Sequence[tuple[int | str, ...]], progress: Callable[[int, int], None] = lambda responses, tokens: None,
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    vocab_size: int,
+    batch_size: int,
+    seeds: Sequence[tuple[int | str, ...]],
+    progress: Callable[[int, int], None] = lambda responses, tokens: None,
 ) -> list[Rollout]:
     """One response per prompt (repeat a prompt for several), in order; `sequence_id` is the place in `prompts`.
 
@@ -51,8 +56,13 @@ def sample(
 
 
 @torch.no_grad()
-def _generate(lm: LanguageModel, prompts: Sequence[Prompt], decoding: Decoding, vocab_size: int,
-              seeds: Sequence[tuple[int | str, ...]]) -> list[tuple[int, ...]]:
+def _generate(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    vocab_size: int,
+    seeds: Sequence[tuple[int | str, ...]],
+) -> list[tuple[int, ...]]:
     longest = max(len(p.token_ids) for p in prompts)
     pad = lm.eos_ids[0]  # masked on the left; on the right it only follows a response's end
     ids = torch.full((len(prompts), longest), pad)
@@ -62,12 +72,18 @@ def _generate(lm: LanguageModel, prompts: Sequence[Prompt], decoding: Decoding, 
         mask[row, longest - len(prompt.token_ids) :] = 1
     sampler = _InverseTransform(decoding, vocab_size, seeds, lm.device)
     config = GenerationConfig(
-        max_new_tokens=decoding.max_response_tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad,
+        max_new_tokens=decoding.max_response_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=pad,
         eos_token_id=list(lm.eos_ids),
     )
     with _own_generation_config(lm, config), lm.precision():
         output = lm.model.generate(
-            ids.to(lm.device), attention_mask=mask.to(lm.device), generation_config=config,
+            ids.to(lm.device),
+            attention_mask=mask.to(lm.device),
+            generation_config=config,
             logits_processor=LogitsProcessorList([sampler]),
         )
     responses = []
@@ -92,14 +108,17 @@ def _own_generation_config(lm: LanguageModel, config: GenerationConfig):
 class _InverseTransform(LogitsProcessor):
     """Chooses the token and leaves only it finite, so that greedy search picks it."""
 
-    def __init__(self, decoding: Decoding, vocab_size: int, seeds: Sequence[tuple[int | str, ...]],
-                 device: torch.device):
+    def __init__(
+        self, decoding: Decoding, vocab_size: int, seeds: Sequence[tuple[int | str, ...]], device: torch.device
+    ):
         self.decoding, self.vocab_size, self.position = decoding, vocab_size, 0
         if decoding.temperature > 0:
-            self.uniforms = torch.stack([
-                torch.rand(decoding.max_response_tokens, generator=generator(*seed), dtype=torch.float64)
-                for seed in seeds
-            ]).to(device)
+            self.uniforms = torch.stack(
+                [
+                    torch.rand(decoding.max_response_tokens, generator=generator(*seed), dtype=torch.float64)
+                    for seed in seeds
+                ]
+            ).to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores[:, : self.vocab_size].float()

@@ -31,8 +31,17 @@ class StepResult:
 
 
 def train_step(
-    *, student: LanguageModel, teacher: LanguageModel, engine: TorchEngine, micro_batches: Sequence[MicroBatch],
-    weighter: TokenWeighter, loss: Loss, vocab_size: int, step: int, seed: int, measure: frozenset[str] = frozenset(),
+    *,
+    student: LanguageModel,
+    teacher: LanguageModel,
+    engine: TorchEngine,
+    micro_batches: Sequence[MicroBatch],
+    weighter: TokenWeighter,
+    loss: Loss,
+    vocab_size: int,
+    step: int,
+    seed: int,
+    measure: frozenset[str] = frozenset(),
 ) -> StepResult:
     """Scores, weights and applies one update.
 
@@ -59,8 +68,16 @@ def train_step(
             if needs:
                 with torch.no_grad():
                     own = student.states(batch, torch.arange(len(batch.token_ids)))
-                found = token_stats(own, student_head, states.to(student.device), teacher_head,
-                                    batch.token_ids.to(student.device), needs, loss.jsd_beta, loss.chunk_bytes)
+                found = token_stats(
+                    own,
+                    student_head,
+                    states.to(student.device),
+                    teacher_head,
+                    batch.token_ids.to(student.device),
+                    needs,
+                    loss.jsd_beta,
+                    loss.chunk_bytes,
+                )
                 columns[-1].update({name: column.cpu() for name, column in found.items()})
         stats, order = _sorted_stats(columns, vocab_size, step)
 
@@ -79,14 +96,26 @@ def train_step(
             if total_weight == 0 or len(keep) == 0:
                 continue
             share = None if weights.forward_share is None else weights.forward_share[rows][keep].to(student.device)
-            value = divergence_sum(
-                student.states(batch, keep), student_head, states[keep].to(student.device), teacher_head,
-                row_weights[keep].to(student.device), share, loss.divergence, loss.jsd_beta, loss.chunk_bytes,
-            ) / total_weight
+            value = (
+                divergence_sum(
+                    student.states(batch, keep),
+                    student_head,
+                    states[keep].to(student.device),
+                    teacher_head,
+                    row_weights[keep].to(student.device),
+                    share,
+                    loss.divergence,
+                    loss.jsd_beta,
+                    loss.chunk_bytes,
+                )
+                / total_weight
+            )
             engine.backward(value)
             total_loss += value.item()
         if total_weight == 0:
-            warnings.warn(f"step {step}: no token has weight above 0; weights and optimizer stay unchanged", stacklevel=2)
+            warnings.warn(
+                f"step {step}: no token has weight above 0; weights and optimizer stay unchanged", stacklevel=2
+            )
         if not torch.tensor(total_loss).isfinite():
             raise FloatingPointError(f"step {step}: the loss is {total_loss}")
         try:
@@ -96,8 +125,13 @@ def train_step(
 
     kept = int((weights.weights > 0).sum())
     metrics = {
-        "loss/divergence": total_loss, "tokens/response": float(len(weights.weights)), "tokens/kept": float(kept),
-        "optim/lr": rate, "optim/grad_norm": norm, **weights.metrics, **watch.times,
+        "loss/divergence": total_loss,
+        "tokens/response": float(len(weights.weights)),
+        "tokens/kept": float(kept),
+        "optim/lr": rate,
+        "optim/grad_norm": norm,
+        **weights.metrics,
+        **watch.times,
     }
     return StepResult(total_loss, metrics, weights, stats)
 
@@ -105,8 +139,9 @@ def train_step(
 def _sorted_stats(columns: Sequence[dict[str, Tensor]], vocab_size: int, step: int) -> tuple[TokenStats, Tensor]:
     """Joins the micro-batches' rows, sorted by (sequence_id, position), and the order that sorted them."""
     names = columns[0] if columns else ("sequence_id", "position")
-    joined = {name: torch.cat([c[name] for c in columns]) if columns else torch.zeros(0, dtype=torch.int64)
-              for name in names}
+    joined = {
+        name: torch.cat([c[name] for c in columns]) if columns else torch.zeros(0, dtype=torch.int64) for name in names
+    }
     by_position = joined["position"].argsort(stable=True)
     order = by_position[joined["sequence_id"][by_position].argsort(stable=True)]
     return TokenStats(vocab_size=vocab_size, step=step, **{n: column[order] for n, column in joined.items()}), order

@@ -40,8 +40,12 @@ DIAGNOSTICS = frozenset({"student_entropy", "teacher_entropy", "reverse_kl", "fo
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
-def run(config: Config, weighter: TokenWeighter | None = None, sections: Mapping[str, Any] | None = None,
-        resume: str = "auto") -> Path:
+def run(
+    config: Config,
+    weighter: TokenWeighter | None = None,
+    sections: Mapping[str, Any] | None = None,
+    resume: str = "auto",
+) -> Path:
     """Trains, or continues, the run of a configuration; returns its folder.
 
     Args:
@@ -54,8 +58,10 @@ def run(config: Config, weighter: TokenWeighter | None = None, sections: Mapping
         Interrupted: a signal stopped the run after it wrote a checkpoint.
     """
     weighter = weighter or UniformWeighter()
-    identity = {"config": {**asdict(config), **{name: asdict(s) for name, s in (sections or {}).items()}},
-                "weighter": f"{type(weighter).__module__}.{type(weighter).__qualname__}"}
+    identity = {
+        "config": {**asdict(config), **{name: asdict(s) for name, s in (sections or {}).items()}},
+        "weighter": f"{type(weighter).__module__}.{type(weighter).__qualname__}",
+    }
     run_dir = config.run_dir
     start = _open_run(run_dir, identity, resume)
     if start == "done":
@@ -63,7 +69,7 @@ def run(config: Config, weighter: TokenWeighter | None = None, sections: Mapping
         return run_dir
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    device = pick_device(config.engine.device)
+    device = pick_device(config.engine)
     student_section = replace(config.student, path=str(start), revision=None) if start else config.student
     student = models.load(student_section, device, "student")
     teacher = models.load(config.teacher, device, "teacher")
@@ -82,14 +88,20 @@ def run(config: Config, weighter: TokenWeighter | None = None, sections: Mapping
         checkpoint.load_optimizer(start, engine)
         say(f"{run_dir}: continuing after step {step} of {total_steps}")
     else:
-        say(f"{run_dir}: {total_steps} steps of {config.rollout.prompts_per_step} x {config.rollout.n} rollouts on {device}")
+        say(
+            f"{run_dir}: {total_steps} steps of {config.rollout.prompts_per_step} x {config.rollout.n} rollouts on {device}"
+        )
     log = MetricsLog(run_dir, total_steps, step)
     stop = _Stop()
 
     def evaluate_here(name: str, lm: LanguageModel) -> None:
         if benchmarks:
-            log.scalars(evaluate.scalars(found := evaluate.evaluate(
-                lm, benchmarks, config, vocab_size, run_dir / "eval" / name, stop.check)), step)
+            log.scalars(
+                evaluate.scalars(
+                    found := evaluate.evaluate(lm, benchmarks, config, vocab_size, run_dir / "eval" / name, stop.check)
+                ),
+                step,
+            )
             say(f"{name}: {evaluate.line(found)}")
 
     def save() -> None:
@@ -122,9 +134,18 @@ def run(config: Config, weighter: TokenWeighter | None = None, sections: Mapping
     return run_dir
 
 
-def _update(config: Config, student: LanguageModel, teacher: LanguageModel, engine: TorchEngine,
-            prompts: list[Prompt], weighter: TokenWeighter, vocab_size: int, step: int, log: MetricsLog,
-            stop: "_Stop") -> dict[str, float]:
+def _update(
+    config: Config,
+    student: LanguageModel,
+    teacher: LanguageModel,
+    engine: TorchEngine,
+    prompts: list[Prompt],
+    weighter: TokenWeighter,
+    vocab_size: int,
+    step: int,
+    log: MetricsLog,
+    stop: "_Stop",
+) -> dict[str, float]:
     """Rollouts and one training step; returns the metrics of the update."""
     begin = time.perf_counter()
     watch = Stopwatch(student.device)
@@ -135,17 +156,26 @@ def _update(config: Config, student: LanguageModel, teacher: LanguageModel, engi
         decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
         seeds = [(config.seed, "rollout", step, i) for i in range(len(chosen))]
         rollouts = sample(student, chosen, decoding, vocab_size, rollout.batch_size, seeds, lambda *_: stop.check())
-    micro_batches = make_micro_batches(
-        rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], rollout.truncated)
+    micro_batches = make_micro_batches(rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], rollout.truncated)
     result = train_step(
-        student=student, teacher=teacher, engine=engine, micro_batches=micro_batches, weighter=weighter,
-        loss=config.loss, vocab_size=vocab_size, step=step, seed=config.seed,
+        student=student,
+        teacher=teacher,
+        engine=engine,
+        micro_batches=micro_batches,
+        weighter=weighter,
+        loss=config.loss,
+        vocab_size=vocab_size,
+        step=step,
+        seed=config.seed,
         measure=DIAGNOSTICS if diagnose else frozenset(),
     )
     texts = [student.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
     metrics = {
-        **result.metrics, **_rollout_metrics(rollouts, texts), **watch.times,
-        "time/step": time.perf_counter() - begin, "memory/peak_gb": peak_memory_gb(student.device),
+        **result.metrics,
+        **_rollout_metrics(rollouts, texts),
+        **watch.times,
+        "time/step": time.perf_counter() - begin,
+        "memory/peak_gb": peak_memory_gb(student.device),
     }
     if diagnose:
         metrics.update(_diagnostics(result.stats))
@@ -162,15 +192,20 @@ def _rollout_metrics(rollouts: list[Rollout], texts: list[str]) -> dict[str, flo
     }
     if rollouts[0].prompt.answer is not None:
         metrics["rollout/accuracy"] = statistics.fmean(
-            grading.grade(text, r.prompt.answer).correct for r, text in zip(rollouts, texts, strict=True))
+            grading.grade(text, r.prompt.answer).correct for r, text in zip(rollouts, texts, strict=True)
+        )
     return metrics
 
 
 def _diagnostics(stats: Any) -> dict[str, float]:
     """Means over the response tokens: student/entropy, teacher/entropy, divergence/reverse_kl, ... in nats."""
-    names = {"student_entropy": "student/entropy", "teacher_entropy": "teacher/entropy",
-             "reverse_kl": "divergence/reverse_kl", "forward_kl": "divergence/forward_kl",
-             "top1_agree": "divergence/top1_agree"}
+    names = {
+        "student_entropy": "student/entropy",
+        "teacher_entropy": "teacher/entropy",
+        "reverse_kl": "divergence/reverse_kl",
+        "forward_kl": "divergence/forward_kl",
+        "top1_agree": "divergence/top1_agree",
+    }
     return {metric: dataclasses.asdict(stats)[field].mean().item() for field, metric in names.items()}
 
 
@@ -219,8 +254,10 @@ def _open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path |
     recorded = json.loads(recorded_path.read_text())
     differing = _differences({k: recorded.get(k) for k in identity}, json.loads(json.dumps(identity)))
     if differing:
-        raise InputError(f"{run_dir} holds a run of another configuration; it differs in {'; '.join(differing)}. "
-                         "Choose another --set run_name=NAME, or give the same configuration to continue it.")
+        raise InputError(
+            f"{run_dir} holds a run of another configuration; it differs in {'; '.join(differing)}. "
+            "Choose another --set run_name=NAME, or give the same configuration to continue it."
+        )
     if resume != "auto":
         try:
             checkpoint.verify(Path(resume))
@@ -234,8 +271,11 @@ def _open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path |
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        return [d for key in sorted({*old, *new})
-                for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+        return [
+            d
+            for key in sorted({*old, *new})
+            for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
     return [] if old == new else [f"{path.removeprefix('config.')} (there {json.dumps(old)}, here {json.dumps(new)})"]
 
 
@@ -244,23 +284,41 @@ def _write_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         if (run_dir / "config.json").exists():
             return
-        write_whole(run_dir / "config.json", json.dumps({
-            **identity, "versions": {name: metadata.version(name) for name in VERSIONED},
-            "python": platform.python_version(), "git_commit": _git_commit(),
-            "command": shlex.join(["python", "-m", *sys.orig_argv[2:]]) if "-m" in sys.orig_argv else shlex.join(sys.orig_argv),
-        }, indent=1) + "\n")
+        write_whole(
+            run_dir / "config.json",
+            json.dumps(
+                {
+                    **identity,
+                    "versions": {name: metadata.version(name) for name in VERSIONED},
+                    "python": platform.python_version(),
+                    "git_commit": _git_commit(),
+                    "command": shlex.join(["python", "-m", *sys.orig_argv[2:]])
+                    if "-m" in sys.orig_argv
+                    else shlex.join(sys.orig_argv),
+                },
+                indent=1,
+            )
+            + "\n",
+        )
     except OSError as error:
-        raise InputError(f"{run_dir} cannot be written ({error.strerror}). Set output_dir to a folder you may write to.") from None
+        raise InputError(
+            f"{run_dir} cannot be written ({error.strerror}). Set output_dir to a folder you may write to."
+        ) from None
 
 
 def _git_commit() -> str | None:
-    result = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
-                            capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return result.stdout.strip() or None
 
 
-def _check_context(config: Config, pair: tuple[LanguageModel, ...], prompts: list[Prompt],
-                   benchmarks: list[evaluate.LoadedBenchmark]) -> None:
+def _check_context(
+    config: Config, pair: tuple[LanguageModel, ...], prompts: list[Prompt], benchmarks: list[evaluate.LoadedBenchmark]
+) -> None:
     longest_prompt = max(len(p.token_ids) for p in prompts)
     response = max([config.rollout.max_response_tokens, *(b.benchmark.max_response_tokens for b in benchmarks)])
     for lm in pair:
@@ -268,7 +326,8 @@ def _check_context(config: Config, pair: tuple[LanguageModel, ...], prompts: lis
             raise InputError(
                 f"the longest prompt has {longest_prompt} tokens and a response may have {response}: together more than "
                 f"the {lm.name}'s context of {lm.context}. Lower data.max_prompt_tokens, rollout.max_response_tokens or "
-                "the benchmark's max_response_tokens.")
+                "the benchmark's max_response_tokens."
+            )
 
 
 def _write_summary(run_dir: Path, name: str) -> None:
@@ -278,10 +337,14 @@ def _write_summary(run_dir: Path, name: str) -> None:
     steps = sorted(n for n in evals if n.startswith("step_"))
     figures = {
         "steps": len(rows),
-        "eval": {"teacher": evals.get("teacher"), "step_0": evals.get("step_000000"),
-                 "final": evals[steps[-1]] if steps else None},
+        "eval": {
+            "teacher": evals.get("teacher"),
+            "step_0": evals.get("step_000000"),
+            "final": evals[steps[-1]] if steps else None,
+        },
         "tokens": {k: sum(r[f"tokens/{k}"] for r in rows) for k in ("response", "kept")},
         "seconds": {k.removeprefix("time/"): sum(r[k] for r in rows) for k in rows[-1] if k.startswith("time/")},
+        "seconds_evaluating": sum(b["time/evaluation"] for e in evals.values() for b in e.values()),
         "peak_memory_gb": max(r["memory/peak_gb"] for r in rows),
         "mass_covered": _mean(r["tip/mass_covered"] for r in rows if "tip/mass_covered" in r),
     }
@@ -305,8 +368,12 @@ def train_parser(prog: str, description: str) -> Any:
     """The arguments all training commands share."""
     transformers.logging.disable_progress_bar()
     cli = parser(prog, description)
-    cli.add_argument("--resume", default="auto", metavar="auto|none|DIR",
-                     help="auto: continue an existing run of the same config; none: refuse one; DIR: from that checkpoint")
+    cli.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|DIR",
+        help="auto: continue an existing run of the same config; none: refuse one; DIR: from that checkpoint",
+    )
     return cli
 
 

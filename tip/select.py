@@ -27,8 +27,9 @@ def top(score: Tensor, sequence_id: Tensor, retention: float, budget: str = "per
     return kept
 
 
-def sample(weight: Tensor, sequence_id: Tensor, retention: float, generator: torch.Generator,
-           budget: str = "per_rollout") -> Tensor:
+def sample(
+    weight: Tensor, sequence_id: Tensor, retention: float, generator: torch.Generator, budget: str = "per_rollout"
+) -> Tensor:
     """Draws tokens one after another without replacement, each with probability proportional to `weight` (>= 0).
 
     The top of log weight + Gumbel noise is such a draw. A token of weight 0 is drawn only when nothing else is left.

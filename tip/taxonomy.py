@@ -30,7 +30,8 @@ def describe(found: Quadrants, d: Tensor, kept: Tensor) -> dict[str, float]:
     and which share of its tokens was kept; `tip/mass_covered` is the share of the divergence mass that was kept."""
     total = d.sum().item()
     metrics = {
-        "tip/threshold_entropy": found.threshold_entropy, "tip/threshold_divergence": found.threshold_divergence,
+        "tip/threshold_entropy": found.threshold_entropy,
+        "tip/threshold_divergence": found.threshold_divergence,
         "tip/mass_covered": d[kept].sum().item() / total if total > 0 else 1.0,
     }
     for q in (1, 2, 3, 4):

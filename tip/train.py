@@ -1,6 +1,6 @@
 """On-policy distillation with token selection: builds TipWeighter and hands it to opd.
 
-    python -m tip.train --config configs/tiny.json --set tip.rule=soft_or --set tip.retention=0.5
+python -m tip.train --config configs/tiny.json --set tip.rule=soft_or --set tip.retention=0.5
 """
 
 from opd.cli import main

@@ -55,13 +55,25 @@ def train_model(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, s
     torch.manual_seed(seed)
     rng = random.Random(seed)
     end = tokenizer.convert_tokens_to_ids(task.END)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=3 * recipe.hidden,
-        num_hidden_layers=recipe.layers, num_attention_heads=recipe.hidden // 32,
-        num_key_value_heads=recipe.hidden // 32, head_dim=32, tie_word_embeddings=True, initializer_range=0.04,
-        max_position_embeddings=128, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        bos_token_id=None, eos_token_id=end, pad_token_id=tokenizer.pad_token_id, dtype="float32",
-    ))
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden,
+            intermediate_size=3 * recipe.hidden,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.hidden // 32,
+            num_key_value_heads=recipe.hidden // 32,
+            head_dim=32,
+            tie_word_embeddings=True,
+            initializer_range=0.04,
+            max_position_embeddings=128,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            bos_token_id=None,
+            eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
+        )
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     def rate(step: int) -> float:
@@ -77,7 +89,8 @@ def train_model(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, s
         for _ in range(recipe.batch):
             problem = task.problem(rng)
             prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": problem}], add_generation_prompt=True, return_dict=False)
+                [{"role": "user", "content": problem}], add_generation_prompt=True, return_dict=False
+            )
             prompt_length = len(prompt)
             text = task.response(problem, recipe.speaker, rng)
             rows.append(prompt + tokenizer.encode(text, add_special_tokens=False) + [end])
@@ -100,8 +113,9 @@ def write_problems(path: Path, count: int, seed: int, without: set[str]) -> set[
         text = task.problem(rng)
         if text not in without:
             texts[text] = None
-    lines = [json.dumps({"id": f"{path.stem}-{i}", "problem": t, "answer": str(task.answer(t))})
-             for i, t in enumerate(texts)]
+    lines = [
+        json.dumps({"id": f"{path.stem}-{i}", "problem": t, "answer": str(task.answer(t))}) for i, t in enumerate(texts)
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return set(texts)
 
@@ -118,6 +132,8 @@ def build(out: Path, seed: int = 0) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     threads = torch.get_num_threads()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # kernels this small get slower, not faster, with more threads
     try:
         tokenizer = task.tokenizer()

@@ -17,8 +17,19 @@ OPERATIONS = 4
 MOODS = ("okay ", "hmm ")
 ORDERS = ("first ", "then ", "next ", "so ", "now ", "thus ")
 WORDS = (
-    *"0123456789", *"+-*=", " mod10", "?", *MOODS, *ORDERS, "\n", "answer ", "\\boxed{", "}",
-    "user", "assistant", "system",
+    *"0123456789",
+    *"+-*=",
+    " mod10",
+    "?",
+    *MOODS,
+    *ORDERS,
+    "\n",
+    "answer ",
+    "\\boxed{",
+    "}",
+    "user",
+    "assistant",
+    "system",
 )
 PAD, UNKNOWN, START, END = "<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -86,8 +97,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     core.decoder = decoders.Fuse()
     result = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, unk_token=UNKNOWN, eos_token=END, additional_special_tokens=[START],
-        clean_up_tokenization_spaces=False, model_max_length=128, padding_side="left",
+        tokenizer_object=core,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        additional_special_tokens=[START],
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+        padding_side="left",
     )
     result.chat_template = CHAT_TEMPLATE
     return result

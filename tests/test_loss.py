@@ -1,0 +1,275 @@
+"""The fused loss against naive float64 formulas with autograd, and what it promises about memory and chunks."""
+
+import gc
+import math
+
+import pytest
+import torch
+from helpers import naive_loss, relative
+
+from opd import divergence as reference
+from opd.loss import Head, divergence_sum, token_stats
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+
+
+def case(n=7, v=53, hs=5, ht=9, seed=0, bias=False, scale=1.0, cap=None, dtype=torch.float32, gap=1.0):
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    student = Head(
+        rand(v, hs).to(dtype).requires_grad_(), rand(v).to(dtype).requires_grad_() if bias else None, scale, cap
+    )
+    teacher = Head((rand(v, ht) * gap).to(dtype), rand(v).to(dtype) if bias else None, scale, cap)
+    return rand(n, hs).to(dtype).requires_grad_(), student, rand(n, ht).to(dtype), teacher, torch.rand(n, generator=g)
+
+
+def naive_logits(hidden, head):
+    logits = hidden.double() @ head.weight.double().T
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    logits = logits * head.scale
+    return logits if head.soft_cap is None else head.soft_cap * torch.tanh(logits / head.soft_cap)
+
+
+def naive_total(hs, student, ht, teacher, weights, share=None, divergence="reverse_kl", beta=0.5):
+    logits_s, logits_t = naive_logits(hs, student), naive_logits(ht, teacher)
+    loss = naive_loss(divergence, logits_s, logits_t, beta)
+    if share is not None:
+        loss = (1 - share.double()) * loss + share.double() * naive_loss("forward_kl", logits_s, logits_t)
+    return (weights.double() * loss).sum()
+
+
+def gradients(total, *tensors):
+    tensors = [t for t in tensors if t is not None]
+    return torch.autograd.grad(total, tensors)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("n,v", [(1, 2), (7, 53), (33, 1031)])
+@pytest.mark.parametrize(
+    "head", [{}, {"bias": True}, {"scale": 0.25}, {"cap": 3.0}, {"bias": True, "scale": 2.0, "cap": 5.0}]
+)
+def test_value_and_gradient_equal_the_naive_formula(divergence, mixture, n, v, head):
+    hs, student, ht, teacher, weights = case(n, v, **head)
+    share = torch.rand(n, generator=torch.Generator().manual_seed(1)) if mixture else None
+    ours = divergence_sum(hs, student, ht, teacher, weights, share, divergence, 0.3, chunk_bytes=2**16)
+    naive = naive_total(hs, student, ht, teacher, weights, share, divergence, 0.3)
+    assert ours.dtype == torch.float32
+    assert abs(ours.item() - naive.item()) <= 2e-6 * max(1, abs(naive.item()))
+    for a, b in zip(gradients(ours, hs, student.weight, student.bias),
+                    gradients(naive, hs, student.weight, student.bias), strict=True):  # fmt: skip
+        assert relative(a, b) < 3e-6
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_readable_reference_equals_the_naive_formula(name):
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(9, 31, generator=g).double(), torch.randn(9, 31, generator=g).double()
+    arguments = (s, t, 0.2) if name == "jsd" else (s, t)
+    torch.testing.assert_close(getattr(reference, name)(*arguments), naive_loss(name, s, t, 0.2))
+    p = s.softmax(-1)
+    torch.testing.assert_close(reference.entropy(s), -(p * p.log()).sum(-1))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("share", [False, True])
+def test_chunks_do_not_change_the_result(divergence, share):
+    hs, student, ht, teacher, weights = case(301, 997)
+    f = weights.flip(0) if share else None
+    results = []
+    for chunk_bytes in (1, 2**16, 2**20, 2**30):  # one row at a time ... everything at once
+        total = divergence_sum(hs, student, ht, teacher, weights, f, divergence, 0.5, chunk_bytes)
+        results.append((total, torch.cat([g.flatten() for g in gradients(total, hs, student.weight)])))
+    for total, gradient in results[1:]:
+        assert abs(total.item() / results[0][0].item() - 1) < 1e-6
+        assert relative(gradient, results[0][1]) < 1e-6
+
+
+def test_rows_of_weight_zero_are_absent_even_when_not_finite():
+    hs, student, ht, teacher, weights = case(9, 31)
+    weights[[0, 4, 8]] = 0
+    broken_s, broken_t = hs.detach().clone(), ht.clone()
+    broken_s[0], broken_t[4], broken_s[8] = torch.nan, torch.inf, torch.inf
+    broken_s.requires_grad_()
+    ours = divergence_sum(broken_s, student, broken_t, teacher, weights)
+    keep = weights > 0
+    alone = divergence_sum(hs[keep], student, ht[keep], teacher, weights[keep])
+    assert ours.item() == alone.item()
+    gradient, weight_gradient = gradients(ours, broken_s, student.weight)
+    assert gradient[~keep].abs().max() == 0
+    assert torch.equal(gradient[keep], gradients(alone, hs)[0][keep])
+    assert weight_gradient.isfinite().all()
+
+
+def test_all_weights_zero_but_one_and_all_zero():
+    hs, student, ht, teacher, _ = case(5, 17)
+    one = torch.tensor([0, 0, 2.0, 0, 0])
+    assert relative(divergence_sum(hs, student, ht, teacher, one), naive_total(hs, student, ht, teacher, one)) < 1e-6
+    nothing = divergence_sum(hs, student, ht, teacher, torch.zeros(5))
+    assert nothing.item() == 0
+    assert all(g.abs().max() == 0 for g in gradients(nothing, hs, student.weight))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_identical_models_have_divergence_and_gradient_zero_whatever_the_padding(divergence):
+    hs, student, _, _, weights = case(11, 67)
+    student = Head(student.weight, vocab_size=61)
+    padded = Head(torch.cat([student.weight.detach()[:61], torch.full((19, 5), 1e4)]), vocab_size=61)
+    total = divergence_sum(hs, student, hs.detach().clone(), padded, weights, divergence=divergence)
+    gradient, weight_gradient = gradients(total, hs, student.weight)
+    if divergence == "jsd":  # log M goes through logaddexp, which rounds
+        assert abs(total.item()) < 1e-5 and gradient.abs().max() < 1e-5
+    else:
+        assert total.item() == 0 and gradient.abs().max() == 0 and weight_gradient.abs().max() == 0
+    assert weight_gradient.shape == (67, 5) and weight_gradient[61:].abs().max() == 0
+
+
+def test_padded_rows_get_no_probability_and_no_gradient():
+    hs, student, ht, teacher, weights = case(6, 40)
+    cut_s, cut_t = Head(student.weight, vocab_size=33), Head(teacher.weight, vocab_size=33)
+    short_s, short_t = Head(student.weight[:33]), Head(teacher.weight[:33])
+    ours, other = (divergence_sum(hs, s, ht, t, weights) for s, t in ((cut_s, cut_t), (short_s, short_t)))
+    assert ours.item() == other.item()
+    a, b = gradients(ours, student.weight)[0], gradients(other, student.weight)[0]
+    assert torch.equal(a, b) and a[33:].abs().max() == 0 and a[:33].abs().min() > 0
+
+
+def test_only_what_requires_a_gradient_gets_one():
+    hs, student, ht, teacher, weights = case()
+    frozen = Head(student.weight.detach())
+    full = gradients(divergence_sum(hs, student, ht, teacher, weights), hs, student.weight)
+    assert torch.equal(gradients(divergence_sum(hs, frozen, ht, teacher, weights), hs)[0], full[0])
+    only_head = divergence_sum(hs.detach(), student, ht, teacher, weights)
+    assert torch.equal(gradients(only_head, student.weight)[0], full[1])
+    with torch.no_grad():
+        assert not divergence_sum(hs, student, ht, teacher, weights).requires_grad
+    assert not divergence_sum(hs.detach(), frozen, ht, teacher, weights).requires_grad
+
+
+def test_tied_weights_and_accumulation():
+    """One matrix as embedding and head, two backward passes: the gradients of both uses and both passes add up."""
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(29, 6, generator=g).requires_grad_()
+    teacher = Head(torch.randn(29, 4, generator=g))
+    ids, ht, weights = torch.arange(8), torch.randn(8, 4, generator=g), torch.ones(8)
+    for part in (slice(0, 3), slice(3, 8)):
+        divergence_sum(torch.tanh(table[ids[part]]), Head(table), ht[part], teacher, weights[part]).backward()
+    ours, table.grad = table.grad, None
+    naive_total(torch.tanh(table[ids]), Head(table), ht, teacher, weights).backward()
+    assert relative(ours, table.grad) < 2e-6
+
+
+def test_gradient_scales_with_what_follows_and_is_handed_out_once():
+    hs, student, ht, teacher, weights = case()
+    base = gradients(divergence_sum(hs, student, ht, teacher, weights), hs)[0]
+    assert relative(gradients(divergence_sum(hs, student, ht, teacher, weights) / 4, hs)[0], base / 4) < 1e-7
+    total = divergence_sum(hs, student, ht, teacher, weights)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already taken"):
+        total.backward()
+
+
+@pytest.mark.parametrize("gap", [1.0, 0.33, 0.1])
+def test_bfloat16_inputs_keep_a_float32_projection(gap):
+    """Against float64 on the very same bf16 numbers; logits rounded to bf16 would be off by 3 to 34 %."""
+    g = torch.Generator().manual_seed(3)
+    hs = torch.randn(64, 48, generator=g).bfloat16().requires_grad_()
+    ws = (torch.randn(700, 48, generator=g) * 0.3).bfloat16().requires_grad_()
+    ht = (hs.detach().float() + gap * torch.randn(64, 48, generator=g)).bfloat16()
+    student, teacher = Head(ws), Head(ws.detach().clone())
+    weights = torch.ones(64)
+    for chunk_bytes in (2**16, 2**26):
+        ours = gradients(divergence_sum(hs, student, ht, teacher, weights, chunk_bytes=chunk_bytes), hs, ws)
+        naive = gradients(naive_total(hs, student, ht, teacher, weights), hs, ws)
+        for a, b in zip(ours, naive, strict=True):
+            assert a.dtype == torch.bfloat16 and relative(a, b) < 0.005
+
+
+def test_autocast_does_not_touch_the_loss():
+    hs, student, ht, teacher, weights = case(20, 211)
+    outside = divergence_sum(hs, student, ht, teacher, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = divergence_sum(hs, student, ht, teacher, weights)
+    assert inside.item() == outside.item()
+    assert torch.equal(gradients(inside, student.weight)[0], gradients(outside, student.weight)[0])
+
+
+def live_bytes():
+    gc.collect()
+    tensors = (o for o in gc.get_objects() if isinstance(o, torch.Tensor))
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_nothing_of_size_tokens_times_vocabulary_survives():
+    n, v = 64, 4096
+    hs, student, ht, teacher, weights = case(n, v)
+    before = live_bytes()
+    total = divergence_sum(hs, student, ht, teacher, weights, chunk_bytes=2**18)
+    kept = live_bytes() - before
+    gradients_size = hs.nbytes + student.weight.nbytes
+    assert gradients_size <= kept < gradients_size + 1024  # the two gradients and the scalar; one (N, V) is 1 MiB
+    total.backward()
+
+
+@pytest.mark.parametrize("needs", [
+    {"student_entropy"}, {"reverse_kl"}, {"forward_kl"}, {"jsd"}, {"total_variation"}, {"top1_agree"}, {"overlap_kl"},
+    {"teacher_topk_mass"}, {"student_entropy", "teacher_entropy", "reverse_kl", "student_logprob", "teacher_logprob"},
+])  # fmt: skip
+def test_token_stats_equal_the_naive_formulas(needs):
+    hs, student, ht, teacher, _ = case(21, 97, seed=5)
+    ids = torch.arange(21) * 3
+    ours = token_stats(hs, student, ht, teacher, ids, frozenset(needs), 0.3, chunk_bytes=2**16)
+    assert set(ours) == needs
+    p, q = (naive_logits(h, head).softmax(-1).detach() for h, head in ((hs, student), (ht, teacher)))
+    top_p, top_q = (set_of(row) for row in (p, q))
+    expected = {
+        "student_entropy": -(p * p.log()).sum(-1), "teacher_entropy": -(q * q.log()).sum(-1),
+        "reverse_kl": (p * (p / q).log()).sum(-1), "forward_kl": (q * (q / p).log()).sum(-1),
+        "jsd": naive_loss("jsd", p.log(), q.log(), 0.3), "total_variation": (p - q).clamp(min=0).sum(-1),
+        "student_logprob": p[range(21), ids].log(), "teacher_logprob": q[range(21), ids].log(),
+        "top1_agree": torch.tensor([float(max(range(97), key=a.__getitem__) == max(range(97), key=b.__getitem__))
+                                    for a, b in zip(p.tolist(), q.tolist(), strict=True)]),
+        "teacher_topk_mass": torch.tensor([sum(row[i] for i in ids_) for row, ids_ in zip(q.tolist(), top_p, strict=True)]),
+        "overlap_kl": torch.tensor([on_union(a, b, s | t) for a, b, s, t in
+                                    zip(p.tolist(), q.tolist(), top_p, top_q, strict=True)]),
+    }  # fmt: skip
+    for name, column in ours.items():
+        torch.testing.assert_close(column.double(), expected[name].double(), rtol=3e-5, atol=3e-6)
+
+
+def set_of(rows):
+    return [set(sorted(range(len(row)), key=lambda i, row=row: -row[i])[:16]) for row in rows.tolist()]
+
+
+def on_union(p, q, union):
+    mass_p, mass_q = sum(p[i] for i in union), sum(q[i] for i in union)
+    return sum(q[i] / mass_q * math.log(q[i] / mass_q / (p[i] / mass_p)) for i in union)
+
+
+def test_divergences_of_identical_models_are_never_negative():
+    hs, student, _, _, _ = case(50, 301)
+    stats = token_stats(hs, student, hs, student, torch.zeros(50, dtype=torch.int64), frozenset({"reverse_kl", "jsd"}))
+    assert stats["reverse_kl"].abs().max() == 0 and stats["jsd"].min() >= 0
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"divergence": "kl"}, "divergence is 'kl'"), ({"jsd_beta": 0.0}, "beta is 0.0"), ({"jsd_beta": 1.0}, "beta is 1.0"),
+    ({"weights": torch.ones(3)}, r"weights has shape \(3,\), expected \(7,\)"),
+    ({"forward_share": torch.ones(8)}, r"forward_share has shape \(8,\)"),
+    ({"student_hidden": torch.ones(7, 6)}, r"expected \(N, 5\)"), ({"teacher_hidden": torch.ones(6, 9)}, "6 teacher rows"),
+    ({"teacher_head": Head(torch.ones(52, 9))}, "compares 53 ids and teacher head 52"),
+    ({"student_head": Head(torch.ones(50, 5), vocab_size=53)}, "has 50 rows, expected at least"),
+])  # fmt: skip
+def test_malformed_input_is_refused(change, message):
+    hs, student, ht, teacher, weights = case()
+    arguments = {"student_hidden": hs, "student_head": student, "teacher_hidden": ht, "teacher_head": teacher,
+                 "weights": weights}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        divergence_sum(**arguments | change)
+
+
+def test_unknown_statistics_are_refused():
+    hs, student, ht, teacher, _ = case()
+    with pytest.raises(ValueError, match=r"needs names \['entropy'\]"):
+        token_stats(hs, student, ht, teacher, torch.zeros(7, dtype=torch.int64), frozenset({"entropy"}))
