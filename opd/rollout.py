@@ -141,5 +141,7 @@ def quantile_token(probs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
         outside = ordered.cumsum(-1) - ordered >= top_p
         probs = probs.masked_fill(outside.gather(1, ids.argsort(-1)), 0)
     cumulative = probs.cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).clamp_(max=probs.shape[1] - 1)
+    total = cumulative[:, -1:]
+    # strictly below the total, so that rounding never chooses an id of probability 0 behind the last possible one
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)

@@ -89,7 +89,8 @@ def run(
         say(f"{run_dir}: continuing after step {step} of {total_steps}")
     else:
         say(
-            f"{run_dir}: {total_steps} steps of {config.rollout.prompts_per_step} x {config.rollout.n} rollouts on {device}"
+            f"{run_dir}: {total_steps} steps of {config.rollout.prompts_per_step} x {config.rollout.n} rollouts on {device}; "
+            f"{config.engine.kind} engine, {config.rollout.engine} rollouts, {config.teacher.mode} teacher"
         )
     log = MetricsLog(run_dir, total_steps, step)
     stop = _Stop()

@@ -17,7 +17,7 @@ def tiny_config(*overrides):
     return load_config("configs/tiny.json", overrides)[0]
 
 
-def random_lm(seed, *, hidden=32, layers=2, name="student", eos_ids=None, dtype=torch.float32, std=0.3, **changes):
+def random_lm(seed, *, hidden=32, layers=2, name="student", eos_ids=None, dtype=torch.float32, std=0.15, **changes):
     """A Qwen3 with random weights, large enough that distributions are not flat, and the embedded pair's tokenizer."""
     tokenizer = task.tokenizer()
     end = tokenizer.convert_tokens_to_ids(task.END)

@@ -1,0 +1,68 @@
+"""Micro-batches: token budget, shift, and what a cut response contributes."""
+
+import pytest
+import torch
+from helpers import random_lm, random_rollouts
+
+from opd.batch import counted_tokens, make_micro_batches, repeated_tail
+from opd.data import Prompt, Rollout
+
+
+def rollout(response, reason="length", i=0):
+    return Rollout(i, Prompt("p", (1, 2), "0"), tuple(response), reason)
+
+
+@pytest.mark.parametrize("text,tail", [
+    ("abcxyxyxy", 4), ("aaaa", 3), ("aaa", 2), ("aa", 0), ("abab", 0), ("ababab", 4), ("abcabcab", 0), ("abcabcabc", 6),
+    ("abcd", 0), ("", 0), ("xaaabaaabaaab", 8), ("zababababa", 7),
+])  # fmt: skip
+def test_repeated_tail_by_hand(text, tail):
+    assert repeated_tail([ord(c) for c in text]) == tail
+
+
+def test_repeated_tail_equals_brute_force_and_is_linear():
+    def brute(ids):
+        best = 0
+        for p in range(1, len(ids) // 3 + 1):
+            z = 0
+            while z + p < len(ids) and ids[-1 - z] == ids[-1 - z - p]:
+                z += 1
+            if z >= 2 * p:
+                best = max(best, z)
+        return best
+
+    g = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        ids = torch.randint(0, 2, (int(torch.randint(1, 20, (1,), generator=g)),), generator=g).tolist()
+        assert repeated_tail(ids) == brute(ids)
+    assert repeated_tail([1] * 100_000) == 99_999
+
+
+def test_what_a_cut_response_contributes():
+    loop = rollout([7, 8, 9, 8, 9, 8, 9])
+    assert [counted_tokens(loop, mode) for mode in ("keep", "drop", "mask_tail")] == [7, 0, 3]
+    ended = rollout([8, 9, 8, 9, 8, 9], "stop")
+    assert [counted_tokens(ended, mode) for mode in ("keep", "drop", "mask_tail")] == [6, 6, 6]
+    (batch,) = make_micro_batches([loop, rollout([5], "stop", 1)], 100, 0, "mask_tail")
+    assert batch.token_ids.tolist() == [7, 8, 9, 5]
+    (batch,) = make_micro_batches([loop, rollout([5], "stop", 1)], 100, 0, "drop")
+    assert batch.sequence_id.tolist() == [1]
+    assert make_micro_batches([loop], 100, 0, "drop") == []
+
+
+@pytest.mark.parametrize("budget", [1, 20, 33, 64, 1000])
+def test_every_response_token_is_in_exactly_one_micro_batch_within_the_budget(budget):
+    rollouts = random_rollouts(random_lm(1), count=15)
+    batches = make_micro_batches(rollouts, budget, 0, "keep")
+    seen = sorted(
+        (int(i), int(p), int(t))
+        for b in batches
+        for i, p, t in zip(b.sequence_id, b.position, b.token_ids, strict=True)
+    )
+    assert seen == sorted((r.sequence_id, t, token) for r in rollouts for t, token in enumerate(r.response_ids))
+    for b in batches:
+        assert b.input_ids.numel() <= budget or len(b.input_ids) == 1
+        assert torch.equal(b.input_ids[b.rows, b.columns + 1], b.token_ids)
+        assert b.attention_mask.sum() == sum(
+            len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts if r.sequence_id in b.sequence_id
+        )

@@ -1,0 +1,109 @@
+"""Sampling: the student's own distribution, reproducible from the seed, whatever the batch and the checkpoint's files."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import random_lm
+from transformers import GenerationConfig
+
+from opd.data import Prompt
+from opd.rollout import Decoding, quantile_token, sample
+from opd.seeds import generator
+
+FREE = Decoding(temperature=1.0, top_p=1.0, max_response_tokens=12)
+PROMPTS = [Prompt(str(i), tuple(range(3, 4 + i % 5)), "0") for i in range(9)]
+
+
+def draw(lm, prompts=PROMPTS, decoding=FREE, batch_size=4, seed=0, vocab_size=35):
+    return sample(lm, prompts, decoding, vocab_size, batch_size, [(seed, p.id) for p in prompts])
+
+
+def test_a_rollout_depends_on_its_seed_and_not_on_its_batch():
+    lm = random_lm(1, std=0.3)
+    base = draw(lm)
+    assert [r.sequence_id for r in base] == list(range(9)) and [r.prompt for r in base] == PROMPTS
+    for batch_size in (1, 2, 9, 100):
+        assert draw(lm, batch_size=batch_size) == base
+    assert [r.response_ids for r in draw(lm, PROMPTS[::-1])] == [r.response_ids for r in base[::-1]]
+    assert draw(lm, seed=1) != base
+
+
+def test_responses_stop_at_every_eos_id_and_keep_it():
+    lm = random_lm(1, std=0.3)
+    ends = (lm.eos_ids[0], 5, 9)
+    rollouts = draw(replace(lm, eos_ids=ends), PROMPTS * 6)
+    stopped = [r for r in rollouts if r.finish_reason == "stop"]
+    assert {r.response_ids[-1] for r in stopped} == set(ends)
+    assert all(not set(r.response_ids[:-1]) & set(ends) for r in rollouts)
+    cut = [r for r in rollouts if r.finish_reason == "length"]
+    assert cut and all(len(r.response_ids) == 12 and r.response_ids[-1] not in ends for r in cut)
+
+
+def test_cached_left_padded_generation_samples_from_the_uncached_model():
+    """Every sampled token is the quantile of its uniform in a plain forward pass over prompt and response."""
+    lm = random_lm(1, std=0.3)
+    for rollout in draw(lm, batch_size=9):
+        ids = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
+        with torch.no_grad():
+            logits = lm.model(input_ids=ids, use_cache=False).logits[0, :, :35]
+        uniforms = torch.rand(12, generator=generator(0, rollout.prompt.id), dtype=torch.float64)
+        probs = logits[len(rollout.prompt.token_ids) - 1 : -1].softmax(-1).double()
+        again = quantile_token(probs, uniforms[: len(probs)], 1.0)[:, 0]
+        assert again.tolist() == list(rollout.response_ids)
+
+
+def test_greedy_is_the_argmax():
+    lm = random_lm(1, std=0.3)
+    for rollout in draw(lm, decoding=Decoding(0.0, 1.0, 5)):
+        ids = list(rollout.prompt.token_ids)
+        for token in rollout.response_ids:
+            with torch.no_grad():
+                assert token == lm.model(input_ids=torch.tensor([ids])).logits[0, -1, :35].argmax()
+            ids.append(token)
+
+
+def test_the_checkpoints_generation_file_does_not_bend_the_distribution():
+    lm = random_lm(1, std=0.3)
+    base = draw(lm)
+    own = GenerationConfig(temperature=0.1, top_k=1, top_p=0.1, repetition_penalty=5.0, do_sample=True, max_length=3,
+                           bad_words_ids=[[7]], suppress_tokens=[3, 4], min_new_tokens=9)  # fmt: skip
+    lm.model.generation_config = own
+    assert draw(lm) == base
+    assert lm.model.generation_config is own  # put back, to be saved with the student
+
+
+def test_padded_vocabulary_rows_are_never_sampled():
+    lm = random_lm(1, vocab_size=64, std=0.3)
+    assert all(max(r.response_ids) < 35 for r in draw(lm, PROMPTS * 4))
+
+
+def test_inverse_transform_has_the_right_frequencies():
+    probs = torch.tensor([[0.5, 0.0, 0.3, 0.2]], dtype=torch.float64)
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    tokens = quantile_token(probs.expand(1000, 4), grid, 1.0)[:, 0]
+    assert torch.bincount(tokens, minlength=4).tolist() == [500, 0, 300, 200]
+    # nucleus of 0.6: tokens 0 and 2, renormalised to 5/8 and 3/8
+    tokens = quantile_token(probs.expand(1000, 4), grid, 0.6)[:, 0]
+    assert torch.bincount(tokens, minlength=4).tolist() == [625, 0, 375, 0]
+    assert set(quantile_token(probs.expand(1000, 4), grid, 0.5)[:, 0].tolist()) == {0}
+    assert quantile_token(probs, torch.tensor([0.0], dtype=torch.float64), 1.0).item() == 0
+    assert (
+        quantile_token(torch.tensor([[0.0, 1.0, 0.0]]).double(), torch.tensor([1.0], dtype=torch.float64), 1.0).item()
+        == 1
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_first_token_frequencies_follow_the_student(temperature):
+    lm = random_lm(4, std=0.1)
+    prompts = [Prompt(str(i), (3, 4), "0") for i in range(4000)]
+    decoding = Decoding(temperature, 1.0, 1)
+    counts = torch.bincount(
+        torch.tensor([r.response_ids[0] for r in draw(lm, prompts, decoding, batch_size=1000)]), minlength=35)  # fmt: skip
+    with torch.no_grad():
+        p = (lm.model(input_ids=torch.tensor([[3, 4]])).logits[0, -1] / temperature).softmax(-1).double()
+    chi_squared = ((counts - 4000 * p) ** 2 / (4000 * p))[4000 * p > 5].sum().item()
+    cells = int((4000 * p > 5).sum())
+    assert chi_squared < cells + 4 * math.sqrt(2 * cells)

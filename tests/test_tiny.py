@@ -1,0 +1,87 @@
+"""The embedded pair: its task, its tokenizer, and that it is built once and the same."""
+
+import json
+import random
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from data.tiny import build, task
+from opd.grading import grade
+
+
+def test_answers_by_hand():
+    # left to right, not by precedence: ((8*6-5)-2)-3 -> 8, 3, 1, 8
+    assert task.answer("8*6-5-2-3 mod10?") == 8
+    assert task.answer("2+3*4-9+0 mod10?") == 1  # 5, 20 -> 0, -9 -> 1, 1
+    assert task.answer("0-1+0*7-7 mod10?") == 6  # 9, 9, 63 -> 3, -4 -> 6
+
+
+def test_the_teachers_text_is_right_and_the_students_is_wrong_in_two_ways():
+    rng = random.Random(0)
+    misconceptions = careless = subtractions = 0
+    for _ in range(2000):
+        text = task.problem(rng)
+        assert grade(task.response(text, task.TEACHER, rng), str(task.answer(text))).correct
+        for line in task.response(text, task.STUDENT, rng).splitlines()[:-1]:
+            a, operator, b, result = line[-5], line[-4], line[-3], line[-1]
+            right = str(task.apply(int(a), operator, int(b)))
+            if operator == "*" and b >= "6":
+                assert result == str((int(right) + 1) % 10)
+                misconceptions += 1
+            elif operator == "-" and b > a:
+                subtractions += 1
+                careless += result != right
+            else:
+                assert result == right
+    assert misconceptions > 500 and 0.45 < careless / subtractions < 0.51  # reversed and right coincide when b - a = 5
+
+
+def test_the_tokenizer_is_exact_both_ways():
+    tokenizer, rng = task.tokenizer(), random.Random(1)
+    assert len(tokenizer) == 35
+    for _ in range(200):
+        text = task.problem(rng)
+        response = task.response(text, task.STUDENT, rng)
+        for piece, length in ((text, 11), (response, 36)):
+            ids = tokenizer.encode(piece, add_special_tokens=False)
+            assert len(ids) == length and tokenizer.decode(ids) == piece and tokenizer.unk_token_id not in ids
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
+    assert len(prompt) == 19 and tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+
+
+def test_the_folder_is_a_pair_of_plain_checkpoints(tiny_pair):
+    for name, layers, hidden in (("teacher", 3, 96), ("student", 2, 64)):
+        config = AutoConfig.from_pretrained(tiny_pair / name)
+        assert (config.num_hidden_layers, config.hidden_size, config.head_dim, config.vocab_size) == (
+            layers,
+            hidden,
+            32,
+            35,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(tiny_pair / name)
+        assert tokenizer.get_vocab() == task.tokenizer().get_vocab() and tokenizer.chat_template == task.CHAT_TEMPLATE
+    train, test = (
+        [json.loads(line) for line in (tiny_pair / f"{n}.jsonl").read_text().splitlines()] for n in ("train", "test")
+    )
+    assert len(train) == 8192 and len(test) == 512
+    assert not {r["problem"] for r in train} & {r["problem"] for r in test}
+    assert all(r["answer"] == str(task.answer(r["problem"])) for r in train + test)
+
+
+def test_building_is_deterministic_and_happens_once(monkeypatch, tmp_path):
+    short = {"steps": 3, "batch": 4}
+    for name in ("TEACHER", "STUDENT"):
+        monkeypatch.setattr(build, name, build.Recipe(**{**vars(getattr(build, name)), **short}))
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        build.build(folder)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert files and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    stamp = (tmp_path / "a" / "recipe.json").stat().st_mtime_ns
+    build.build(tmp_path / "a")
+    assert (tmp_path / "a" / "recipe.json").stat().st_mtime_ns == stamp
+    build.build(tmp_path / "a", seed=1)  # another recipe: rebuilt
+    assert (tmp_path / "a" / "recipe.json").stat().st_mtime_ns != stamp
+    assert not list(tmp_path.glob(".*")) and torch.get_num_threads() == 1
