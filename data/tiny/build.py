@@ -127,7 +127,7 @@ def build(out: Path, seed: int = 0) -> Path:
     if recorded.exists() and json.loads(recorded.read_text())["fingerprint"] == mark:
         say(f"embedded pair: {out} is current")
         return out
-    say(f"embedded pair: training teacher and student into {out} (about two minutes of one core)")
+    say(f"embedded pair: training teacher and student into {out} (one to two minutes of one core)")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
