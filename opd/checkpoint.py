@@ -12,9 +12,10 @@ import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from opd.cli import say
+from opd.cli import RunError, say
 from opd.engine import TorchEngine
 from opd.metrics import write_whole
 from opd.models import LanguageModel
@@ -23,7 +24,7 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written, or is damaged."""
+    """A checkpoint is damaged or incomplete."""
 
 
 def folder(run_dir: Path, step: int) -> Path:
@@ -33,18 +34,18 @@ def folder(run_dir: Path, step: int) -> Path:
 def save(run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, keep: int) -> Path:
     """Writes the checkpoint of update `step`, points `latest` at it, and removes all but the newest `keep`.
 
-    Raises CheckpointError, with the earlier checkpoints untouched, when there is no room or a write fails.
+    Raises RunError, with the earlier checkpoints untouched, when there is no room or a write fails.
     """
     final = folder(run_dir, step)
     temporary = final.with_name(f".{final.name}.tmp")
     optimizer = {name: value.detach().cpu().contiguous() for name, value in engine.state().items()}
     needed = sum(v.nbytes for v in optimizer.values()) + sum(p.nbytes for p in student.model.parameters())
     final.parent.mkdir(parents=True, exist_ok=True)
-    for old in final.parent.glob(".*"):
-        shutil.rmtree(old)
+    for leftover in final.parent.glob(".step_*"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover)
     free = shutil.disk_usage(final.parent).free
     if free < needed * 1.05:
-        raise CheckpointError(
+        raise RunError(
             f"no room for the checkpoint of step {step}: it takes {needed / 2**30:.2f} GiB and {final.parent} has "
             f"{free / 2**30:.2f} GiB free. Earlier checkpoints are intact; make room and start the same command again."
         )
@@ -62,14 +63,19 @@ def save(run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, 
         os.replace(temporary, final)
         _flush(final.parent)
         write_whole(final.parent / "latest", final.name + "\n")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
+        raise RunError(
             f"the checkpoint of step {step} could not be written ({error}). Earlier checkpoints are intact; "
             "mend the cause and start the same command again."
         ) from error
-    for old in _all(run_dir)[:-keep]:
+    steps = [p for p in _all(run_dir) if _step(p) <= step]
+    for old in steps[:-keep]:
         shutil.rmtree(old)
+    for abandoned in set(_all(run_dir)) - set(
+        steps
+    ):  # damaged ones that were passed over, or the future of --resume DIR
+        shutil.rmtree(abandoned)
     return final
 
 
@@ -103,7 +109,12 @@ def load_optimizer(checkpoint: Path, engine: TorchEngine) -> None:
 
 
 def _all(run_dir: Path) -> list[Path]:
-    return sorted(p for p in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
+    found = (p for p in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,10 @@ class InputError(Exception):
     """The user's input is wrong. The text says what, what was got, what was expected and what to do; exit code 2."""
 
 
+class RunError(Exception):
+    """The run cannot go on, for no fault of its configuration. One clear message; exit code 1."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop and the work is safely on disk; exit code 128 + `signum`."""
 
@@ -30,6 +34,9 @@ def main(command: Callable[[list[str]], None]) -> None:
     except InputError as error:
         say(f"error: {error}")
         sys.exit(2)
+    except RunError as error:
+        say(f"error: {error}")
+        sys.exit(1)
     except Interrupted as stop:
         say(str(stop))
         sys.exit(128 + stop.signum)

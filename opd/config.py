@@ -165,6 +165,10 @@ class Eval:
     benchmarks: Annotated[tuple[Text, ...], doc("Names of configs/benchmarks/NAME.json, or paths of such files.")]
     k: Annotated[int, doc("Samples per problem for mean@k; 0: greedy decoding only. Paper: 16.", ge=0)]
     every: Annotated[int, doc("Evaluate every so many updates as well; 0: only before and after.", ge=0)]
+    reverse_kl: Annotated[
+        bool,
+        doc("Also measure KL(student || teacher) on the sampled responses, nats per token; one pass of both models."),
+    ]
     limit: Annotated[Count | None, doc("Only the first problems of each benchmark; null: all.")]
 
 

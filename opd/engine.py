@@ -69,12 +69,15 @@ class TorchEngine:
         loss.backward()
 
     def finish(self, apply: bool) -> float:
-        """Clips and steps; returns the norm of the whole gradient before clipping. `apply` False changes nothing."""
+        """Clips and steps; returns the norm of the whole gradient before clipping. `apply` False changes nothing.
+
+        Raises FloatingPointError, with weights and moments unchanged, when the norm is not finite.
+        """
         norm = 0.0
         if apply:
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.named_parameters.values(), self.config.optim.grad_clip, error_if_nonfinite=True
-            ).item()
+            norm = torch.nn.utils.clip_grad_norm_(self.named_parameters.values(), self.config.optim.grad_clip).item()
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the norm of the gradient is {norm}")
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.student.model.eval()

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Annotated
 
 from opd import grading, models
+from opd.batch import make_micro_batches
 from opd.cli import InputError, main, parser, say
 from opd.config import ROOT, Config, Count, Student, Text, build, doc, load_config, read_json_object, strict
-from opd.data import Prompt, make_prompts, read_problems
+from opd.data import Prompt, Rollout, make_prompts, read_problems
 from opd.engine import pick_device
 from opd.metrics import Progress, write_whole
 from opd.models import LanguageModel
 from opd.rollout import Decoding, sample
+from opd.step import pair_stats
 
 GREEDY = -1  # sample number of the greedy response in the files
 
@@ -58,6 +60,12 @@ def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> lis
             raise InputError(f"eval.benchmarks: no benchmark {entry!r}; there are {known}, or give the path of a file.")
         benchmark = build(Benchmark, read_json_object(path), str(path))
         problems = read_problems(benchmark.file, benchmark.prompt_field, benchmark.answer_field)[:limit]
+        ids = [problem.id for problem in problems]
+        if len(set(ids)) < len(ids):
+            twice = next(i for i in ids if ids.count(i) > 1)
+            raise InputError(
+                f"{benchmark.file}: the id {twice!r} stands twice. Give every problem of a benchmark its own."
+            )
         prompts = make_prompts(problems, lm.tokenizer, config.data, benchmark.file, benchmark.instruction)
         loaded.append(LoadedBenchmark(path.stem, benchmark, prompts))
     return loaded
@@ -65,6 +73,7 @@ def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> lis
 
 def evaluate(
     lm: LanguageModel,
+    teacher: LanguageModel | None,
     benchmarks: Sequence[LoadedBenchmark],
     config: Config,
     vocab_size: int,
@@ -76,7 +85,8 @@ def evaluate(
     Writes `<name>.jsonl` (every prompt, response, extracted answer, verdict) and then summary.json.
 
     Args:
-        stop: called between batches; may raise to leave early.
+        teacher: for eval.reverse_kl; None, or the evaluated model itself: not measured.
+        stop: called while responses are generated; may raise to leave early.
     """
     summary_path = out / "summary.json"
     if summary_path.exists():
@@ -85,7 +95,11 @@ def evaluate(
     summary = {}
     for loaded in benchmarks:
         begin = time.perf_counter()
-        rows = _responses(lm, loaded, config, vocab_size, stop)
+        rollouts = _responses(lm, loaded, config, vocab_size, stop)
+        rows = [_row(lm, number, rollout) for number, rollout in rollouts]
+        if config.eval.reverse_kl and teacher is not None and teacher is not lm:
+            columns = _reverse_kl(lm, teacher, [r for _, r in rollouts], config, vocab_size, stop)
+            rows = [{**row, "reverse_kl": value} for row, value in zip(rows, columns, strict=True)]
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         summary[loaded.name] = {
             **summarise(rows),
@@ -100,10 +114,11 @@ def evaluate(
 
 def _responses(
     lm: LanguageModel, loaded: LoadedBenchmark, config: Config, vocab_size: int, stop: Callable[[], None]
-) -> list[dict]:
+) -> list[tuple[int, Rollout]]:
+    """(sample number, response) of every problem: the greedy ones, then k rounds of sampled ones."""
     benchmark = loaded.benchmark
     sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
-    rows = []
+    found = []
     with Progress(f"{lm.name} on {loaded.name}", len(loaded.prompts) * (1 + config.eval.k)) as progress:
 
         def advance(responses: int, tokens: int) -> None:
@@ -113,33 +128,59 @@ def _responses(
         for number in (GREEDY, *range(config.eval.k)):
             decoding = replace(sampled, temperature=0.0, top_p=1.0) if number == GREEDY else sampled
             seeds = [(config.seed, "eval", loaded.name, p.id, number) for p in loaded.prompts]
-            for rollout in sample(lm, loaded.prompts, decoding, vocab_size, config.rollout.batch_size, seeds, advance):
-                text = lm.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-                verdict = grading.grade(text, rollout.prompt.answer)
-                rows.append(
-                    {
-                        "id": rollout.prompt.id,
-                        "sample": number,
-                        "prompt": lm.tokenizer.decode(rollout.prompt.token_ids),
-                        "response": text,
-                        "extracted": verdict.extracted,
-                        "answer": rollout.prompt.answer,
-                        "correct": verdict.correct,
-                        "finish_reason": rollout.finish_reason,
-                        "tokens": len(rollout.response_ids),
-                    }
-                )
-    return rows
+            rollouts = sample(lm, loaded.prompts, decoding, vocab_size, config.rollout.batch_size, seeds, advance)
+            found += [(number, rollout) for rollout in rollouts]
+    return found
+
+
+def _row(lm: LanguageModel, number: int, rollout: Rollout) -> dict:
+    text = lm.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+    verdict = grading.grade(text, rollout.prompt.answer)
+    return {
+        "id": rollout.prompt.id,
+        "sample": number,
+        "prompt": lm.tokenizer.decode(rollout.prompt.token_ids),
+        "response": text,
+        "extracted": verdict.extracted,
+        "answer": rollout.prompt.answer,
+        "correct": verdict.correct,
+        "finish_reason": rollout.finish_reason,
+        "tokens": len(rollout.response_ids),
+    }
+
+
+def _reverse_kl(
+    lm: LanguageModel,
+    teacher: LanguageModel,
+    rollouts: Sequence[Rollout],
+    config: Config,
+    vocab_size: int,
+    stop: Callable[[], None],
+) -> list[float]:
+    """Mean KL(student || teacher) over the tokens of each response, nats."""
+    numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts)]
+    sums = [0.0] * len(rollouts)
+    for batch in make_micro_batches(numbered, config.optim.micro_batch_tokens, lm.eos_ids[0], "keep"):
+        values = pair_stats(lm, teacher, batch, vocab_size, config.loss, frozenset({"reverse_kl"}))["reverse_kl"]
+        for i, value in zip(batch.sequence_id.tolist(), values.tolist(), strict=True):
+            sums[i] += value
+        stop()
+    return [total / len(rollout.response_ids) for total, rollout in zip(sums, rollouts, strict=True)]
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, float | int | None]:
-    """Greedy accuracy and mean@k with standard errors over problems, in [0, 1]; shares over all responses."""
+    """Greedy accuracy and mean@k with standard errors over problems, in [0, 1]; shares over all responses.
+
+    `reverse_kl` is the mean over the tokens of the sampled responses (of the greedy ones when k is 0), nats; None where
+    it was not measured.
+    """
     greedy = [float(r["correct"]) for r in rows if r["sample"] == GREEDY]
     by_problem: dict[str, list[float]] = {}
     for row in rows:
         if row["sample"] != GREEDY:
             by_problem.setdefault(row["id"], []).append(float(row["correct"]))
     means = [statistics.fmean(values) for values in by_problem.values()]
+    scored = [r for r in rows if "reverse_kl" in r and (r["sample"] != GREEDY) == bool(means)]
     return {
         "problems": len(greedy),
         "greedy": statistics.fmean(greedy),
@@ -147,6 +188,9 @@ def summarise(rows: Sequence[dict]) -> dict[str, float | int | None]:
         "k": len(next(iter(by_problem.values()), [])),
         "mean_at_k": statistics.fmean(means) if means else None,
         "mean_at_k_se": standard_error(means),
+        "reverse_kl": sum(r["reverse_kl"] * r["tokens"] for r in scored) / sum(r["tokens"] for r in scored)
+        if scored
+        else None,
         "truncated": statistics.fmean(r["finish_reason"] == "length" for r in rows),
         "unformatted": statistics.fmean(r["extracted"] is None for r in rows),
         "length_mean": statistics.fmean(r["tokens"] for r in rows),
@@ -158,11 +202,11 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
-def scalars(summary: dict[str, dict]) -> dict[str, float]:
-    """TensorBoard names, eval/<benchmark>/<figure>."""
-    figures = ("greedy", "mean_at_k", "truncated", "unformatted", "length_mean")
+def scalars(summary: dict[str, dict], prefix: str) -> dict[str, float]:
+    """TensorBoard names, <prefix>/<benchmark>/<figure>."""
+    figures = ("greedy", "mean_at_k", "reverse_kl", "truncated", "unformatted", "length_mean")
     return {
-        f"eval/{name}/{figure}": values[figure]
+        f"{prefix}/{name}/{figure}": values[figure]
         for name, values in summary.items()
         for figure in figures
         if values[figure] is not None
@@ -174,6 +218,7 @@ def line(summary: dict[str, dict]) -> str:
     return "; ".join(
         f"{name} greedy {percent(v['greedy'], v['greedy_se'])}"
         + (f", mean@{v['k']} {percent(v['mean_at_k'], v['mean_at_k_se'])}" if v["k"] else "")
+        + (f", reverse KL {v['reverse_kl']:.4f}" if v["reverse_kl"] is not None else "")
         for name, v in summary.items()
     )
 
@@ -205,7 +250,11 @@ def command(arguments: list[str]) -> None:
     benchmarks = load_benchmarks(config, lm, limit)
     out = options.out or Path(config.output_dir) / "eval" / Path(options.model).name
     (out / "summary.json").unlink(missing_ok=True)  # asked for again: measured again
-    summary = evaluate(lm, benchmarks, config, len(lm.tokenizer), out)
+    teacher, vocab_size = None, len(lm.tokenizer)
+    if config.eval.reverse_kl:
+        teacher = models.load(config.teacher, lm.device, "teacher")
+        vocab_size = models.shared_vocabulary(lm, teacher)
+    summary = evaluate(lm, teacher, benchmarks, config, vocab_size, out)
     say(line(summary))
     print(out / "summary.json")
 

@@ -4,8 +4,10 @@ import datetime
 import json
 import os
 import resource
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,8 +81,8 @@ class Progress:
         self.bar.update(responses)
         if self.bar.disable and now - self.said > 30:
             self.said = now
-            left = (now - self.begin) / self.done * (self.total - self.done)
-            say(f"{self.label}: {self.done}/{self.total} responses, {rate:.0f} tokens/s, {duration(left)} left")
+            left = f", {duration((now - self.begin) / self.done * (self.total - self.done))} left" if self.done else ""
+            say(f"{self.label}: {self.done}/{self.total} responses, {self.tokens} tokens, {rate:.0f} tokens/s{left}")
 
 
 def duration(seconds: float) -> str:
@@ -98,6 +100,7 @@ class MetricsLog:
         if self.path.exists():  # lines after the checkpoint we resume from will be written again
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last_step]
             write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        self.seconds: deque[float] = deque(maxlen=20)  # of the latest updates
         self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(run_dir / "tensorboard", purge_step=last_step + 1)
 
@@ -107,7 +110,9 @@ class MetricsLog:
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         shown = " ".join(f"{label} {metrics[name]:{form}}" for label, name, form in CONSOLE if name in metrics)
-        say(f"step {step}/{self.total_steps} {shown}")
+        self.seconds.append(metrics["time/step"])
+        left = duration(statistics.median(self.seconds) * (self.total_steps - step))
+        say(f"step {step}/{self.total_steps} {shown} left {left}")
 
     def text(self, tag: str, text: str, step: int) -> None:
         self.board.add_text(tag, text, step)

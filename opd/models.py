@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from opd.batch import MicroBatch
 from opd.cli import InputError, say
-from opd.config import Student, Teacher
+from opd.config import Config, Student, Teacher
 from opd.loss import Head
 
 DROPOUT_KEYS = (
@@ -76,6 +76,12 @@ def head_of(model: PreTrainedModel, vocab_size: int) -> Head:
     values = model.config.get_text_config().to_dict()
     scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
     return Head(layer.weight, layer.bias, scale, values.get("final_logit_softcapping"), vocab_size)
+
+
+def check_paths(config: Config) -> None:
+    """What can be known of the two models without loading them. Raises InputError."""
+    for name, section in (("student", config.student), ("teacher", config.teacher)):
+        _check_folder(section.path, f"{name}.path {section.path!r}")
 
 
 def load(section: Student | Teacher, device: torch.device, name: str) -> LanguageModel:

@@ -42,16 +42,19 @@ def sample(
         vocab_size: only ids below are sampled, so never a padded vocabulary row.
         batch_size: responses generated together; long prompts are batched with long ones.
         seeds: per response, what seeds its randomness.
-        progress: called after each batch with its responses and the tokens they have; may raise to stop.
+        progress: called after each generated position with 0 responses and the tokens it gave, and after each batch
+            with its responses and 0 tokens; may raise to stop.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
     rollouts: dict[int, Rollout] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        responses = _generate(lm, [prompts[i] for i in chosen], decoding, vocab_size, [seeds[i] for i in chosen])
+        responses = _generate(
+            lm, [prompts[i] for i in chosen], decoding, vocab_size, [seeds[i] for i in chosen], progress
+        )
         for i, ids in zip(chosen, responses, strict=True):
             rollouts[i] = Rollout(i, prompts[i], ids, "stop" if ids[-1] in lm.eos_ids else "length")
-        progress(len(responses), sum(map(len, responses)))
+        progress(len(responses), 0)
     return [rollouts[i] for i in range(len(prompts))]
 
 
@@ -62,6 +65,7 @@ def _generate(
     decoding: Decoding,
     vocab_size: int,
     seeds: Sequence[tuple[int | str, ...]],
+    progress: Callable[[int, int], None],
 ) -> list[tuple[int, ...]]:
     longest = max(len(p.token_ids) for p in prompts)
     pad = lm.eos_ids[0]  # masked on the left; on the right it only follows a response's end
@@ -70,7 +74,7 @@ def _generate(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
         mask[row, longest - len(prompt.token_ids) :] = 1
-    sampler = _InverseTransform(decoding, vocab_size, seeds, lm.device)
+    sampler = _InverseTransform(decoding, vocab_size, seeds, lm, progress)
     config = GenerationConfig(
         max_new_tokens=decoding.max_response_tokens,
         do_sample=False,
@@ -109,16 +113,21 @@ class _InverseTransform(LogitsProcessor):
     """Chooses the token and leaves only it finite, so that greedy search picks it."""
 
     def __init__(
-        self, decoding: Decoding, vocab_size: int, seeds: Sequence[tuple[int | str, ...]], device: torch.device
+        self,
+        decoding: Decoding,
+        vocab_size: int,
+        seeds: Sequence[tuple[int | str, ...]],
+        lm: LanguageModel,
+        progress: Callable[[int, int], None],
     ):
-        self.decoding, self.vocab_size, self.position = decoding, vocab_size, 0
+        self.decoding, self.vocab_size, self.progress = decoding, vocab_size, progress
+        self.position = 0
+        self.eos = torch.tensor(lm.eos_ids, device=lm.device)
+        self.running = torch.ones(len(seeds), dtype=torch.bool, device=lm.device)
         if decoding.temperature > 0:
-            self.uniforms = torch.stack(
-                [
-                    torch.rand(decoding.max_response_tokens, generator=generator(*seed), dtype=torch.float64)
-                    for seed in seeds
-                ]
-            ).to(device)
+            length = decoding.max_response_tokens
+            draws = [torch.rand(length, generator=generator(*seed), dtype=torch.float64) for seed in seeds]
+            self.uniforms = torch.stack(draws).to(lm.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores[:, : self.vocab_size].float()
@@ -128,6 +137,8 @@ class _InverseTransform(LogitsProcessor):
             probs = (logits / self.decoding.temperature).softmax(-1).double()
             token = quantile_token(probs, self.uniforms[:, self.position], self.decoding.top_p)
         self.position += 1
+        self.progress(0, int(self.running.sum()))
+        self.running &= ~torch.isin(token[:, 0], self.eos)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 

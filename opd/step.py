@@ -4,6 +4,7 @@ The loss of an update is one fraction, over all micro-batches: sum of weight * d
 a mean of means, so how the update is cut into micro-batches, padded or ordered does not change the gradient.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from opd.batch import MicroBatch
 from opd.config import Loss
 from opd.engine import TorchEngine
 from opd.hooks import TokenStats, TokenWeighter, TokenWeights
-from opd.loss import divergence_sum, token_stats
+from opd.loss import Head, divergence_sum, token_stats
 from opd.metrics import Stopwatch
 from opd.models import LanguageModel, head_of
 from opd.seeds import generator
@@ -66,18 +67,7 @@ def train_step(
         for batch, states in zip(micro_batches, teacher_states, strict=True):
             columns.append({"sequence_id": batch.sequence_id, "position": batch.position})
             if needs:
-                with torch.no_grad():
-                    own = student.states(batch, torch.arange(len(batch.token_ids)))
-                found = token_stats(
-                    own,
-                    student_head,
-                    states.to(student.device),
-                    teacher_head,
-                    batch.token_ids.to(student.device),
-                    needs,
-                    loss.jsd_beta,
-                    loss.chunk_bytes,
-                )
+                found = _stats_of_batch(student, student_head, states, teacher_head, batch, loss, needs)
                 columns[-1].update({name: column.cpu() for name, column in found.items()})
         stats, order = _sorted_stats(columns, vocab_size, step)
 
@@ -116,12 +106,12 @@ def train_step(
             warnings.warn(
                 f"step {step}: no token has weight above 0; weights and optimizer stay unchanged", stacklevel=2
             )
-        if not torch.tensor(total_loss).isfinite():
+        if not math.isfinite(total_loss):
             raise FloatingPointError(f"step {step}: the loss is {total_loss}")
         try:
             norm = engine.finish(apply=total_weight > 0)
-        except RuntimeError as error:
-            raise FloatingPointError(f"step {step}: the gradient is not finite ({error})") from error
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step}: {error}") from None
 
     kept = int((weights.weights > 0).sum())
     metrics = {
@@ -134,6 +124,27 @@ def train_step(
         **watch.times,
     }
     return StepResult(total_loss, metrics, weights, stats)
+
+
+@torch.no_grad()
+def _stats_of_batch(
+    student: LanguageModel, student_head: Head, teacher_states: Tensor, teacher_head: Head, batch: MicroBatch,
+    loss: Loss, needs: frozenset[str],
+) -> dict[str, Tensor]:  # fmt: skip
+    own = student.states(batch, torch.arange(len(batch.token_ids)))
+    return token_stats(
+        own, student_head, teacher_states.to(student.device), teacher_head, batch.token_ids.to(student.device), needs,
+        loss.jsd_beta, loss.chunk_bytes,
+    )  # fmt: skip
+
+
+def pair_stats(
+    student: LanguageModel, teacher: LanguageModel, batch: MicroBatch, vocab_size: int, loss: Loss, needs: frozenset[str]
+) -> dict[str, Tensor]:  # fmt: skip
+    """TokenStats columns of one micro-batch outside of an update, in the batch's own order; (N,) float32."""
+    (states,) = teacher_scoring.score(teacher, [batch])
+    heads = head_of(student.model, vocab_size), head_of(teacher.model, vocab_size)
+    return _stats_of_batch(student, heads[0], states, heads[1], batch, loss, needs)
 
 
 def _sorted_stats(columns: Sequence[dict[str, Tensor]], vocab_size: int, step: int) -> tuple[TokenStats, Tensor]:

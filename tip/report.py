@@ -50,55 +50,82 @@ def table(runs: list[Run]) -> str:
                     f"{run.folder} and {first.folder} differ in the accuracy of {key}: they do not start from "
                     "the same pair, benchmark and seed, so their results do not compare."
                 )
-    parts = []
-    for name, start in (first.summary["eval"]["step_0"] or {}).items():
-        rows = [("step-0 student", start, "", ""), ("teacher", first.summary["eval"]["teacher"][name], "", "")]
-        for run in runs:
-            tokens, mass = run.summary["tokens"], run.summary["mass_covered"]
-            everything = tokens["kept"] == tokens["response"]
-            rows.append(
-                (
-                    run.label,
-                    run.summary["eval"]["final"][name],
-                    f"{100 * tokens['kept'] / tokens['response']:.1f} %",
-                    "100.0 %" if everything else "not measured" if mass is None else f"{100 * mass:.1f} %",
-                )
-            )
-        k = start["k"]
-        parts.append(
-            f"{name}: accuracy in % over {start['problems']} problems, +- standard error over problems\n\n"
-            + _grid(
-                ("", "greedy", f"mean@{k}", "tokens kept", "divergence mass covered"),
-                [
-                    (
-                        label,
-                        percent(v["greedy"], v["greedy_se"]),
-                        percent(v["mean_at_k"], v["mean_at_k_se"]) if k else "-",
-                        kept,
-                        mass,
-                    )
-                    for label, v, kept, mass in rows
-                ],
-            )
-        )
+    parts = [_accuracy_block(name, runs) for name in first.summary["eval"]["step_0"] or {}]
     parts.append(
         "cost: seconds per phase, sum over all updates, and peak memory of the process\n\n"
         + _grid(
-            ("", *PHASES, "whole updates", "evaluations", "peak GiB", "run folder"),
-            [
-                (
-                    run.label,
-                    *(f"{run.summary['seconds'][p]:.1f}" for p in PHASES),
-                    f"{run.summary['seconds']['step']:.1f}",
-                    f"{run.summary['seconds_evaluating']:.1f}",
-                    f"{run.summary['peak_memory_gb']:.2f}",
-                    str(run.folder),
-                )
-                for run in runs
-            ],
+            ("", *PHASES, "whole updates", "evaluations", "peak GiB", "run folder"), [_cost_row(run) for run in runs]
         )
     )
     return "\n\n".join(parts)
+
+
+def _accuracy_block(name: str, runs: list[Run]) -> str:
+    evaluations = runs[0].summary["eval"]
+    start = evaluations["step_0"][name]
+    rows = [
+        ("step-0 student", *_accuracy_cells(start), "", ""),
+        ("teacher", *_accuracy_cells(evaluations["teacher"][name]), "", ""),
+        *((run.label, *_accuracy_cells(run.summary["eval"]["final"][name]), *_kept_cells(run.summary)) for run in runs),
+    ]
+    header = ("", "greedy", f"mean@{start['k']}", "reverse KL", "tokens kept", "divergence mass covered")
+    about = (
+        f"{name}: accuracy in % over {start['problems']} problems, +- standard error over problems; reverse KL to the "
+        "teacher in nats per token of the sampled responses"
+    )
+    return f"{about}\n\n{_grid(header, rows)}"
+
+
+def _accuracy_cells(figures: dict) -> tuple[str, str, str]:
+    return (
+        percent(figures["greedy"], figures["greedy_se"]),
+        percent(figures["mean_at_k"], figures["mean_at_k_se"]) if figures["k"] else "-",
+        "-" if figures["reverse_kl"] is None else f"{figures['reverse_kl']:.3f}",
+    )
+
+
+def _kept_cells(summary: dict) -> tuple[str, str]:
+    tokens, mass = summary["tokens"], summary["mass_covered"]
+    if tokens["kept"] == tokens["response"]:
+        return "100.0 %", "100.0 %"
+    share = 100 * tokens["kept"] / max(tokens["response"], 1)
+    return f"{share:.1f} %", "not measured" if mass is None else f"{100 * mass:.1f} %"
+
+
+def _cost_row(run: Run) -> tuple[str, ...]:
+    seconds = run.summary["seconds"]
+    return (
+        run.label,
+        *(f"{seconds[p]:.1f}" for p in (*PHASES, "step")),
+        f"{run.summary['seconds_evaluating']:.1f}",
+        f"{run.summary['peak_memory_gb']:.2f}",
+        str(run.folder),
+    )
+
+
+def example(runs: list[Run]) -> str:
+    """The greedy response to the first problem of the first benchmark: step-0 student, teacher, every run at its end."""
+    name = next(iter(runs[0].summary["eval"]["step_0"] or {}), None)
+    if name is None:
+        raise InputError(f"{runs[0].folder}: no evaluation in it, so there is no example. Set eval.benchmarks.")
+    where = [
+        ("step-0 student", runs[0].folder / "eval" / "step_000000"),
+        ("teacher", runs[0].folder / "eval" / "teacher"),
+    ]
+    where += [(run.label, max((run.folder / "eval").glob("step_*"))) for run in runs]
+    blocks = []
+    for label, folder in where:
+        row = json.loads((folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n", 1)[0])
+        if not blocks:
+            blocks.append(f"first problem of {name} (answer {row['answer']})\n\n{_indented(row['prompt'])}")
+        blocks.append(
+            f"{label}, greedy, {row['tokens']} tokens, {row['finish_reason']}\n\n{_indented(row['response'])}"
+        )
+    return "\n\n".join(blocks)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.strip().split("\n"))
 
 
 def _accuracies(evaluations: dict | None) -> dict:
@@ -117,8 +144,10 @@ def command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tip.report", description="One table of finished runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/table.md")
+    parser.add_argument("--example", action="store_true", help="also the first problem's responses before and after")
     options = parser.parse_args(arguments)
-    text = table([read_run(folder) for folder in options.runs])
+    runs = [read_run(folder) for folder in options.runs]
+    text = table(runs) + (f"\n\n{example(runs)}" if options.example else "")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         write_whole(options.out / "table.md", text + "\n")

@@ -5,7 +5,7 @@ python -m tip.train --config configs/tiny.json --set tip.rule=soft_or --set tip.
 
 from opd.cli import main
 from opd.config import load_config
-from opd.train import run, train_parser
+from opd.train import start, train_parser
 from tip.config import SECTIONS
 from tip.weighter import TipWeighter
 
@@ -13,7 +13,7 @@ from tip.weighter import TipWeighter
 def command(arguments: list[str]) -> None:
     options = train_parser("python -m tip.train", "On-policy distillation on selected tokens.").parse_args(arguments)
     config, sections = load_config(options.config, options.overrides, SECTIONS)
-    print(run(config, TipWeighter(sections["tip"]), sections, options.resume))
+    start(config, TipWeighter(sections["tip"]), sections, options)
 
 
 if __name__ == "__main__":
