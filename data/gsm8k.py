@@ -39,7 +39,7 @@ def rows(split: str, source: str) -> list[dict]:
 
 def _from_folder(folder: Path, split: str) -> list[dict]:
     try:
-        lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / split}.jsonl: cannot be read ({error}). Expected GSM8K's JSONL file.") from None

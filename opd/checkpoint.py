@@ -69,7 +69,7 @@ def save(run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, 
             f"the checkpoint of step {step} could not be written ({error}). Earlier checkpoints are intact; "
             "mend the cause and start the same command again."
         ) from error
-    steps = [p for p in _all(run_dir) if _step(p) <= step]
+    steps = [p for p in _all(run_dir) if _number(p) <= step]
     for old in steps[:-keep]:
         shutil.rmtree(old)
     for abandoned in set(_all(run_dir)) - set(
@@ -98,9 +98,14 @@ def verify(checkpoint: Path) -> int:
             path = checkpoint / name
             if path.stat().st_size != recorded["bytes"] or _sha256(path) != recorded["sha256"]:
                 raise CheckpointError(f"checkpoint {checkpoint} is damaged: {name} is not what was written")
-        return json.loads((checkpoint / "trainer.json").read_text())["step"]
+        return step_of(checkpoint)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {checkpoint} is incomplete ({error})") from error
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of the last update in it."""
+    return json.loads((checkpoint / "trainer.json").read_text())["step"]
 
 
 def load_optimizer(checkpoint: Path, engine: TorchEngine) -> None:
@@ -110,10 +115,10 @@ def load_optimizer(checkpoint: Path, engine: TorchEngine) -> None:
 
 def _all(run_dir: Path) -> list[Path]:
     found = (p for p in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
-    return sorted(found, key=_step)
+    return sorted(found, key=_number)
 
 
-def _step(checkpoint: Path) -> int:
+def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 

@@ -69,7 +69,7 @@ def read_problems(path: str | Path, prompt_field: str, answer_field: str | None)
         if not isinstance(row, dict):
             raise InputError(f"{where}: {type(row).__name__}, expected a JSON object.")
         messages = _messages(_field(row, prompt_field, where), prompt_field, where)
-        answer = None if answer_field is None else str(_field(row, answer_field, where))
+        answer = None if answer_field is None else _answer(_field(row, answer_field, where), answer_field, where)
         problems.append(Problem(str(row.get("id", row.get("unique_id", number))), messages, answer))
     if not problems:
         raise InputError(f"{path}: no problems in it. Expected at least one JSON object per line.")
@@ -80,6 +80,12 @@ def _field(row: dict[str, Any], name: str, where: str) -> Any:
     if name not in row:
         raise InputError(f"{where}: no field {name!r}; it has {sorted(row)}. Set the field's name in the config.")
     return row[name]
+
+
+def _answer(value: Any, field: str, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise InputError(f"{where}: field {field!r} is {json.dumps(value)[:80]}, expected a string or an integer.")
+    return str(value)
 
 
 def _messages(value: Any, field: str, where: str) -> tuple[Mapping[str, str], ...]:

@@ -18,7 +18,7 @@ from typing import Annotated
 from opd import grading, models
 from opd.batch import make_micro_batches
 from opd.cli import InputError, main, parser, say
-from opd.config import ROOT, Config, Count, Student, Text, build, doc, load_config, read_json_object, strict
+from opd.config import ROOT, Config, Count, Student, Teacher, Text, build, doc, load_config, read_json_object, strict
 from opd.data import Prompt, Rollout, make_prompts, read_problems
 from opd.engine import pick_device
 from opd.metrics import Progress, write_whole
@@ -80,22 +80,28 @@ def evaluate(
     out: Path,
     stop: Callable[[], None] = lambda: None,
 ) -> dict[str, dict]:
-    """Evaluates on every benchmark unless `out` already holds the result; returns name -> figures.
+    """Evaluates on every benchmark unless `out` already holds this evaluation; returns name -> figures.
 
+    A model is sampled over its own whole vocabulary, so that its accuracy does not depend on whom it is paired with.
     Writes `<name>.jsonl` (every prompt, response, extracted answer, verdict) and then summary.json.
 
     Args:
         teacher: for eval.reverse_kl; None, or the evaluated model itself: not measured.
+        vocab_size: ids compared in eval.reverse_kl.
         stop: called while responses are generated; may raise to leave early.
     """
     summary_path = out / "summary.json"
     if summary_path.exists():
-        return json.loads(summary_path.read_text())
+        summary = json.loads(summary_path.read_text())
+        if {name: _about(figures) for name, figures in summary.items()} == {
+            b.name: _identity(b, config) for b in benchmarks
+        }:
+            return summary
     out.mkdir(parents=True, exist_ok=True)
     summary = {}
     for loaded in benchmarks:
         begin = time.perf_counter()
-        rollouts = _responses(lm, loaded, config, vocab_size, stop)
+        rollouts = _responses(lm, loaded, config, stop)
         rows = [_row(lm, number, rollout) for number, rollout in rollouts]
         if config.eval.reverse_kl and teacher is not None and teacher is not lm:
             columns = _reverse_kl(lm, teacher, [r for _, r in rollouts], config, vocab_size, stop)
@@ -103,17 +109,30 @@ def evaluate(
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         summary[loaded.name] = {
             **summarise(rows),
-            "benchmark": asdict(loaded.benchmark),
-            "grader": grading.VERSION,
-            "seed": config.seed,
+            **_identity(loaded, config),
             "time/evaluation": time.perf_counter() - begin,
         }
     write_whole(summary_path, json.dumps(summary, indent=1) + "\n")
     return summary
 
 
+def _identity(loaded: LoadedBenchmark, config: Config) -> dict:
+    """What makes two evaluations of one model the same."""
+    return {
+        "benchmark": asdict(loaded.benchmark),
+        "grader": grading.VERSION,
+        "seed": config.seed,
+        "problems": len(loaded.prompts),
+        "k": config.eval.k,
+    }
+
+
+def _about(figures: dict) -> dict:
+    return {key: figures.get(key) for key in ("benchmark", "grader", "seed", "problems", "k")}
+
+
 def _responses(
-    lm: LanguageModel, loaded: LoadedBenchmark, config: Config, vocab_size: int, stop: Callable[[], None]
+    lm: LanguageModel, loaded: LoadedBenchmark, config: Config, stop: Callable[[], None]
 ) -> list[tuple[int, Rollout]]:
     """(sample number, response) of every problem: the greedy ones, then k rounds of sampled ones."""
     benchmark = loaded.benchmark
@@ -128,7 +147,9 @@ def _responses(
         for number in (GREEDY, *range(config.eval.k)):
             decoding = replace(sampled, temperature=0.0, top_p=1.0) if number == GREEDY else sampled
             seeds = [(config.seed, "eval", loaded.name, p.id, number) for p in loaded.prompts]
-            rollouts = sample(lm, loaded.prompts, decoding, vocab_size, config.rollout.batch_size, seeds, advance)
+            rollouts = sample(
+                lm, loaded.prompts, decoding, len(lm.tokenizer), config.rollout.batch_size, seeds, advance
+            )
             found += [(number, rollout) for rollout in rollouts]
     return found
 
@@ -232,23 +253,26 @@ def command(arguments: list[str]) -> None:
     cli.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub name")
     cli.add_argument("--benchmark", action="append", metavar="NAME", help="instead of the config's; repeatable")
     cli.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each")
-    cli.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT_DIR/eval/<model's folder name>")
+    cli.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT_DIR/eval/<the model's name>")
     options = cli.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit is {options.limit}, expected a positive number of problems.")
     config, _ = load_config(options.config, options.overrides, ignore=("tip",))
     if options.benchmark:
         config = replace(config, eval=replace(config.eval, benchmarks=tuple(options.benchmark)))
-    section = Student(
+    section: Student | Teacher = Student(
         path=options.model,
         revision=None,
         dtype=config.student.dtype,
         attn_implementation=config.student.attn_implementation,
     )
+    if options.model == config.teacher.path:
+        section = config.teacher  # in its own dtype, as in training
     lm = models.load(section, pick_device(config.engine), "model")
     limit = options.limit if options.limit is not None else config.eval.limit
     benchmarks = load_benchmarks(config, lm, limit)
-    out = options.out or Path(config.output_dir) / "eval" / Path(options.model).name
+    parts = [part for part in Path(options.model).parts[-3:] if part != "checkpoints"]
+    out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
     (out / "summary.json").unlink(missing_ok=True)  # asked for again: measured again
     teacher, vocab_size = None, len(lm.tokenizer)
     if config.eval.reverse_kl:

@@ -7,7 +7,7 @@ Expressions that are equal but written differently are *not* recognised here.
 import re
 from dataclasses import dataclass
 
-VERSION = "boxed-exact-1"  # written into every evaluation: a grader is part of what a number means
+VERSION = "boxed-exact-2"  # written into every evaluation: a grader is part of what a number means
 
 
 @dataclass(frozen=True)
@@ -17,19 +17,28 @@ class Verdict:
 
 
 def grade(response: str, answer: str) -> Verdict:
-    extracted = last_boxed(response.rpartition("</think>")[2])
+    """Grades what follows the thinking part; a response that is still thinking at its end has no answer."""
+    thinking, _, rest = response.rpartition("</think>")
+    said = rest if thinking or "<think>" not in rest else ""
+    extracted = last_boxed(said)
     return Verdict(extracted, extracted is not None and same_answer(extracted, answer))
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last complete `\\boxed{...}`, braces nested to any depth; None when there is none. Linear time."""
-    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{", text))):
-        depth = 1
-        for end in re.finditer(r"\\[{}\\]|[{}]", text[match.end() :]):
-            depth += {"{": 1, "}": -1}.get(end[0], 0)
-            if depth == 0:
-                return text[match.end() : match.end() + end.start()].strip()
-    return None
+    """Content of the complete `\\boxed{...}` (or `\\fbox`) that starts last, braces nested; None when there is none.
+
+    One pass: linear time in the length of the text, whatever is in it.
+    """
+    opened: list[int | None] = []  # for every open brace, where a box's content starts, or None for another brace
+    best: tuple[int, int] | None = None
+    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\[{}\\]|[{}]", text):
+        if token[0].endswith("{") and token[0] != "\\{":
+            opened.append(token.end() if len(token[0]) > 1 else None)
+        elif token[0] == "}" and opened:
+            start = opened.pop()
+            if start is not None and (best is None or start > best[0]):
+                best = (start, token.start())
+    return None if best is None else text[slice(*best)].strip()
 
 
 def same_answer(left: str, right: str) -> bool:
@@ -44,4 +53,6 @@ def _fold(text: str) -> str:
     text = re.sub(r"\\left|\\right|\\[,!;: ]|\s|\^\{?\\circ\}?|\\%|%", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
+        return text.replace(",", "")
+    return text

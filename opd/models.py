@@ -49,7 +49,7 @@ class LanguageModel:
     @property
     def context(self) -> int | None:
         """Positions the model was made for, in tokens; None: unlimited."""
-        return self.model.config.get_text_config().to_dict().get("max_position_embeddings")
+        return _text_values(self.model).get("max_position_embeddings")
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -70,10 +70,15 @@ class LanguageModel:
         return body[rows, columns].to(self.compute_dtype)
 
 
+def _text_values(model: PreTrainedModel) -> dict:
+    """config.json of the language model, as a dictionary: which keys there are depends on the architecture."""
+    return model.config.get_text_config().to_dict()
+
+
 def head_of(model: PreTrainedModel, vocab_size: int) -> Head:
     """The head of a model, cut to the first `vocab_size` ids. Its tensors are the parameters themselves."""
     layer = model.get_output_embeddings()
-    values = model.config.get_text_config().to_dict()
+    values = _text_values(model)
     scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
     return Head(layer.weight, layer.bias, scale, values.get("final_logit_softcapping"), vocab_size)
 
@@ -103,7 +108,9 @@ def load(section: Student | Teacher, device: torch.device, name: str) -> Languag
             use_safetensors=True,
             attn_implementation=section.attn_implementation,
         ).to(device)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what a broken checkpoint raises depends on what is broken, and on its architecture
         raise InputError(
             f"{where} does not load as a causal language model with its tokenizer: {_first_line(error)} "
             "Expected a Hugging Face checkpoint in safetensors format whose architecture is part of transformers."
@@ -115,6 +122,11 @@ def load(section: Student | Teacher, device: torch.device, name: str) -> Languag
         )
     if tokenizer.is_fast is False and tokenizer.vocab_size == 0:
         raise InputError(f"{where}: the tokenizer has an empty vocabulary.")
+    if section.attn_implementation == "sdpa" and _text_values(model).get("attn_logit_softcapping"):
+        raise InputError(
+            f"{where}: its attention has a soft cap (attn_logit_softcapping), which sdpa leaves out without a word. Set "
+            f"{name}.attn_implementation to 'eager' or 'flash_attention_2'."
+        )
     model.eval()
     if isinstance(section, Teacher):
         model.requires_grad_(False)
@@ -135,6 +147,11 @@ def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
     """
     ours, theirs = (_strings(m.tokenizer) for m in (student, teacher))
     size = min(len(ours), len(theirs))
+    if min(student.eos_ids) >= size:
+        raise InputError(
+            f"the student's EOS ids {list(student.eos_ids)} are all beyond the {size} ids that both tokenizers have, so "
+            "no response could end. Use the teacher's tokenizer for the student."
+        )
     for i in range(size):
         if ours[i] != theirs[i]:
             raise InputError(
@@ -194,7 +211,7 @@ def _check_folder(path: str, where: str) -> None:
 
 def _refuse_dropout(model: PreTrainedModel, where: str) -> None:
     """Scoring and the gradient must see the same student."""
-    values = model.config.get_text_config().to_dict()
+    values = _text_values(model)
     for key in DROPOUT_KEYS:
         if values.get(key):
             raise InputError(
@@ -210,8 +227,9 @@ def _refuse_dropout(model: PreTrainedModel, where: str) -> None:
 def _check_head(lm: LanguageModel, where: str) -> None:
     vocab = min(lm.model.get_output_embeddings().weight.shape[0], len(lm.tokenizer))
     ids = (torch.arange(8) * 7919 % vocab)[None].to(lm.device)
-    own = lm.model(input_ids=ids, use_cache=False).logits[0, :, :vocab].float()
-    states = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
+    with lm.precision():
+        own = lm.model(input_ids=ids, use_cache=False).logits[0, :, :vocab].float()
+        states = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
     head = head_of(lm.model, vocab)
     logits = states @ head.weight[:vocab].float().T
     if head.bias is not None:
@@ -220,7 +238,7 @@ def _check_head(lm: LanguageModel, where: str) -> None:
     if head.soft_cap is not None:
         logits = head.soft_cap * (logits / head.soft_cap).tanh()
     error = ((logits - own).norm() / own.norm()).item()
-    if not error < (1e-4 if lm.model.dtype == torch.float32 else 2e-2):
+    if not error < (1e-4 if lm.compute_dtype == torch.float32 else 2e-2):
         raise InputError(
             f"{where}: the logits of {type(lm.model).__name__} are not its final states times its head (relative "
             f"difference {error:.2g}), so divergences computed from hidden states would be wrong. Not supported."

@@ -29,20 +29,21 @@ class Size:
 
 
 def size_of(model: PreTrainedModel) -> Size:
-    values = model.config.get_text_config().to_dict()
+    config = model.config.get_text_config()
+    values = config.to_dict()  # for what only some architectures have
     parameters = sum(p.numel() for p in model.parameters())
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    hidden, heads = values["hidden_size"], values.get("num_attention_heads", 1)
+    hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = values.get("head_dim") or hidden // heads
     return Size(
         parameters=parameters,
         multiplied=parameters - (0 if head is embedding else embedding.numel()),
         head=head.numel(),
         vocab=head.shape[0],
-        layers=values["num_hidden_layers"],
+        layers=config.num_hidden_layers,
         hidden=hidden,
         intermediate=values.get("intermediate_size") or 4 * hidden,
-        cache_per_token=2 * values["num_hidden_layers"] * (values.get("num_key_value_heads") or heads) * head_dim,
+        cache_per_token=2 * config.num_hidden_layers * (values.get("num_key_value_heads") or heads) * head_dim,
     )
 
 
@@ -52,7 +53,7 @@ def size_without_weights(section: Student | Teacher, name: str) -> Size:
         config = AutoConfig.from_pretrained(section.path, revision=section.revision)
         with torch.device("meta"):
             return size_of(AutoModelForCausalLM.from_config(config))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as in models.load
         first = (str(error).strip().splitlines() or [""])[0]
         raise InputError(f"{name}.path {section.path!r}: its config.json cannot be used ({first}).") from None
 
@@ -79,6 +80,7 @@ def make_plan(config: Config, student: Size, teacher: Size, device: torch.device
     micro = max(min(config.optim.micro_batch_tokens, rollouts * length), length)
 
     student_state = 16 * student.parameters  # float32 weights, gradients, two moments
+    adam = 4 * student.parameters  # temporaries of AdamW's update of all tensors at once
     lower_copy = 2 * student.parameters if config.student.dtype == "bfloat16" else 0
     resident = student_state + teacher.parameters * t_bytes
     logits = together * student.vocab * (4 + 4 + 8 + 8)  # scores, softmax, and both in float64
@@ -90,7 +92,7 @@ def make_plan(config: Config, student: Size, teacher: Size, device: torch.device
     peaks = {
         "rollout": resident + lower_copy + together * length * student.cache_per_token * s_bytes + logits,
         "teacher": resident + micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
-        "update": resident + lower_copy + one_layer + kept_layers + loss + 4 * student.head,
+        "update": resident + lower_copy + max(one_layer + kept_layers + loss + 4 * student.head, adam),
     }
     flops, bandwidth = device_speed(device, torch.bfloat16 if s_bytes == 2 else torch.float32)
     overhead = 2e-4 * student.layers  # launching a layer's kernels

@@ -3,6 +3,7 @@
 import json
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,8 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
         )
     if resume != "auto":
         try:
+            if Path(resume).resolve().parent != (run_dir / "checkpoints").resolve():
+                raise checkpoint.CheckpointError(f"{resume} does not stand in {run_dir / 'checkpoints'}")
             checkpoint.verify(Path(resume))
         except checkpoint.CheckpointError as error:
             raise InputError(f"--resume {resume}: {error}. Expected a whole checkpoint of {run_dir}.") from None
@@ -55,6 +58,17 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
     if (run_dir / "summary.json").exists():
         return DONE
     return checkpoint.newest(run_dir)
+
+
+def rewind(run_dir: Path, step: int) -> None:
+    """Removes what a run wrote after `step`, from where it continues: later evaluations and the final summary.
+
+    They would come out the same, but for a run that continues from an older checkpoint they are the future.
+    """
+    (run_dir / "summary.json").unlink(missing_ok=True)
+    for folder in (run_dir / "eval").glob("step_*"):
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -69,19 +69,23 @@ def train_step(
             if needs:
                 found = _stats_of_batch(student, student_head, states, teacher_head, batch, loss, needs)
                 columns[-1].update({name: column.cpu() for name, column in found.items()})
-        stats, order = _sorted_stats(columns, vocab_size, step)
+        stats, order = _sorted_stats(columns, needs, vocab_size, step)
 
         weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
         weights.check(stats)
 
     with watch("update"):
         rate = engine.start(step)
-        total_weight = weights.weights.double().sum().item()
+        largest = weights.weights.max().item() if len(weights.weights) else 0.0
+        # divided by the largest, so that their scale changes nothing, bit for bit
+        relative = weights.weights.double() / largest if largest > 0 else weights.weights.double()
+        total_weight = relative.sum().item()
+        relative = relative.float()
         total_loss = 0.0
         # back from the sorted order to micro-batches
         place = order.argsort().split([len(batch.token_ids) for batch in micro_batches])
         for batch, states, rows in zip(micro_batches, teacher_states, place, strict=True):
-            row_weights = weights.weights[rows]
+            row_weights = relative[rows]
             keep = row_weights.nonzero().squeeze(1)
             if total_weight == 0 or len(keep) == 0:
                 continue
@@ -147,12 +151,13 @@ def pair_stats(
     return _stats_of_batch(student, heads[0], states, heads[1], batch, loss, needs)
 
 
-def _sorted_stats(columns: Sequence[dict[str, Tensor]], vocab_size: int, step: int) -> tuple[TokenStats, Tensor]:
+def _sorted_stats(
+    columns: Sequence[dict[str, Tensor]], needs: frozenset[str], vocab_size: int, step: int
+) -> tuple[TokenStats, Tensor]:
     """Joins the micro-batches' rows, sorted by (sequence_id, position), and the order that sorted them."""
-    names = columns[0] if columns else ("sequence_id", "position")
-    joined = {
-        name: torch.cat([c[name] for c in columns]) if columns else torch.zeros(0, dtype=torch.int64) for name in names
-    }
+    none = torch.zeros(0)
+    empty = {"sequence_id": none.long(), "position": none.long(), **dict.fromkeys(needs, none)}
+    joined = {name: torch.cat([nothing, *(c[name] for c in columns)]) for name, nothing in empty.items()}
     by_position = joined["position"].argsort(stable=True)
     order = by_position[joined["sequence_id"][by_position].argsort(stable=True)]
     return TokenStats(vocab_size=vocab_size, step=step, **{n: column[order] for n, column in joined.items()}), order

@@ -86,6 +86,7 @@ def run(
         return run_dir
 
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every chunk of logits once more
     device = pick_device(config.engine)
     student_section = replace(config.student, path=str(start), revision=None) if start else config.student
     student = models.load(student_section, device, "student")
@@ -96,6 +97,8 @@ def run(
     benchmarks = evaluate.load_benchmarks(config, student, config.eval.limit)
     _check_context(config, (student, teacher), prompts, benchmarks)
     total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
+    if config.optim.warmup_steps >= total_steps:
+        raise InputError(f"optim.warmup_steps is {config.optim.warmup_steps}, not below the run's {total_steps} steps.")
     engine = TorchEngine(student, config, total_steps)
     sizes = plan.size_of(student.model), plan.size_of(teacher.model)
     say(plan.text(plan.make_plan(config, *sizes, device, total_steps), config, *sizes, device))
@@ -103,9 +106,10 @@ def run(
     run_folder.write_identity(run_dir, identity)
     step = 0
     if start:
-        step = checkpoint.verify(start)
+        step = checkpoint.step_of(start)
         checkpoint.load_optimizer(start, engine)
         say(f"{run_dir}: continuing after step {step} of {total_steps}")
+    run_folder.rewind(run_dir, step)
     log = MetricsLog(run_dir, total_steps, step)
     stop = Stop()
     parts = Parts(config, student, teacher, engine, weighter, prompts, vocab_size, run_dir, log, stop)
@@ -122,7 +126,7 @@ def run(
         checkpoint.save(run_dir, step, student, engine, config.checkpoint.keep)
 
     try:
-        with stop.listening():
+        with stop:
             if step == 0:
                 measure("teacher", teacher)
                 measure("step_000000", student)
@@ -255,9 +259,6 @@ class Stop:
 
     def __init__(self) -> None:
         self.signum = 0
-
-    def listening(self) -> "Stop":
-        return self
 
     def __enter__(self) -> None:
         self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}

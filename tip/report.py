@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd.cli import InputError, main
-from opd.evaluate import percent
+from opd.evaluate import GREEDY, percent
 from opd.metrics import write_whole
 
 PHASES = ("rollout", "teacher", "score", "update")
@@ -44,13 +44,13 @@ def table(runs: list[Run]) -> str:
     """Markdown: a block per benchmark with step-0 student, teacher and every run, then cost per run."""
     first = runs[0]
     for run in runs[1:]:
-        for key in ("teacher", "step_0"):
-            if _accuracies(run.summary["eval"][key]) != _accuracies(first.summary["eval"][key]):
+        for key, of_first in _start(first).items():
+            if _start(run)[key] != of_first:
                 raise InputError(
-                    f"{run.folder} and {first.folder} differ in the accuracy of {key}: they do not start from "
-                    "the same pair, benchmark and seed, so their results do not compare."
+                    f"{run.folder} and {first.folder} differ in {key} ({_start(run)[key]} and {of_first}): they did not start "
+                    "alike, so their results do not compare. Report them one by one."
                 )
-    parts = [_accuracy_block(name, runs) for name in first.summary["eval"]["step_0"] or {}]
+    parts = [_accuracy_block(name, runs) for name in runs[0].summary["eval"]["step_0"] or {}]
     parts.append(
         "cost: seconds per phase, sum over all updates, and peak memory of the process\n\n"
         + _grid(
@@ -104,34 +104,44 @@ def _cost_row(run: Run) -> tuple[str, ...]:
 
 
 def example(runs: list[Run]) -> str:
-    """The greedy response to the first problem of the first benchmark: step-0 student, teacher, every run at its end."""
+    """Greedy responses to one problem of the first benchmark: step-0 student, teacher, every run at its end.
+
+    The problem is the first one that the step-0 student gets wrong (the first of all if there is none).
+    """
     name = next(iter(runs[0].summary["eval"]["step_0"] or {}), None)
     if name is None:
         raise InputError(f"{runs[0].folder}: no evaluation in it, so there is no example. Set eval.benchmarks.")
-    where = [
-        ("step-0 student", runs[0].folder / "eval" / "step_000000"),
-        ("teacher", runs[0].folder / "eval" / "teacher"),
-    ]
-    where += [(run.label, max((run.folder / "eval").glob("step_*"))) for run in runs]
-    blocks = []
-    for label, folder in where:
-        row = json.loads((folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n", 1)[0])
-        if not blocks:
-            blocks.append(f"first problem of {name} (answer {row['answer']})\n\n{_indented(row['prompt'])}")
-        blocks.append(
-            f"{label}, greedy, {row['tokens']} tokens, {row['finish_reason']}\n\n{_indented(row['response'])}"
-        )
-    return "\n\n".join(blocks)
+    evaluations = runs[0].folder / "eval"
+    responses = {
+        "step-0 student": _greedy(evaluations / "step_000000", name),
+        "teacher": _greedy(evaluations / "teacher", name),
+    }
+    responses |= {run.label: _greedy(max((run.folder / "eval").glob("step_*")), name) for run in runs}
+    start = responses["step-0 student"]
+    chosen = next((key for key, row in start.items() if not row["correct"]), next(iter(start)))
+    prompt = f"problem {chosen} of {name}, answer {start[chosen]['answer']}\n\n{_indented(start[chosen]['prompt'])}"
+    return "\n\n".join([prompt] + [
+        f"{label}, greedy, {rows[chosen]['tokens']} tokens, {'right' if rows[chosen]['correct'] else 'not right'}\n\n"
+        f"{_indented(rows[chosen]['response'])}"
+        for label, rows in responses.items()
+    ])  # fmt: skip
+
+
+def _greedy(folder: Path, name: str) -> dict[str, dict]:
+    rows = map(json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    return {row["id"]: row for row in rows if row["sample"] == GREEDY}
 
 
 def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.strip().split("\n"))
 
 
-def _accuracies(evaluations: dict | None) -> dict:
-    return {
-        name: (v["greedy"], v["mean_at_k"], v["problems"], v["benchmark"]) for name, v in (evaluations or {}).items()
-    }
+def _start(run: Run) -> dict[str, object]:
+    """What two runs must share for their accuracies to compare."""
+    shared = {key: run.config[key] for key in ("student", "teacher", "data", "seed")}
+    for name, figures in (run.summary["eval"]["step_0"] or {}).items():
+        shared[f"benchmark {name}"] = {key: figures[key] for key in ("benchmark", "grader", "problems", "k")}
+    return shared
 
 
 def _grid(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -144,7 +154,7 @@ def command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tip.report", description="One table of finished runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/table.md")
-    parser.add_argument("--example", action="store_true", help="also the first problem's responses before and after")
+    parser.add_argument("--example", action="store_true", help="also one problem's responses before and after")
     options = parser.parse_args(arguments)
     runs = [read_run(folder) for folder in options.runs]
     text = table(runs) + (f"\n\n{example(runs)}" if options.example else "")

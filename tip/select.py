@@ -34,7 +34,12 @@ def sample(
 
     The top of log weight + Gumbel noise is such a draw. A token of weight 0 is drawn only when nothing else is left.
     Returns (N,) bool. One draw per row in row order, so the result does not depend on micro-batches or ranks.
+
+    Raises:
+        ValueError: a weight is negative or NaN.
     """
+    if not (weight >= 0).all():
+        raise ValueError(f"{int((~(weight >= 0)).sum())} of {len(weight)} weights are negative or NaN, expected >= 0")
     uniform = torch.rand(len(weight), generator=generator, dtype=torch.float64)
     gumbel = -(-uniform.clamp(min=1e-300).log()).clamp(min=1e-300).log()
     weight = weight.double()

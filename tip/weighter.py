@@ -58,7 +58,7 @@ class TipWeighter:
         kept = self._select(stats, generator)
         weights = kept.float()
         if self.config.aggregation == "rollout_mean":
-            _, inverse, _ = torch.unique(stats.sequence_id, return_inverse=True, return_counts=True)
+            _, inverse = torch.unique(stats.sequence_id, return_inverse=True)
             per_rollout = torch.zeros(int(inverse.max()) + 1 if len(inverse) else 0).index_add_(0, inverse, weights)
             weights = weights / per_rollout[inverse].clamp(min=1)
         metrics = {"tip/retained": weights.gt(0).double().mean().item() if len(weights) else 0.0}

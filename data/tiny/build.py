@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from data.tiny import task
-from opd.cli import main, say
+from opd.cli import InputError, main, say
 
 TRAIN_PROBLEMS, TEST_PROBLEMS = 8192, 512
 TEST_SEED, TRAIN_SEED = 1_000_003, 1_000_033
@@ -127,6 +127,8 @@ def build(out: Path, seed: int = 0) -> Path:
     if recorded.exists() and json.loads(recorded.read_text())["fingerprint"] == mark:
         say(f"embedded pair: {out} is current")
         return out
+    if out.exists() and not recorded.exists():
+        raise InputError(f"--out {out}: it exists and holds no embedded pair. Choose a folder that does not exist.")
     say(f"embedded pair: training teacher and student into {out} (one to two minutes of one core)")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

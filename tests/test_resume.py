@@ -1,0 +1,241 @@
+"""Exact resume: a run that was killed anywhere ends bit for bit like one that was not.
+
+A child is forked from this process (so that it need not import torch again), runs the training command and is killed;
+the same command is then given again. Compared are weights, optimizer moments, metrics and every evaluated response.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opd import checkpoint, metrics
+from opd.cli import Interrupted, RunError
+from opd.config import load_config
+from opd.train import run
+from tip.config import SECTIONS
+from tip.weighter import TipWeighter
+
+SETTINGS = ("optim.steps=8", "optim.warmup_steps=2", "eval.k=1", "eval.limit=16", "eval.every=3", "checkpoint.every=2",
+            "checkpoint.keep=2", "log.diagnostics_every=4", "tip.rule=entropy_sampling")  # fmt: skip
+
+
+def train(out, *more):
+    texts = [f"output_dir={out}", "run_name=run", *SETTINGS, *more]
+    config, sections = load_config("configs/tiny.json", texts, SECTIONS)
+    return run(config, TipWeighter(sections["tip"]), sections)
+
+
+def forked(out, prepare=lambda: None):
+    """Starts the run in a forked child; returns its process id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            prepare()
+            train(out)
+            code = 0
+        except Interrupted as stop:
+            code = 128 + stop.signum
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def status(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def finish(out):
+    """Gives the same command until it is done."""
+    assert status(forked(out)) == 0
+
+
+def fingerprint(folder):
+    """Everything of a run that must repeat."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, 9))  # no step twice, none lost
+    found = {"rows": [{k: v for k, v in r.items() if not k.startswith(("time/", "memory/"))} for r in rows]}
+    for path in sorted((folder / "eval").rglob("*.jsonl")):
+        found[str(path.relative_to(folder))] = path.read_bytes()
+    last = folder / "checkpoints" / "step_000008"
+    for name in ("model", "optimizer"):
+        tensors = load_file(last / f"{name}.safetensors")
+        found[name] = {k: (v.dtype, v.numpy().tobytes()) for k, v in tensors.items()}
+    assert (folder / "checkpoints" / "latest").read_text() == "step_000008\n"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["latest", "step_000006", "step_000008"]
+    checkpoint.verify(last)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_pair, tmp_path_factory):
+    """The uninterrupted run, and how long it takes."""
+    out = tmp_path_factory.mktemp("whole")
+    begin = time.monotonic()
+    finish(out)
+    return fingerprint(out / "run"), time.monotonic() - begin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", range(24))
+def test_killed_at_a_random_moment(whole, tmp_path, point):
+    """SIGKILL (twice in a row) or SIGTERM, anywhere between the first line written and the end."""
+    rng = random.Random(point)
+    expected, seconds = whole
+    signum = signal.SIGTERM if point % 3 == 0 else signal.SIGKILL
+    for _ in range(1 if signum == signal.SIGTERM else 2):
+        child = forked(tmp_path)
+        time.sleep(rng.uniform(0.05, seconds))
+        os.kill(child, signum)
+        assert status(child) in (-signum, 128 + signum, 0)
+    finish(tmp_path)
+    assert fingerprint(tmp_path / "run") == expected
+
+
+KILL_AT = [("os.replace", n) for n in range(1, 9)] + [("os.fsync", n) for n in (2, 5, 9, 14, 20, 31, 40)] + [
+    ("shutil.rmtree", n) for n in (1, 2)] + [("MetricsLog.write", n) for n in (1, 4, 8)]  # fmt: skip
+
+
+@pytest.mark.parametrize("where,count", KILL_AT[::4])
+def test_killed_inside_a_write(whole, tmp_path, where, count):
+    _killed_inside(whole, tmp_path, where, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where,count", KILL_AT)
+def test_killed_inside_every_kind_of_write(whole, tmp_path, where, count):
+    _killed_inside(whole, tmp_path, where, count)
+
+
+def _killed_inside(whole, out, where, count):
+    """The child kills itself right before its n-th call of a function that changes the disk."""
+
+    def prepare():
+        owner, name = {"os.replace": (os, "replace"), "os.fsync": (os, "fsync"), "shutil.rmtree": (shutil, "rmtree"),
+                       "MetricsLog.write": (metrics.MetricsLog, "write")}[where]  # fmt: skip
+        original, calls = getattr(owner, name), []
+
+        def dying(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == count:
+                if where == "MetricsLog.write":  # half a line is on disk
+                    args[0].file.write('{"step": 4, "loss/diver')
+                    args[0].file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, dying)
+
+    assert status(forked(out, prepare)) == -signal.SIGKILL
+    finish(out)
+    assert fingerprint(out / "run") == whole[0]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, capfd):
+    def prepare():
+        original = checkpoint.save
+
+        def stop_after_six(run_dir, step, *rest):
+            original(run_dir, step, *rest)
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.save = stop_after_six
+
+    assert status(forked(tmp_path, prepare)) == -signal.SIGKILL
+    damaged = tmp_path / "run" / "checkpoints" / "step_000006" / "model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-100] ^= 1
+    damaged.write_bytes(data)
+    finish(tmp_path)
+    said = capfd.readouterr().err
+    assert "step_000006 is damaged: model.safetensors is not what was written; trying the one before" in said
+    assert "continuing after step 4 of 8" in said
+    assert fingerprint(tmp_path / "run") == whole[0]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "manifest", "unmanifested"])
+def test_every_kind_of_damage_is_found(whole, tiny_pair, tmp_path, damage):
+    folder = train(tmp_path, "optim.steps=2", "optim.warmup_steps=0", "eval.every=0", "eval.benchmarks=[]", "eval.k=0")
+    last = folder / "checkpoints" / "step_000002"
+    assert checkpoint.verify(last) == 2 and checkpoint.newest(folder) == last
+    if damage == "truncate":
+        os.truncate(last / "optimizer.safetensors", 100)
+    elif damage == "remove":
+        (last / "trainer.json").unlink()
+    elif damage == "manifest":
+        (last / "manifest.json").write_text("{")
+    else:
+        (last / "manifest.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="step_000002"):
+        checkpoint.verify(last)
+    assert checkpoint.newest(folder) is None
+
+
+def disk(free):
+    return lambda path: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoints(tiny_pair, tmp_path, monkeypatch):
+    original = shutil.disk_usage
+
+    def usage(path):
+        written = (tmp_path / "run" / "checkpoints" / "step_000004").exists()
+        return disk(1000)(path) if written else original(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(
+        RunError, match=r"no room for the checkpoint of step 6: it takes 0.00 GiB .* Earlier checkpoints are"
+    ):
+        train(tmp_path)
+    assert checkpoint.newest(tmp_path / "run").name == "step_000004"
+    monkeypatch.setattr(shutil, "disk_usage", original)
+    train(tmp_path)
+    assert checkpoint.newest(tmp_path / "run").name == "step_000008"
+
+
+@pytest.mark.parametrize("file", ["model", "optimizer"])
+def test_a_write_that_fails_stops_the_run_and_leaves_the_earlier_checkpoints(tiny_pair, tmp_path, monkeypatch, file):
+    if file == "optimizer":
+        original = checkpoint.save_file
+
+        def failing(tensors, path):
+            if "step_000004" in str(path):
+                raise OSError(28, "No space left on device")
+            original(tensors, path)
+
+        monkeypatch.setattr(checkpoint, "save_file", failing)
+    else:
+        original_flush = checkpoint._flush
+
+        def failing_flush(path):
+            if "step_000004" in str(path):
+                raise OSError(5, "Input/output error")
+            original_flush(path)
+
+        monkeypatch.setattr(checkpoint, "_flush", failing_flush)
+    with pytest.raises(RunError, match=r"checkpoint of step 4 could not be written .* Earlier checkpoints are intact"):
+        train(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_000002"]
+    assert checkpoint.newest(tmp_path / "run").name == "step_000002"
+
+
+def test_continuing_from_an_older_checkpoint_by_name(whole, tmp_path):
+    finish(tmp_path)
+    folder: Path = tmp_path / "run"
+    texts = [f"output_dir={tmp_path}", "run_name=run", *SETTINGS]
+    config, sections = load_config("configs/tiny.json", texts, SECTIONS)
+    run(config, TipWeighter(sections["tip"]), sections, str(folder / "checkpoints" / "step_000006"))
+    assert fingerprint(folder) == whole[0]
