@@ -50,15 +50,24 @@ class LoadedBenchmark:
     prompts: list[Prompt]
 
 
-def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> list[LoadedBenchmark]:
-    """Reads the config's benchmarks and their problems. Raises InputError naming the file that is wrong."""
-    loaded = []
+def read_benchmarks(config: Config) -> dict[str, Benchmark]:
+    """The config's benchmarks by name. Raises InputError naming the file that is wrong."""
+    found = {}
     for entry in config.eval.benchmarks:
         path = Path(entry) if entry.endswith(".json") else ROOT / "configs" / "benchmarks" / f"{entry}.json"
         if not path.is_file():
             known = sorted(p.stem for p in (ROOT / "configs" / "benchmarks").glob("*.json"))
             raise InputError(f"eval.benchmarks: no benchmark {entry!r}; there are {known}, or give the path of a file.")
-        benchmark = build(Benchmark, read_json_object(path), str(path))
+        if path.stem in found:
+            raise InputError(f"eval.benchmarks: two benchmarks are named {path.stem!r}. Rename one of the files.")
+        found[path.stem] = build(Benchmark, read_json_object(path), str(path))
+    return found
+
+
+def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> list[LoadedBenchmark]:
+    """Benchmarks with their problems as prompts of a model. Raises InputError naming the file that is wrong."""
+    loaded = []
+    for name, benchmark in read_benchmarks(config).items():
         problems = read_problems(benchmark.file, benchmark.prompt_field, benchmark.answer_field)[:limit]
         ids = [problem.id for problem in problems]
         if len(set(ids)) < len(ids):
@@ -67,7 +76,7 @@ def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> lis
                 f"{benchmark.file}: the id {twice!r} stands twice. Give every problem of a benchmark its own."
             )
         prompts = make_prompts(problems, lm.tokenizer, config.data, benchmark.file, benchmark.instruction)
-        loaded.append(LoadedBenchmark(path.stem, benchmark, prompts))
+        loaded.append(LoadedBenchmark(name, benchmark, prompts))
     return loaded
 
 
@@ -80,7 +89,7 @@ def evaluate(
     out: Path,
     stop: Callable[[], None] = lambda: None,
 ) -> dict[str, dict]:
-    """Evaluates on every benchmark unless `out` already holds this evaluation; returns name -> figures.
+    """Evaluates on every benchmark unless `out` already holds the result; returns name -> figures.
 
     A model is sampled over its own whole vocabulary, so that its accuracy does not depend on whom it is paired with.
     Writes `<name>.jsonl` (every prompt, response, extracted answer, verdict) and then summary.json.
@@ -92,11 +101,7 @@ def evaluate(
     """
     summary_path = out / "summary.json"
     if summary_path.exists():
-        summary = json.loads(summary_path.read_text())
-        if {name: _about(figures) for name, figures in summary.items()} == {
-            b.name: _identity(b, config) for b in benchmarks
-        }:
-            return summary
+        return json.loads(summary_path.read_text())
     out.mkdir(parents=True, exist_ok=True)
     summary = {}
     for loaded in benchmarks:
@@ -109,26 +114,13 @@ def evaluate(
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         summary[loaded.name] = {
             **summarise(rows),
-            **_identity(loaded, config),
+            "benchmark": asdict(loaded.benchmark),
+            "grader": grading.VERSION,
+            "seed": config.seed,
             "time/evaluation": time.perf_counter() - begin,
         }
     write_whole(summary_path, json.dumps(summary, indent=1) + "\n")
     return summary
-
-
-def _identity(loaded: LoadedBenchmark, config: Config) -> dict:
-    """What makes two evaluations of one model the same."""
-    return {
-        "benchmark": asdict(loaded.benchmark),
-        "grader": grading.VERSION,
-        "seed": config.seed,
-        "problems": len(loaded.prompts),
-        "k": config.eval.k,
-    }
-
-
-def _about(figures: dict) -> dict:
-    return {key: figures.get(key) for key in ("benchmark", "grader", "seed", "problems", "k")}
 
 
 def _responses(

@@ -117,23 +117,19 @@ class _DivergenceSum(torch.autograd.Function):
         plan = _Plan(hidden, head, teacher_hidden, teacher_head, buffers, chunk_bytes)
         for rows in plan.chunks(weights.nonzero().squeeze(1)):
             chunk_hidden = hidden[rows].to(plan.student_dtype)
-            logits = plan.logits(chunk_hidden, head)
-            cap_slope = None if head.soft_cap is None else 1 - (logits / head.soft_cap).square_()
-            log_s = logits.log_softmax(-1)
-            del logits
-            log_t = plan.logits(teacher_hidden[rows].to(plan.teacher_dtype), teacher_head).log_softmax(-1)
+            chunk_teacher = teacher_hidden[rows].to(plan.teacher_dtype)
+            row_weights = weights[rows].float()
             share = None if forward_share is None else forward_share[rows].float()[:, None]
-            loss, grad = _loss_and_logit_grad(log_s, log_t, share, beta, wanted=any(grads))
-            row_weight = weights[rows].float()
-            total += (row_weight.double() * loss.double()).sum()
+            loss, grad = _chunk(
+                plan, chunk_hidden, head, chunk_teacher, teacher_head, row_weights, share, beta, any(grads)
+            )
+            total += (row_weights.double() * loss.double()).sum()
             if grad is None:
                 continue
-            grad.mul_(row_weight[:, None] * head.scale)
-            if cap_slope is not None:
-                grad.mul_(cap_slope)
             if grad_bias is not None:
                 grad_bias[: head.size] += grad.sum(0)
             plan.backpropagate(grad, rows, chunk_hidden, head, grad_hidden, grad_weight)
+            del grad  # before the next chunk's logits stand beside it
         ctx.grads = [
             None if g is None else g.to(x.dtype)
             for g, x in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
@@ -147,6 +143,31 @@ class _DivergenceSum(torch.autograd.Function):
             raise RuntimeError("the gradient of divergence_sum was already taken; call divergence_sum again")
         grads, ctx.grads = ctx.grads, None  # scaled in place: a copy would be a second gradient of the head's size
         return *(None if g is None else g.mul_(grad_output) for g in grads), *(None,) * 8
+
+
+def _chunk(
+    plan: "_Plan",
+    hidden: Tensor,
+    head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    weights: Tensor,
+    share: Tensor | None,
+    beta: float | None,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Losses (c,) of a chunk, and weight times their gradient in h W^T + b, (c, V)."""
+    logits = plan.logits(hidden, head)
+    cap_slope = None if head.soft_cap is None or not wanted else 1 - (logits / head.soft_cap).square_()
+    log_s = logits.log_softmax(-1)
+    del logits
+    log_t = plan.logits(teacher_hidden, teacher_head).log_softmax(-1)
+    loss, grad = _loss_and_logit_grad(log_s, log_t, share, beta, wanted)
+    if grad is not None:
+        grad.mul_(weights[:, None] * head.scale)
+        if cap_slope is not None:
+            grad.mul_(cap_slope)
+    return loss, grad
 
 
 def _loss_and_logit_grad(
@@ -225,9 +246,12 @@ def token_stats(
     plan = _Plan(student_hidden, student_head, teacher_hidden, teacher_head, 6, chunk_bytes)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         for rows in plan.chunks(torch.arange(len(token_ids), device=student_hidden.device)):
-            log_s = plan.logits(student_hidden[rows].to(plan.student_dtype), student_head).log_softmax(-1)
-            log_t = plan.logits(teacher_hidden[rows].to(plan.teacher_dtype), teacher_head).log_softmax(-1)
-            for name, column in _stats_of(log_s, log_t, token_ids[rows], needs, jsd_beta).items():
+            columns = _stats_of(
+                plan.logits(student_hidden[rows].to(plan.student_dtype), student_head).log_softmax(-1),
+                plan.logits(teacher_hidden[rows].to(plan.teacher_dtype), teacher_head).log_softmax(-1),
+                token_ids[rows], needs, jsd_beta,
+            )  # fmt: skip
+            for name, column in columns.items():
                 result[name][rows] = column
     return result
 
@@ -358,7 +382,7 @@ def _rowdot(a: Tensor, b: Tensor) -> Tensor:
 
     torch.linalg.vecdot makes that product, and a batched matrix product sums less exactly (1.8e-5 at V = 151,936).
     """
-    width = max(1, (2**20 if a.device.type == "cpu" else 2**24) // max(len(a), 1))
+    width = max(1, (2**18 if a.device.type == "cpu" else 2**22) // max(len(a), 1))
     total = torch.zeros(len(a), device=a.device)
     for start in range(0, a.shape[1], width):
         total += (a[:, start : start + width] * b[:, start : start + width]).sum(-1)

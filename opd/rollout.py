@@ -40,6 +40,8 @@ def sample(
 ) -> list[Rollout]:
     """One response per prompt (repeat a prompt for several), in order; `sequence_id` is the place in `prompts`.
 
+    Raises FloatingPointError when logits are not finite.
+
     Args:
         vocab_size: only ids below are sampled, so never a padded vocabulary row.
         batch_size: responses generated together; long prompts are batched with long ones.
@@ -133,6 +135,8 @@ class _InverseTransform(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores[:, : self.vocab_size].float()
+        if not logits.amax(-1).isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
         if self.decoding.temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:

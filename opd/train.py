@@ -77,6 +77,8 @@ def run(
     weighter = weighter or UniformWeighter()
     identity = {
         "config": {**asdict(config), **{name: asdict(s) for name, s in (sections or {}).items()}},
+        "benchmarks": {name: asdict(b) for name, b in evaluate.read_benchmarks(config).items()},
+        "grader": grading.VERSION,
         "weighter": f"{type(weighter).__module__}.{type(weighter).__qualname__}",
     }
     run_dir = config.run_dir
@@ -141,6 +143,12 @@ def run(
                 if step == total_steps or _due(step, config.checkpoint.every):
                     save()
                 stop.check()
+    except FloatingPointError as error:
+        saved = checkpoint.newest(run_dir)
+        raise RunError(
+            f"after step {step}: {error}. {f'The newest checkpoint is {saved}' if saved else 'There is no checkpoint yet'}. "
+            "Lower optim.lr, or look at the weights of student and teacher."
+        ) from error
     except Interrupted:
         if not checkpoint.folder(run_dir, step).exists():
             save()

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd import cli, evaluate
+from opd import cli, evaluate, grading
+from opd import teacher as teacher_scoring
 from opd import train as opd_train
 from tip import report
 from tip import train as tip_train
@@ -123,7 +124,15 @@ def without_eos(d):
 def finished_run(d):
     (d / "out/tiny").mkdir(parents=True)
     config = json.loads((d / "pair.json").read_text())
-    (d / "out/tiny/config.json").write_text(json.dumps({"config": config, "weighter": "opd.hooks.UniformWeighter"}))
+    del config["$schema"]
+    benchmarks = {"bench": json.loads((d / "bench.json").read_text())}
+    record = {
+        "config": config,
+        "benchmarks": benchmarks,
+        "grader": grading.VERSION,
+        "weighter": "opd.hooks.UniformWeighter",
+    }
+    (d / "out/tiny/config.json").write_text(json.dumps(record))
 
 
 def foreign_folder(d):
@@ -143,6 +152,11 @@ def output_is_a_file(d):
 def long_problems(d):
     text = "".join(json.dumps({"problem": "1+2" * 60 + " mod10?", "answer": "1"}) + "\n" for _ in range(3))
     (d / "pair/train.jsonl").write_text(text)
+
+
+def few_problems(d):
+    path = d / "pair/train.jsonl"
+    path.write_text("".join(text + "\n" for text in path.read_text().splitlines()[:3]))
 
 
 def line(text):
@@ -183,7 +197,8 @@ CASES = {
     "adam beta 1": (nothing, "tip", [*S, "optim.betas=[0.9,1]"], "optim.betas.1 is 1"),
     "run name with a slash": (nothing, "tip", [*S, "run_name=a/b"], 'run_name is "a/b". Expected'),
     "empty path": (nothing, "tip", [*S, "student.path="], 'student.path is "". Expected'),
-    "greedy repeated": (nothing, "tip", [*S, "rollout.temperature=0", *S, "rollout.n=4"], "rollout.temperature is 0 and rollout.n is 4"),
+    "greedy repeated": (nothing, "tip", [*S, "rollout.temperature=0", *S, "rollout.n=4"],
+        "rollout.temperature is 0 and rollout.n is 4"),
     "steps and epochs": (nothing, "tip", [*S, "data.epochs=1"], "optim.steps is 60 and data.epochs is 1: give one"),
     "neither steps nor epochs": (nothing, "tip", [*S, "optim.steps=null"], "give one, set the other to null"),
     "warm-up beyond the end": (nothing, "tip", [*S, "optim.warmup_steps=99"], "optim.warmup_steps is 99, not below"),
@@ -195,13 +210,18 @@ CASES = {
     "unknown argument": (nothing, "tip", ["--lr", "1"], "unrecognized arguments: --lr 1"),
     "plain training of a selection": (nothing, "opd", [*S, "tip.rule=soft_or"], "section 'tip' selects tokens"),
     "resume from nowhere": (nothing, "tip", ["--resume", "x"], "has no run to continue"),
-    "resume from what is no checkpoint": (finished_run, "opd", ["--resume", "x"], "--resume x: checkpoint x is incomplete"),
+    "resume from what is no checkpoint": (finished_run, "opd", ["--resume", "x"],
+        "--resume x: x does not stand in {dir}/out/tiny/checkpoints"),
     "resume none onto a run": (finished_run, "opd", ["--resume", "none"], "--resume none starts a new run"),
     # files
     "config that is not JSON": (write("pair.json", "{'a': 1}"), "tip", [], "pair.json, line 1, column 2: not JSON"),
     "config that is not an object": (write("pair.json", "[]"), "tip", [], "the file is list, expected an object"),
     "config that is not text": (write("pair.json", b"\xff\xfe\x00"), "tip", [], "pair.json: cannot be read"),
     "config with a key twice": (write("pair.json", '{"seed": 1, "seed": 2}'), "tip", [], "key 'seed' stands twice"),
+    "answer that is null": (line('{"problem": "1", "answer": null}'), "tip", [], "line 2: field 'answer' is null, expected"),
+    "answer that is a fraction": (line('{"problem": "1", "answer": 0.5}'), "tip", [], "field 'answer' is 0.5, expected"),
+    "warm-up beyond one epoch": (nothing, "tip", [*S, "optim.steps=null", *S, "data.epochs=1", *S, "optim.warmup_steps=300"],
+        "optim.warmup_steps is 300, not below the run's 256 steps"),
     "missing config": (remove("pair.json"), "tip", [], "pair.json: no such file"),
     "missing data": (remove("pair/train.jsonl"), "tip", [], "train.jsonl: cannot be read"),
     "empty data": (write("pair/train.jsonl", "\n\n"), "tip", [], "train.jsonl: no problems in it"),
@@ -214,8 +234,8 @@ CASES = {
     "data with bad messages": (line('{"problem": [{"role": "user"}], "answer": "1"}'), "tip", [], "messages."),
     "data that is not text": (write("pair/train.jsonl", b"\xff\xff\n"), "tip", [], "train.jsonl: not UTF-8 text (byte 0)"),
     "all prompts too long": (long_problems, "tip", [], "all 3 prompts are longer than data.max_prompt_tokens = 24"),
-    "fewer prompts than a step in one epoch": (long_problems, "tip", [*S, "data.max_prompt_tokens=80", *S, "optim.steps=null",
-        *S, "data.epochs=1", *S, "rollout.max_response_tokens=30"], "fewer than rollout.prompts_per_step"),
+    "fewer prompts than a step in one epoch": (few_problems, "tip", [*S, "optim.steps=null", *S, "data.epochs=1"],
+        "3 prompts x 1 epochs are fewer than rollout.prompts_per_step = 32"),
     "missing benchmark": (nothing, "tip", [*S, 'eval.benchmarks=["math5000"]'], "no benchmark 'math5000'; there are ["),
     "benchmark with an unknown key": (edit("bench.json", shots=3), "tip", [], "bench.json: shots is not a known key"),
     "benchmark without problems": (remove("pair/test.jsonl"), "tip", [], "test.jsonl: cannot be read"),
@@ -231,7 +251,7 @@ CASES = {
     "unknown architecture": (edit("pair/student/config.json", model_type="nonesuch"), "tip", [], "does not load as a causal"),
     "remote code": (remote_code, "tip", [], "does not load as a causal"),
     "weights of another size": (edit("pair/student/config.json", hidden_size=128), "tip", [], "does not load as a causal"),
-    "weights of fewer layers": (edit("pair/student/config.json", num_hidden_layers=3), "tip", [], "weights are not those"),
+    "weights of fewer layers": (edit("pair/student/config.json", num_hidden_layers=3), "tip", [], "does not load as a causal"),
     "dropout": (edit("pair/student/config.json", attention_dropout=0.1), "tip", [], "attention_dropout = 0.1, expected 0"),
     "missing tokenizer": (remove("pair/student/tokenizer.json"), "tip", [], "does not load as a causal language model"),
     "no chat template": (without_template, "tip", [], "the tokenizer has no chat template"),
@@ -239,10 +259,10 @@ CASES = {
     "a chat template that refuses": (write("pair/student/chat_template.jinja", "{{ raise_exception('no system') }}"), "tip",
         [], "the chat template refuses it (no system)"),
     "context too short": (nothing, "tip", [*S, "rollout.max_response_tokens=120"],
-        "the longest prompt has 19 tokens and rollout.max_response_tokens is 120: together 139, more than the student's context of 128"),
+        "prompt has 19 tokens and rollout.max_response_tokens is 120: together 139, more than the student's context of 128"),
     "benchmark beyond the context": (edit("bench.json", max_response_tokens=500), "tip", [], "of benchmark bench is 500"),
     # folders
-    "run of another configuration": (finished_run, "opd", [*S, "optim.lr=1"], "differs in optim.lr (there 0.0003, here 1)"),
+    "run of another configuration": (finished_run, "opd", [*S, "optim.lr=1"], "differs in optim.lr (there 0.0003, here 1.0)"),
     "a selection onto a baseline": (finished_run, "tip", [], "holds a run of another configuration; it differs in tip"),
     "a folder that is not a run": (foreign_folder, "tip", [], "exists and is not a run folder"),
     "a run folder that is a file": (run_is_a_file, "tip", [], "out/tiny is a file, expected a run folder"),
@@ -251,10 +271,12 @@ CASES = {
     "evaluation of nothing": (nothing, "evaluate", ["--model", "{dir}/none"], "no such folder"),
     "evaluation without a model": (nothing, "evaluate", [], "required: --model"),
     "evaluation of zero problems": (nothing, "evaluate", ["--model", "{dir}/pair/student", "--limit", "0"], "--limit is 0"),
-    "evaluation on an unknown benchmark": (nothing, "evaluate", ["--model", "{dir}/pair/student", "--benchmark", "x"], "no benchmark 'x'"),
+    "evaluation on an unknown benchmark": (nothing, "evaluate", ["--model", "{dir}/pair/student", "--benchmark", "x"],
+        "no benchmark 'x'"),
     "report of what is no run": (nothing, "report", ["REPORT", "{dir}/pair"], "not a finished run"),
     "dry run without a model": (remove("pair/student"), "tip", ["--dry-run"], "no such folder"),
-    "dry run of a broken config": (write("pair/student/config.json", "{"), "tip", ["--dry-run"], "its config.json cannot be used"),
+    "dry run of a broken config": (write("pair/student/config.json", "{"), "tip", ["--dry-run"],
+        "its config.json cannot be used"),
 }  # fmt: skip
 
 
@@ -267,10 +289,8 @@ def test_bad_input(name, setup, monkeypatch, capsys):
     change, command, extra, message = CASES[name]
     change(setup)
     extra = [text.replace("{dir}", str(setup)) for text in extra]
-    if extra[:1] in (["NO CONFIG"], ["REPORT"]):
-        arguments = extra[1:]
-    else:
-        arguments = ["--config", str(setup / "pair.json"), *extra]
+    alone = extra[:1] in (["NO CONFIG"], ["REPORT"])
+    arguments = extra[1:] if alone else ["--config", str(setup / "pair.json"), *extra]
     before = snapshot(setup)
     code, out, err = outcome(COMMANDS[command], arguments, monkeypatch, capsys)
     assert code == 2, err
@@ -321,29 +341,53 @@ def test_the_message_of_a_real_process(setup):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rollouts(setup, monkeypatch, capsys):
-    original = torch.optim.AdamW.step
+    """The teacher overflows on one rollout of step 5."""
+    original, calls = teacher_scoring.score, []
 
-    def poison(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        poison.calls += 1
-        if poison.calls == 4:
-            self.param_groups[1]["params"][0].data[0] = float("nan")
+    def overflow(teacher, batches):
+        found = original(teacher, batches)
+        calls.append(1)
+        if len(calls) >= 5:
+            for batch, states in zip(batches, found, strict=True):
+                states[batch.sequence_id == 7] = float("inf")
+        return found
 
-    poison.calls = 0
-    monkeypatch.setattr(torch.optim.AdamW, "step", poison)
-    arguments = ["--config", str(setup / "pair.json"), "--set", "checkpoint.every=2", "--set", "eval.every=0"]
+    monkeypatch.setattr(teacher_scoring, "score", overflow)
+    arguments = ["--config", str(setup / "pair.json"), "--set", "checkpoint.every=2", "--set", "eval.every=0",
+                 "--set", "eval.reverse_kl=false", "--set", "tip.rule=all"]  # fmt: skip
     code, _, err = outcome(tip_train.command, arguments, monkeypatch, capsys)
     assert code == 1 and "Traceback" not in err
     dump = setup / "out/tiny/not_finite_step_000005.jsonl"
     message = err[err.index("error: ") :]
     assert (
-        "step 5" in message
-        and str(dump) in message
-        and "the newest checkpoint is" in message
-        and "step_000004" in message
+        "step 5: the loss is nan; rollouts [7] have statistics that are not finite" in message and str(dump) in message
     )
+    assert "the newest checkpoint is" in message and "step_000004" in message
     records = [json.loads(text) for text in dump.read_text().splitlines()]
-    assert len(records) == 32 and not any(r["finite"] for r in records) and records[0]["response_ids"]
+    assert (
+        [r["sequence_id"] for r in records if not r["finite"]] == [7]
+        and len(records) == 32
+        and records[7]["response_ids"]
+    )
+
+
+def test_a_student_that_is_not_finite_ends_the_run(setup, monkeypatch, capsys):
+    original, calls = torch.optim.AdamW.step, []
+
+    def poison(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 4:
+            self.param_groups[1]["params"][0].data[0] = float("nan")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", poison)
+    arguments = ["--config", str(setup / "pair.json"), *S, "checkpoint.every=3"]
+    code, _, err = outcome(tip_train.command, arguments, monkeypatch, capsys)
+    assert code == 1 and "Traceback" not in err
+    assert (
+        "error: after step 4: the model's logits are not finite. The newest checkpoint is" in err
+        and "step_000003" in err
+    )
 
 
 def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(setup, monkeypatch, capsys):

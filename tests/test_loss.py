@@ -190,7 +190,7 @@ def test_chunk_bytes_bounds_the_transient_memory():
         peak = transient_peak(
             lambda d=divergence, f=share: divergence_sum(hs, student, ht, teacher, weights, f, d, 0.3, 2**23)
         )
-        assert peak < 2**23 + 3 * student.weight.nbytes, (divergence, share is None, peak / 2**23)
+        assert peak < 2**23 + 2**20 + 2 * student.weight.nbytes, (divergence, share is None, peak / 2**23)
 
 
 def transient_peak(work):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_the_report_compares_them(arms, tmp_path):
     ):
         assert word in text
     other = start(tmp_path, "short", *SMALL)
-    with pytest.raises(InputError, match="differ in the accuracy of teacher"):
+    with pytest.raises(InputError, match="differ in benchmark tiny"):
         report.table([report.read_run(arms[0]), report.read_run(other)])
     with pytest.raises(InputError, match="not a finished run"):
         report.read_run(tmp_path)
@@ -104,16 +105,8 @@ def test_a_run_folder_holds_what_it_should(small):
     assert recorded["versions"]["torch"] and "git_commit" in recorded and recorded["command"]
     response = json.loads((small / "eval/step_000004/tiny.jsonl").read_text().splitlines()[0])
     assert set(response) == {
-        "id",
-        "sample",
-        "prompt",
-        "response",
-        "extracted",
-        "answer",
-        "correct",
-        "finish_reason",
-        "tokens",
-    }
+        "id", "sample", "prompt", "response", "extracted", "answer", "correct", "finish_reason", "tokens", "reverse_kl",
+    }  # fmt: skip
     assert [r["step"] for r in rows(small)] == [1, 2, 3, 4]
     wanted = {"loss/divergence", "tokens/response", "tokens/kept", "tip/retained", "tip/share_q1", "tip/mass_q4", "tip/kept_q3",
               "tip/mass_covered", "tip/threshold_entropy", "tip/threshold_divergence", "rollout/length_mean",
@@ -237,3 +230,49 @@ def test_evaluation_from_the_command_line(tiny_pair, tmp_path):
     assert figures["problems"] == 16 and figures["k"] == 2 and figures["greedy"] >= 0.9
     assert figures["grader"] and figures["benchmark"]["version"] == 1 and figures["benchmark"]["temperature"] == 1.0
     assert len((tmp_path / "tiny.jsonl").read_text().splitlines()) == 48
+
+
+def test_a_finished_run_that_continues_from_an_older_checkpoint_forgets_its_future(tiny_pair, tmp_path):
+    folder = start(tmp_path, "back", *SMALL, "checkpoint.every=1", "checkpoint.keep=9")
+    expected = without_clock(json.loads((folder / "summary.json").read_text()))
+    older = folder / "checkpoints" / "step_000001"
+    (folder / "eval/step_000004/tiny.jsonl").write_text("stale")
+    assert start(tmp_path, "back", *SMALL, "checkpoint.every=1", "checkpoint.keep=9", resume=str(older)) == folder
+    assert without_clock(json.loads((folder / "summary.json").read_text())) == expected
+    assert (folder / "eval/step_000004/tiny.jsonl").read_text() != "stale"
+    other = start(tmp_path, "other", *SMALL, "seed=1")
+    with pytest.raises(InputError, match="does not stand in"):
+        start(tmp_path, "back", *SMALL, "checkpoint.every=1", "checkpoint.keep=9",
+              resume=str(other / "checkpoints/step_000002"))  # fmt: skip
+
+
+def test_a_run_whose_benchmark_changed_is_another_run(tiny_pair, tmp_path):
+    benchmark = json.loads(Path("configs/benchmarks/tiny.json").read_text())
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(benchmark))
+    texts = ("optim.steps=1", "optim.warmup_steps=0", "eval.k=1", "eval.limit=4", f'eval.benchmarks=["{path}"]')
+    start(tmp_path, "run", *texts)
+    path.write_text(json.dumps(benchmark | {"version": 2}))
+    with pytest.raises(InputError, match=r"differs in benchmarks.mine.version \(there 1, here 2\)"):
+        start(tmp_path, "run", *texts)
+
+
+def test_runs_that_did_not_start_alike_are_not_compared(small, tmp_path):
+    other = start(tmp_path, "other", *SMALL, "seed=1")
+    with pytest.raises(InputError, match=r"differ in seed \(1 and 0\)"):
+        report.table([report.read_run(small), report.read_run(other)])
+
+
+def test_an_example_is_one_problem_before_and_after(small):
+    text = report.example([report.read_run(small)])
+    assert text.startswith("problem test-") and text.count("greedy,") == 3 and "step-0 student, greedy" in text
+    first = text[text.index("step-0 student") :].splitlines()[0]
+    assert first.endswith("not right")
+
+
+def test_the_main_script_handles_its_arguments(tiny_pair):
+    command = ["bash", "scripts/run_math500_soft_or.sh", "configs/tiny.json", "--dry-run", "--set", "run_name=mine"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "plan of outputs/tiny-all" in result.stdout and "plan of outputs/tiny-soft_or" in result.stdout
+    assert result.stdout.count("nothing was started") == 2

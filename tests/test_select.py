@@ -78,10 +78,6 @@ def test_equal_values_normalise_to_zero():
     assert scores.min_max(torch.zeros(0)).tolist() == []
 
 
-def test_a_dummy_row_would_poison_the_axis_so_only_response_tokens_come_in():
-    assert scores.min_max(D)[3] == 0 and scores.min_max(D)[6] == 1
-
-
 def test_floor_of_the_retained_count():
     ones, one_rollout = torch.ones(10), torch.zeros(10, dtype=torch.int64)
     for retention, expected in (
@@ -115,6 +111,31 @@ def test_sampling_keeps_the_count_per_rollout_and_repeats_from_its_seed(rule):
         assert sum(i < 6 for i in first) == 3 and sum(i >= 6 for i in first) == 2
         assert first == kept(rule, 0.5, torch.Generator().manual_seed(seed))
     assert len({tuple(kept(rule, 0.5, torch.Generator().manual_seed(s))) for s in range(20)}) > 5
+
+
+def by_hand(weight, retention, generator):
+    """Top of log weight + Gumbel noise per rollout, in plain Python: one uniform per row, in row order."""
+    uniforms = torch.rand(len(weight), generator=generator, dtype=torch.float64).tolist()
+    keys = [(math.log(w) if w > 0 else -1e6) - math.log(-math.log(u)) for w, u in zip(weight, uniforms, strict=True)]
+    chosen = []
+    for rows in (range(6), range(6, 10)):
+        best = sorted(rows, key=lambda i: -keys[i])[: int(retention * len(rows) + 1e-9)]
+        chosen += sorted(best)
+    return chosen
+
+
+@pytest.mark.parametrize("retention", [0.2, 0.5, 0.75])
+def test_sampled_rules_by_hand(retention):
+    for seed in range(10):
+        seeded = lambda s=seed: torch.Generator().manual_seed(s)  # noqa: E731
+        assert kept("random", retention, seeded()) == by_hand([1.0] * 10, retention, seeded())
+        assert kept("entropy_sampling", retention, seeded()) == by_hand(H.tolist(), retention, seeded())
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.1])
+def test_weights_that_are_no_weights_are_refused(bad):
+    with pytest.raises(ValueError, match="1 of 3 weights are negative or NaN"):
+        select.sample(torch.tensor([0.5, bad, 1.0]), torch.zeros(3, dtype=torch.int64), 0.5, torch.Generator())
 
 
 def test_a_token_of_zero_weight_is_sampled_only_when_nothing_else_is_left():

@@ -12,7 +12,7 @@ from opd.data import Prompt, Rollout
 from opd.hooks import TokenStats, TokenWeights, UniformWeighter
 from opd.step import train_step
 from tip.config import TipConfig
-from tip.weighter import TipWeighter
+from tip.weighter import RULES, TipWeighter
 
 SAME = 1e-6
 
@@ -110,8 +110,9 @@ def test_pad_token_that_is_the_eos_token_changes_nothing():
 def test_uniform_weights_are_plain_opd_bit_for_bit():
     rollouts = random_rollouts(random_lm(1))
     plain = step(one_each(rollouts), UniformWeighter())
-    for weighter in (TipWeighter(TipConfig(rule="all")), Fixed(lambda s: torch.full((len(s.position),), 8.0)),
-                     TipWeighter(TipConfig(rule="soft_or", retention=1.0))):  # fmt: skip
+    same = [Fixed(lambda s, w=w: torch.full((len(s.position),), w)) for w in (8.0, 0.3, 1e-39, 1e38)]
+    same += [TipWeighter(TipConfig(rule="all")), TipWeighter(TipConfig(rule="soft_or", retention=1.0))]
+    for weighter in same:
         other = step(one_each(rollouts), weighter)
         assert other[0].loss == plain[0].loss and torch.equal(other[1], plain[1])
         for p, q in zip(plain[2].model.parameters(), other[2].model.parameters(), strict=True):
@@ -122,7 +123,8 @@ def test_only_relative_weights_matter():
     rollouts = random_rollouts(random_lm(1))
     base = step(one_each(rollouts), Fixed(varied))[1]
     assert torch.equal(step(one_each(rollouts), Fixed(lambda s: 8 * varied(s)))[1], base)
-    assert relative(step(one_each(rollouts), Fixed(lambda s: 0.3 * varied(s)))[1], base) < SAME
+    for scale in (0.3, 1e-30, 1e30):
+        assert relative(step(one_each(rollouts), Fixed(lambda s, x=scale: x * varied(s)))[1], base) < SAME
 
 
 def test_weight_zero_is_as_if_the_token_were_not_there():
@@ -135,26 +137,42 @@ def test_weight_zero_is_as_if_the_token_were_not_there():
     assert masked.metrics["tokens/kept"] == alone.metrics["tokens/response"] == 18
 
 
-def test_empty_selection_changes_nothing_and_warns_once():
+def test_empty_selection_changes_neither_weights_nor_moments_and_warns_once():
+    """After a real update, so that there are moments; and with gradients of 0 rather than none, which Adam would apply."""
     student = random_lm(1)
     rollouts = random_rollouts(student)
-    before = {n: p.clone() for n, p in student.model.named_parameters()}
+    engine = engine_for(student, "optim.warmup_steps=0", "optim.lr=1e-2", "optim.weight_decay=0.1")
+    arguments = {"student": student, "teacher": random_lm(2, name="teacher"), "engine": engine, "loss": LOSS,
+                 "micro_batches": one_each(rollouts), "vocab_size": 35, "seed": 0}  # fmt: skip
+    train_step(**arguments, weighter=UniformWeighter(), step=1)
+    weights = {n: p.clone() for n, p in student.model.named_parameters()}
+    moments = {n: v.clone() for n, v in engine.state().items()}
+    original = engine.start
+
+    def start(number):
+        rate = original(number)
+        for p in student.model.parameters():
+            p.grad = torch.zeros_like(p)
+        return rate
+
+    engine.start = start
     with pytest.warns(UserWarning, match="no token has weight above 0") as caught:
-        result, _, _, engine = step(one_each(rollouts), Fixed(lambda s: torch.zeros(len(s.position))), student=student)
+        result = train_step(**arguments, weighter=Fixed(lambda s: torch.zeros(len(s.position))), step=2)
     assert len(caught) == 1 and result.loss == 0 and result.metrics["tokens/kept"] == 0
-    assert all(torch.equal(p, before[n]) for n, p in student.model.named_parameters())
-    assert engine.state() == {}  # no moments: the optimizer did not step
     assert result.metrics["optim/lr"] > 0  # the schedule goes on
+    assert all(torch.equal(p, weights[n]) for n, p in student.model.named_parameters())
+    assert all(torch.equal(v, moments[n]) for n, v in engine.state().items()) and moments
 
 
-def test_an_update_whose_rollouts_are_all_dropped_is_an_empty_selection():
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_an_update_whose_rollouts_are_all_dropped_is_an_empty_selection(rule):
     rollouts = random_rollouts(random_lm(1), end="length")
     with pytest.warns(UserWarning, match="no token has weight"):
-        result = step(make_micro_batches(rollouts, 100, 0, "drop"))[0]
+        result = step(make_micro_batches(rollouts, 100, 0, "drop"), TipWeighter(TipConfig(rule=rule)))[0]
     assert result.loss == 0 and result.metrics["tokens/response"] == 0
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 def test_student_equal_to_teacher_gives_zero(divergence):
     student, teacher = random_lm(1), random_lm(1, name="teacher")
     loss = Loss(divergence=divergence, jsd_beta=0.5, chunk_bytes=2**28)
@@ -240,6 +258,18 @@ def test_statistics_are_sorted_and_the_same_for_any_cut():
     for name in needs:
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-5)
     assert a.teacher_entropy is None and a.vocab_size == 35 and a.step == 1
+
+
+def test_the_weighters_randomness_is_seeded_by_run_and_step():
+    class Draw:
+        needs = frozenset()
+
+        def __call__(self, stats, generator):
+            return TokenWeights(weights=torch.rand(len(stats.position), generator=generator))
+
+    batches = one_each(random_rollouts(random_lm(1)))
+    first, again, later = (step(batches, Draw(), number=n)[0].weights.weights for n in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, later)
 
 
 def test_no_scoring_pass_when_nobody_needs_one(monkeypatch):
