@@ -6,6 +6,7 @@ import os
 import torch
 from torch import Tensor
 
+from opd import distributed
 from opd.cli import InputError
 from opd.config import Config, Engine
 from opd.models import LanguageModel
@@ -26,6 +27,10 @@ def learning_rate(step: int, total_steps: int, lr: float, schedule: str, warmup_
 
 def pick_device(engine: Engine) -> torch.device:
     """The device of config section engine; sets the CPU threads. Raises InputError when cuda is asked for and missing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "engine.kind 'torch' trains in one process, and WORLD_SIZE says there are more. Start it plainly."
+        )
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise InputError("engine.device is 'cuda' and torch sees no GPU. Set engine.device to 'auto' or 'cpu'.")
     if engine.cpu_threads is not None:
@@ -75,6 +80,7 @@ class TorchEngine:
         """
         norm = 0.0
         if apply:
+            distributed.sum_gradients(self.named_parameters.values())
             norm = torch.nn.utils.clip_grad_norm_(self.named_parameters.values(), self.config.optim.grad_clip).item()
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the norm of the gradient is {norm}")

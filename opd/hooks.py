@@ -34,6 +34,10 @@ class TokenStats:
     top1_agree: Tensor | None = None  # 1 where both models' likeliest tokens are the same, else 0
     overlap_kl: Tensor | None = None  # KL(P_T || P_S), both renormalised on the union of their top 16 (TA-OPD)
     teacher_topk_mass: Tensor | None = None  # P_T of the student's top 16
+    student_top5_ids: Tensor | None = None  # (N, 5) int64, likeliest first; fewer columns when V < 5
+    student_top5_logprobs: Tensor | None = None  # (N, 5)
+    teacher_top5_ids: Tensor | None = None  # (N, 5) int64
+    teacher_top5_logprobs: Tensor | None = None  # (N, 5)
 
 
 STAT_FIELDS = frozenset(f.name for f in fields(TokenStats) if f.default is None)

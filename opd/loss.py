@@ -232,7 +232,7 @@ def token_stats(
         student_hidden, teacher_hidden: (N, H_s) and (N, H_t), as in `divergence_sum`.
         token_ids: (N,) int64, the sampled tokens.
     Returns:
-        name -> (N,) float32 on the device of the hidden states.
+        name -> (N,) float32 on the device of the hidden states; the top-5 fields are (N, 5), ids int64.
     Raises:
         ValueError: an unknown name, or shapes that do not fit.
     """
@@ -240,9 +240,9 @@ def token_stats(
         raise ValueError(f"needs names {sorted(unknown)}, expected names out of {sorted(STAT_FIELDS)}")
     check_beta(jsd_beta)
     _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, {"token_ids": token_ids})
-    result = {name: torch.empty(len(token_ids), device=student_hidden.device) for name in needs}
     if not needs:
-        return result
+        return {}
+    found: dict[str, list[Tensor]] = {name: [] for name in needs}
     plan = _Plan(student_hidden, student_head, teacher_hidden, teacher_head, 6, chunk_bytes)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         for rows in plan.chunks(torch.arange(len(token_ids), device=student_hidden.device)):
@@ -252,8 +252,8 @@ def token_stats(
                 token_ids[rows], needs, jsd_beta,
             )  # fmt: skip
             for name, column in columns.items():
-                result[name][rows] = column
-    return result
+                found[name].append(column)
+    return {name: torch.cat(columns) for name, columns in found.items()}
 
 
 def _stats_of(log_s: Tensor, log_t: Tensor, token_ids: Tensor, needs: frozenset[str], beta: float) -> dict[str, Tensor]:
@@ -282,6 +282,10 @@ def _stats_of(log_s: Tensor, log_t: Tensor, token_ids: Tensor, needs: frozenset[
         found["teacher_logprob"] = log_t.gather(1, token_ids[:, None])[:, 0]
     if "top1_agree" in needs:
         found["top1_agree"] = (log_s.argmax(-1) == log_t.argmax(-1)).float()
+    for who, log_p in (("student", log_s), ("teacher", log_t)):
+        if f"{who}_top5_ids" in needs or f"{who}_top5_logprobs" in needs:
+            top = log_p.topk(min(5, log_p.shape[-1]))
+            found[f"{who}_top5_ids"], found[f"{who}_top5_logprobs"] = top.indices, top.values
     if "overlap_kl" in needs or "teacher_topk_mass" in needs:
         k = min(TOP_K, log_s.shape[-1])
         top_s, top_t = log_s.topk(k).indices, log_t.topk(k).indices
@@ -325,8 +329,8 @@ class _Plan:
             chunk_bytes = chunk_bytes * 3 // 4
         self.rows = max(1, chunk_bytes // (4 * vocab * buffers))
 
-    def chunks(self, rows: Tensor) -> Iterator[Tensor]:
-        return iter(rows.split(self.rows)) if len(rows) else iter(())
+    def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self.rows)
 
     def _tiles(self, head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, head.size, self.tile):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd import distributed
 from opd import teacher as teacher_scoring
 from opd.batch import MicroBatch
 from opd.config import Loss
@@ -47,7 +48,8 @@ def train_step(
     """Scores, weights and applies one update.
 
     Args:
-        micro_batches: the whole update (opd.batch.make_micro_batches).
+        micro_batches: the whole update (opd.batch.make_micro_batches), or this rank's part of it; sequence ids are
+            unique over all ranks.
         vocab_size: ids compared (opd.models.shared_vocabulary).
         step: number of the update, from 1; with `seed` it seeds the weighter's generator.
         measure: fields of TokenStats wanted for diagnostics besides what the weighter needs.
@@ -69,43 +71,28 @@ def train_step(
             if needs:
                 found = _stats_of_batch(student, student_head, states, teacher_head, batch, loss, needs)
                 columns[-1].update({name: column.cpu() for name, column in found.items()})
-        stats, order = _sorted_stats(columns, needs, vocab_size, step)
+        stats, place = _gathered_stats(columns, needs, vocab_size, step)
 
         weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
         weights.check(stats)
 
     with watch("update"):
         rate = engine.start(step)
-        largest = weights.weights.max().item() if len(weights.weights) else 0.0
-        # divided by the largest, so that their scale changes nothing, bit for bit
-        relative = weights.weights.double() / largest if largest > 0 else weights.weights.double()
-        total_weight = relative.sum().item()
-        relative = relative.float()
+        relative, total_weight = _relative(weights.weights)  # the one denominator: all micro-batches, all ranks
+        mine = place.split([len(batch.token_ids) for batch in micro_batches])
         total_loss = 0.0
-        # back from the sorted order to micro-batches
-        place = order.argsort().split([len(batch.token_ids) for batch in micro_batches])
-        for batch, states, rows in zip(micro_batches, teacher_states, place, strict=True):
-            row_weights = relative[rows]
-            keep = row_weights.nonzero().squeeze(1)
-            if total_weight == 0 or len(keep) == 0:
+        for batch, states, rows in zip(micro_batches, teacher_states, mine, strict=True):
+            keep = relative[rows].nonzero().squeeze(1)  # of weight 0 neither the head nor, if all are, the body is run
+            if len(keep) == 0:
                 continue
             share = None if weights.forward_share is None else weights.forward_share[rows][keep].to(student.device)
-            value = (
-                divergence_sum(
-                    student.states(batch, keep),
-                    student_head,
-                    states[keep].to(student.device),
-                    teacher_head,
-                    row_weights[keep].to(student.device),
-                    share,
-                    loss.divergence,
-                    loss.jsd_beta,
-                    loss.chunk_bytes,
-                )
-                / total_weight
-            )
-            engine.backward(value)
-            total_loss += value.item()
+            divergence = divergence_sum(
+                student.states(batch, keep), student_head, states[keep].to(student.device), teacher_head,
+                relative[rows][keep].to(student.device), share, loss.divergence, loss.jsd_beta, loss.chunk_bytes,
+            )  # fmt: skip
+            engine.backward(divergence / total_weight)
+            total_loss += divergence.item() / total_weight
+        total_loss = distributed.sum_number(total_loss)
         if total_weight == 0:
             warnings.warn(
                 f"step {step}: no token has weight above 0; weights and optimizer stay unchanged", stacklevel=2
@@ -151,13 +138,23 @@ def pair_stats(
     return _stats_of_batch(student, heads[0], states, heads[1], batch, loss, needs)
 
 
-def _sorted_stats(
+def _gathered_stats(
     columns: Sequence[dict[str, Tensor]], needs: frozenset[str], vocab_size: int, step: int
 ) -> tuple[TokenStats, Tensor]:
-    """Joins the micro-batches' rows, sorted by (sequence_id, position), and the order that sorted them."""
-    none = torch.zeros(0)
-    empty = {"sequence_id": none.long(), "position": none.long(), **dict.fromkeys(needs, none)}
-    joined = {name: torch.cat([nothing, *(c[name] for c in columns)]) for name, nothing in empty.items()}
+    """The rows of all micro-batches and ranks, sorted by (sequence_id, position); and where this rank's rows went, (n,)."""
+    widths = {name: torch.zeros(0, 5) if "top5" in name else torch.zeros(0) for name in needs}
+    empty = {"sequence_id": torch.zeros(0).long(), "position": torch.zeros(0).long(), **widths}
+    empty = {name: column.long() if name.endswith("_ids") else column for name, column in empty.items()}
+    own = {name: torch.cat([c[name] for c in columns]) if columns else empty[name] for name in empty}
+    joined, mine = distributed.gather_rows(own)
     by_position = joined["position"].argsort(stable=True)
     order = by_position[joined["sequence_id"][by_position].argsort(stable=True)]
-    return TokenStats(vocab_size=vocab_size, step=step, **{n: column[order] for n, column in joined.items()}), order
+    stats = TokenStats(vocab_size=vocab_size, step=step, **{name: column[order] for name, column in joined.items()})
+    return stats, order.argsort()[mine]
+
+
+def _relative(weights: Tensor) -> tuple[Tensor, float]:
+    """Weights divided by the largest, so that their scale changes nothing, bit for bit; and their sum."""
+    largest = weights.max().item() if len(weights) else 0.0
+    relative = weights.double() / largest if largest > 0 else weights.double()
+    return relative.float(), relative.sum().item()

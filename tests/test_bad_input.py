@@ -202,6 +202,7 @@ CASES = {
     "steps and epochs": (nothing, "tip", [*S, "data.epochs=1"], "optim.steps is 60 and data.epochs is 1: give one"),
     "neither steps nor epochs": (nothing, "tip", [*S, "optim.steps=null"], "give one, set the other to null"),
     "warm-up beyond the end": (nothing, "tip", [*S, "optim.warmup_steps=99"], "optim.warmup_steps is 99, not below"),
+    "a launcher of many processes": (lambda d: os.environ.update(WORLD_SIZE="2"), "tip", [], "trains in one process"),
     "cuda without a GPU": (nothing, "tip", [*S, "engine.device=cuda"], "engine.device is 'cuda' and torch sees no GPU"),
     # the command line
     "no config": (nothing, "tip", ["NO CONFIG"], "required: --config"),
@@ -287,6 +288,7 @@ def test_there_are_enough_of_them():
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input(name, setup, monkeypatch, capsys):
     change, command, extra, message = CASES[name]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)  # and restored after the case that sets it
     change(setup)
     extra = [text.replace("{dir}", str(setup)) for text in extra]
     alone = extra[:1] in (["NO CONFIG"], ["REPORT"])

@@ -1,0 +1,105 @@
+"""Two gloo processes give the single-process update: loss, gradient and selection, token for token."""
+
+import multiprocessing
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import LOSS, engine_for, flat_gradient, random_lm, random_rollouts, relative
+
+from opd.batch import make_micro_batches
+from opd.hooks import TokenWeights
+from opd.step import train_step
+from tip.config import TipConfig
+from tip.weighter import RULES, TipWeighter
+
+
+class OnlyTheFirstRank:
+    """Keeps tokens of the even sequences with uneven weights, so that a rank that has the odd ones keeps none."""
+
+    needs = frozenset({"total_variation"})
+
+    def __call__(self, stats, generator):
+        kept = (stats.sequence_id % 2 == 0).float()
+        return TokenWeights(weights=kept * (1 + stats.position % 3), forward_share=stats.total_variation)
+
+
+class Nothing:
+    needs = frozenset()
+
+    def __call__(self, stats, generator):
+        return TokenWeights(weights=torch.zeros(len(stats.position)))
+
+
+def weighter_of(name):
+    return {"one rank": OnlyTheFirstRank(), "nothing": Nothing()}.get(name) or TipWeighter(
+        TipConfig(rule=name, retention=0.4)
+    )
+
+
+def update(name, mine):
+    """One update on the rollouts whose sequence id `mine` accepts."""
+    torch.set_num_threads(1)
+    student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
+    rollouts = [r for r in random_rollouts(student, count=7) if mine(r.sequence_id)]
+    engine = engine_for(student, "optim.warmup_steps=0", "optim.lr=1e-2")
+    gradients, original = [], torch.nn.utils.clip_grad_norm_
+    torch.nn.utils.clip_grad_norm_ = lambda p, limit: (
+        gradients.append(flat_gradient(student.model)) or original(p, limit)
+    )
+    try:
+        result = train_step(
+            student=student, teacher=teacher, engine=engine, micro_batches=make_micro_batches(rollouts, 40, 0, "keep"),
+            weighter=weighter_of(name), loss=LOSS, vocab_size=35, step=1, seed=0)  # fmt: skip
+    finally:
+        torch.nn.utils.clip_grad_norm_ = original
+    weights = torch.cat([p.detach().flatten() for p in student.model.parameters()])
+    ids = torch.stack([result.stats.sequence_id, result.stats.position])
+    return result.loss, result.weights.weights, ids, gradients[0] if gradients else None, weights
+
+
+def work(rank, names, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = {name: update(name, lambda i: i % 2 == rank) for name in names}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+NAMES = ["one rank", "nothing", *sorted(RULES)]
+
+
+@pytest.fixture(scope="module")
+def both():
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("spawn")
+        environment = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(["tests", ".", *([environment] if environment else [])])
+        processes = [context.Process(target=work, args=(rank, NAMES, folder)) for rank in (0, 1)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0
+        if environment is None:
+            del os.environ["PYTHONPATH"]
+        return [torch.load(f"{folder}/{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:.*no token has weight")
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_are_one(name, both):
+    loss, kept, ids, gradient, weights = update(name, lambda i: True)
+    for rank in (0, 1):
+        other_loss, other_kept, other_ids, other_gradient, other_weights = both[rank][name]
+        assert torch.equal(ids, other_ids)
+        torch.testing.assert_close(other_kept, kept, rtol=1e-5, atol=1e-6)
+        assert torch.equal(other_kept > 0, kept > 0)
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        if name == "nothing":
+            assert gradient is None and other_gradient is None and torch.equal(other_weights, weights)
+        else:
+            assert relative(other_gradient, gradient) < 1e-6
+            torch.testing.assert_close(other_weights, weights, rtol=1e-4, atol=1e-6)
+    assert torch.equal(both[0][name][4], both[1][name][4])  # the ranks stay together, bit for bit
