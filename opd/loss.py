@@ -112,24 +112,25 @@ class _DivergenceSum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if grads[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if grads[2] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        # log P_S, log P_T and one more while a softmax runs; a mixture keeps P_T, JSD log M/Q and its steps besides
-        buffers = 3 + (forward_share is not None) + 3 * (beta is not None) + (head.soft_cap is not None)
-        plan = _Plan(hidden, head, teacher_hidden, teacher_head, buffers, chunk_bytes)
-        for rows in plan.chunks(weights.nonzero().squeeze(1)):
-            chunk_hidden = hidden[rows].to(plan.student_dtype)
-            chunk_teacher = teacher_hidden[rows].to(plan.teacher_dtype)
+        buffers = 3 + 2 * (beta is not None) + (head.soft_cap is not None)
+        work = _Workspace(hidden, head, teacher_hidden, teacher_head, buffers, chunk_bytes)
+        for rows in work.chunks(weights.nonzero().squeeze(1)):
+            chunk_hidden = hidden[rows].to(work.student_dtype)
+            log_s, cap_slope = work.log_softmax(1, chunk_hidden, head, slope=any(grads))
+            log_t, _ = work.log_softmax(2, teacher_hidden[rows].to(work.teacher_dtype), teacher_head)
             row_weights = weights[rows].float()
-            share = None if forward_share is None else forward_share[rows].float()[:, None]
-            loss, grad = _chunk(
-                plan, chunk_hidden, head, chunk_teacher, teacher_head, row_weights, share, beta, any(grads)
-            )
+            share = None if forward_share is None else forward_share[rows].float()
+            loss, grad = _loss_and_logit_grad(log_s, log_t, share, beta, work, wanted=any(grads))
             total += (row_weights.double() * loss.double()).sum()
             if grad is None:
                 continue
+            if cap_slope is not None:
+                grad.mul_(cap_slope)
+            # weight and scale belong to rows, so they multiply (c, H) factors of the products and not (c, V) gradients
+            row_factor = row_weights * head.scale
             if grad_bias is not None:
-                grad_bias[: head.size] += grad.sum(0)
-            plan.backpropagate(grad, rows, chunk_hidden, head, grad_hidden, grad_weight)
-            del grad  # before the next chunk's logits stand beside it
+                grad_bias[: head.size] += row_factor @ grad
+            work.backpropagate(grad, row_factor, rows, chunk_hidden, head, grad_hidden, grad_weight)
         ctx.grads = [
             None if g is None else g.to(x.dtype)
             for g, x in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
@@ -145,75 +146,50 @@ class _DivergenceSum(torch.autograd.Function):
         return *(None if g is None else g.mul_(grad_output) for g in grads), *(None,) * 8
 
 
-def _chunk(
-    plan: "_Plan",
-    hidden: Tensor,
-    head: Head,
-    teacher_hidden: Tensor,
-    teacher_head: Head,
-    weights: Tensor,
-    share: Tensor | None,
-    beta: float | None,
-    wanted: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Losses (c,) of a chunk, and weight times their gradient in h W^T + b, (c, V)."""
-    logits = plan.logits(hidden, head)
-    cap_slope = None if head.soft_cap is None or not wanted else 1 - (logits / head.soft_cap).square_()
-    log_s = logits.log_softmax(-1)
-    del logits
-    log_t = plan.logits(teacher_hidden, teacher_head).log_softmax(-1)
-    loss, grad = _loss_and_logit_grad(log_s, log_t, share, beta, wanted)
-    if grad is not None:
-        grad.mul_(weights[:, None] * head.scale)
-        if cap_slope is not None:
-            grad.mul_(cap_slope)
-    return loss, grad
-
-
 def _loss_and_logit_grad(
-    log_s: Tensor, log_t: Tensor, share: Tensor | None, beta: float | None, wanted: bool
+    log_s: Tensor, log_t: Tensor, share: Tensor | None, beta: float | None, work: "_Workspace", wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss (c,) and its gradient in the student's logits (c, V); overwrites both arguments.
+    """Loss (c,) and its gradient in the student's logits (c, V); overwrites both arguments, and buffers 0, 3 and 4.
 
-    With P, Q for student and teacher, and centred(x) = x - sum_v P x:
-      reverse KL  sum P (log P - log Q)    gradient P * centred(log P - log Q)
-      JSD_beta                             gradient P * centred((1 - beta) (log P - log M))
-      forward KL  sum Q (log Q - log P)    gradient P - Q
+    With P, Q for student and teacher, and f for share:
+      D = reverse KL  sum P r, r = log P - log Q          gradient P r - D P
+      D = JSD_beta                                        gradient P s - (sum P s) P, s = (1 - beta) (log P - log M)
+      forward KL  -sum Q r                                gradient P - Q
+      together    (1 - f) D + f forward KL
     """
-    q = None if share is None and beta is None else log_t.exp()
-    log_ratio = log_t.neg_().add_(log_s)
+    rows = len(log_s)
+    q = None if share is None and beta is None else torch.exp(log_t, out=work.buffer(0, rows))
+    log_ratio = torch.sub(log_s, log_t, out=log_t)
     forward = None if share is None else -_rowdot(q, log_ratio)
     p = log_s.exp_()
-    if beta is None:
-        slope = log_ratio
-        centre = loss = _rowdot(p, slope)
-    else:
-        common = _log_m_over_larger(log_ratio, beta)
-        teacher_part = -_rowdot(q, log_ratio.clamp(min=0).add_(common))
-        slope = log_ratio.neg_().clamp_(min=0).add_(common).mul_(beta - 1)
-        centre = _rowdot(p, slope)
-        loss = centre + beta * teacher_part
+    teacher_part = 0.0
+    if beta is not None:
+        common = _log_m_over_larger(log_ratio, beta, work.buffer(3, rows), work.buffer(4, rows))
+        over_q = torch.clamp(log_ratio, min=0, out=work.buffer(4, rows)).add_(common)
+        teacher_part = -beta * _rowdot(q, over_q)
+        log_ratio.neg_().clamp_(min=0).add_(common).mul_(beta - 1)  # now s
+    grad = log_ratio.mul_(p)
+    centre = grad.sum(-1)
+    loss = centre + teacher_part
     if share is not None:
-        loss = (1 - share[:, 0]) * loss + share[:, 0] * forward
+        loss = (1 - share) * loss + share * forward
     if not wanted:
         return loss, None
-    slope.sub_(centre[:, None])
-    if share is not None:
-        slope.mul_(1 - share).add_(share)
-    grad = slope.mul_(p)
-    if share is not None:
-        grad.addcmul_(q, share, value=-1)
-    return loss, grad
+    if share is None:
+        return loss, grad.addcmul_(p, -centre[:, None])
+    grad.mul_(1 - share[:, None]).addcmul_(p, (share - (1 - share) * centre)[:, None])
+    return loss, grad.addcmul_(q, -share[:, None])
 
 
-def _log_m_over_larger(log_ratio: Tensor, beta: float) -> Tensor:
+def _log_m_over_larger(log_ratio: Tensor, beta: float, out: Tensor, scratch: Tensor) -> Tensor:
     """log M - log max(P, Q) from r = log P - log Q, with M = beta Q + (1 - beta) P, as log1p(c expm1(-|r|)).
 
-    Then log M - log Q is that + max(r, 0) and log M - log P is that + max(-r, 0), each exact where its model has mass.
-    It does not overflow, does not round a small difference away, and is exactly 0 where P = Q.
+    c is beta where P > Q, else 1 - beta. Then log M - log Q is that + max(r, 0) and log M - log P is that + max(-r, 0),
+    each exact where its model has mass. It does not overflow, does not round a small difference away, and is exactly 0
+    where P = Q.
     """
-    common = torch.expm1(-log_ratio.abs())
-    return common.mul_(torch.where(log_ratio > 0, beta, 1 - beta)).log1p_()
+    factor = torch.gt(log_ratio, 0, out=scratch).mul_(2 * beta - 1).add_(1 - beta)
+    return torch.abs(log_ratio, out=out).neg_().expm1_().mul_(factor).log1p_()
 
 
 def token_stats(
@@ -243,39 +219,21 @@ def token_stats(
     if not needs:
         return {}
     found: dict[str, list[Tensor]] = {name: [] for name in needs}
-    plan = _Plan(student_hidden, student_head, teacher_hidden, teacher_head, 6, chunk_bytes)
+    work = _Workspace(student_hidden, student_head, teacher_hidden, teacher_head, 4 + 2 * ("jsd" in needs), chunk_bytes)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        for rows in plan.chunks(torch.arange(len(token_ids), device=student_hidden.device)):
-            columns = _stats_of(
-                plan.logits(student_hidden[rows].to(plan.student_dtype), student_head).log_softmax(-1),
-                plan.logits(teacher_hidden[rows].to(plan.teacher_dtype), teacher_head).log_softmax(-1),
-                token_ids[rows], needs, jsd_beta,
-            )  # fmt: skip
-            for name, column in columns.items():
+        for rows in work.chunks(torch.arange(len(token_ids), device=student_hidden.device)):
+            log_s, _ = work.log_softmax(1, student_hidden[rows].to(work.student_dtype), student_head)
+            log_t, _ = work.log_softmax(2, teacher_hidden[rows].to(work.teacher_dtype), teacher_head)
+            for name, column in _stats_of(log_s, log_t, token_ids[rows], needs, jsd_beta, work).items():
                 found[name].append(column)
     return {name: torch.cat(columns) for name, columns in found.items()}
 
 
-def _stats_of(log_s: Tensor, log_t: Tensor, token_ids: Tensor, needs: frozenset[str], beta: float) -> dict[str, Tensor]:
-    found = {}
-    p, q = log_s.exp(), log_t.exp()
-    if "student_entropy" in needs:
-        found["student_entropy"] = -_rowdot(p, log_s)
-    if "teacher_entropy" in needs:
-        found["teacher_entropy"] = -_rowdot(q, log_t)
-    if "reverse_kl" in needs or "forward_kl" in needs:
-        log_ratio = log_s - log_t
-        # both are >= 0; rounding can leave -1e-8, which would become the minimum of a normalised axis
-        found["reverse_kl"] = _rowdot(p, log_ratio).clamp_(min=0)
-        found["forward_kl"] = _rowdot(q, log_ratio.neg_()).clamp_(min=0)
-    if "jsd" in needs:
-        log_ratio = log_s - log_t
-        common = _log_m_over_larger(log_ratio, beta)
-        from_teacher = -_rowdot(q, log_ratio.clamp(min=0).add_(common))
-        from_student = -_rowdot(p, log_ratio.neg_().clamp_(min=0).add_(common))
-        found["jsd"] = (beta * from_teacher + (1 - beta) * from_student).clamp_(min=0)
-    if "total_variation" in needs:
-        found["total_variation"] = (p - q).abs_().sum(-1).mul_(0.5)
+def _stats_of(
+    log_s: Tensor, log_t: Tensor, token_ids: Tensor, needs: frozenset[str], beta: float, work: "_Workspace"
+) -> dict[str, Tensor]:
+    """The statistics of a chunk; overwrites buffer 0 and those from 3 on, and computes only what `needs` asks for."""
+    rows, found = len(log_s), {}
     if "student_logprob" in needs:
         found["student_logprob"] = log_s.gather(1, token_ids[:, None])[:, 0]
     if "teacher_logprob" in needs:
@@ -287,24 +245,60 @@ def _stats_of(log_s: Tensor, log_t: Tensor, token_ids: Tensor, needs: frozenset[
             top = log_p.topk(min(5, log_p.shape[-1]))
             found[f"{who}_top5_ids"], found[f"{who}_top5_logprobs"] = top.indices, top.values
     if "overlap_kl" in needs or "teacher_topk_mass" in needs:
-        k = min(TOP_K, log_s.shape[-1])
-        top_s, top_t = log_s.topk(k).indices, log_t.topk(k).indices
-        found["teacher_topk_mass"] = q.gather(1, top_s).sum(-1)
-        both = torch.cat([top_s, top_t], -1)
-        # an id in both top lists counts once: its second copy gets no mass
-        again = torch.cat(
-            [torch.zeros_like(top_s, dtype=torch.bool), (top_t[:, :, None] == top_s[:, None, :]).any(-1)], -1
-        )
-        on_s = log_s.gather(1, both).masked_fill(again, -torch.inf).log_softmax(-1)
-        on_t = log_t.gather(1, both).masked_fill(again, -torch.inf).log_softmax(-1)
-        found["overlap_kl"] = (on_t.exp() * (on_t - on_s).masked_fill(again, 0)).sum(-1).clamp_(min=0)
+        found.update(_overlap(log_s, log_t))
+
+    log_ratio = None
+    if needs & {"reverse_kl", "forward_kl", "jsd"}:
+        log_ratio = torch.sub(log_s, log_t, out=work.buffer(3, rows))
+    # both KLs are >= 0; rounding can leave -1e-8, which would become the minimum of a normalised axis
+    if needs & {"student_entropy", "reverse_kl", "jsd", "total_variation"}:
+        p = torch.exp(log_s, out=work.buffer(0, rows))
+        if "student_entropy" in needs:
+            found["student_entropy"] = -_rowdot(p, log_s)
+        if "reverse_kl" in needs:
+            found["reverse_kl"] = _rowdot(p, log_ratio).clamp_(min=0)
+    if needs & {"teacher_entropy", "forward_kl", "jsd", "total_variation"}:
+        if "teacher_entropy" in needs or "forward_kl" in needs or "jsd" in needs:
+            q = torch.exp(log_t, out=log_s)  # log P is not needed any more
+            if "teacher_entropy" in needs:
+                found["teacher_entropy"] = -_rowdot(q, log_t)
+            if "forward_kl" in needs:
+                found["forward_kl"] = -_rowdot(q, log_ratio).clamp_(max=0)
+            log_t.copy_(q)
+        else:
+            log_t.exp_()
+        q = log_t
+        if "total_variation" in needs:
+            found["total_variation"] = torch.sub(p, q, out=log_s).abs_().sum(-1).mul_(0.5)
+        if "jsd" in needs:
+            common = _log_m_over_larger(log_ratio, beta, work.buffer(4, rows), work.buffer(5, rows))
+            over_q = torch.clamp(log_ratio, min=0, out=work.buffer(5, rows)).add_(common)
+            over_p = log_ratio.neg_().clamp_(min=0).add_(common)
+            found["jsd"] = (-beta * _rowdot(q, over_q) - (1 - beta) * _rowdot(p, over_p)).clamp_(min=0)
     return {name: found[name] for name in needs}
 
 
-class _Plan:
-    """How the work is cut: tokens of a chunk and vocabulary rows of a tile, so that both stay inside the byte budget.
+def _overlap(log_s: Tensor, log_t: Tensor) -> dict[str, Tensor]:
+    """overlap_kl and teacher_topk_mass of TA-OPD: on the union of both models' likeliest tokens."""
+    k = min(TOP_K, log_s.shape[-1])
+    top_s, top_t = log_s.topk(k).indices, log_t.topk(k).indices
+    both = torch.cat([top_s, top_t], -1)
+    # an id in both top lists counts once: its second copy gets no mass
+    again = torch.cat([torch.zeros_like(top_s, dtype=torch.bool), (top_t[:, :, None] == top_s[:, None, :]).any(-1)], -1)
+    on_s = log_s.gather(1, both).masked_fill(again, -torch.inf).log_softmax(-1)
+    on_t = log_t.gather(1, both).masked_fill(again, -torch.inf).log_softmax(-1)
+    return {
+        "overlap_kl": (on_t.exp() * (on_t - on_s).masked_fill(again, 0)).sum(-1).clamp_(min=0),
+        "teacher_topk_mass": log_t.gather(1, top_s).exp().sum(-1),
+    }
 
-    A tile is the part of a head that is cast at once; a head that needs no cast is used whole.
+
+class _Workspace:
+    """How the work is cut, and the memory it is done in.
+
+    Tokens of a chunk and vocabulary rows of a tile are chosen so that all (c, V) buffers and the tile stay inside the
+    byte budget. The buffers are allocated once and used for every chunk. A tile is the part of a head that is cast at
+    once; a head that needs no cast is used whole.
     """
 
     def __init__(
@@ -319,56 +313,71 @@ class _Plan:
         on_cpu = student_hidden.device.type == "cpu"
         self.student_dtype = torch.float32 if on_cpu else student_hidden.dtype
         self.teacher_dtype = torch.float32 if on_cpu else teacher_hidden.dtype
-        vocab = student_head.size
+        self.device = student_hidden.device
+        self.vocab = student_head.size
         casts = (self.student_dtype, self.teacher_dtype) != (student_head.weight.dtype, teacher_head.weight.dtype)
         lower = torch.bfloat16 in (self.student_dtype, self.teacher_dtype)
-        self.tile = vocab
+        self.tile = self.vocab
         if casts or lower:
             width = max(student_hidden.shape[1], teacher_hidden.shape[1])
-            self.tile = max(1, min(vocab, chunk_bytes // 4 // (4 * width)))
+            self.tile = max(1, min(self.vocab, chunk_bytes // 4 // (4 * width)))
             chunk_bytes = chunk_bytes * 3 // 4
-        self.rows = max(1, chunk_bytes // (4 * vocab * buffers))
+        self.rows = max(1, min(chunk_bytes // (4 * self.vocab * buffers), len(student_hidden)))
+        self.buffers: list[Tensor | None] = [None] * buffers
 
     def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
         return rows.split(self.rows)
 
-    def _tiles(self, head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, head.size, self.tile):
-            part = slice(start, min(start + self.tile, head.size))
-            yield part, head.weight[part].to(dtype)
+    def buffer(self, number: int, rows: int) -> Tensor:
+        """(rows, V) float32 of the chunk's memory."""
+        if self.buffers[number] is None:
+            self.buffers[number] = torch.empty(self.rows, self.vocab, device=self.device)
+        return self.buffers[number][:rows]
 
-    def logits(self, hidden: Tensor, head: Head) -> Tensor:
-        """(c, V) float32 logits of (c, H) hidden states."""
-        out = torch.empty(len(hidden), head.size, device=hidden.device)
+    def log_softmax(self, number: int, hidden: Tensor, head: Head, slope: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of (c, H) states into buffer `number`, by way of buffer 0; with `slope` also the derivative of
+        the soft cap, in the last buffer."""
+        logits = self.buffer(0, len(hidden))
         for part, weight in self._tiles(head, hidden.dtype):
-            _matmul(out[:, part], hidden, weight.T, add=False)
+            _matmul(logits[:, part], hidden, weight.T, add=False)
         if head.bias is not None:
-            out += head.bias[: head.size]
+            logits += head.bias[: head.size]
         if head.scale != 1:
-            out *= head.scale
+            logits *= head.scale
+        cap_slope = None
         if head.soft_cap is not None:
-            out.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
-        return out
+            logits.div_(head.soft_cap).tanh_()
+            if slope:
+                cap_slope = torch.square(logits, out=self.buffer(len(self.buffers) - 1, len(hidden))).neg_().add_(1)
+            logits.mul_(head.soft_cap)
+        return torch.log_softmax(logits, -1, out=self.buffer(number, len(hidden))), cap_slope
 
     def backpropagate(
         self,
         grad: Tensor,
+        row_factor: Tensor,
         rows: Tensor,
         hidden: Tensor,
         head: Head,
         grad_hidden: Tensor | None,
         grad_weight: Tensor | None,
     ) -> None:
-        """Adds the two gradient products of a chunk, from (c, V) gradients in h W^T + b."""
-        chunk_grad = None if grad_hidden is None else torch.zeros(hidden.shape, device=hidden.device)
+        """Adds the two gradient products of a chunk: of diag(row_factor) grad, (c, V), in h W^T + b."""
+        chunk_grad = torch.zeros(hidden.shape, device=hidden.device)
+        scaled_hidden = (hidden * row_factor[:, None]).to(hidden.dtype)
         for part, weight in self._tiles(head, hidden.dtype):
             tile_grad = grad[:, part].to(hidden.dtype)
-            if chunk_grad is not None:
+            if grad_hidden is not None:
                 _matmul(chunk_grad, tile_grad, weight, add=True)
             if grad_weight is not None:
-                _matmul(grad_weight[part], tile_grad.T, hidden, add=True)
-        if chunk_grad is not None:
-            grad_hidden[rows] = chunk_grad
+                _matmul(grad_weight[part], tile_grad.T, scaled_hidden, add=True)
+        if grad_hidden is not None:
+            grad_hidden[rows] = chunk_grad.mul_(row_factor[:, None])
+
+    def _tiles(self, head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, head.size, self.tile):
+            part = slice(start, min(start + self.tile, head.size))
+            yield part, head.weight[part].to(dtype)
 
 
 def _matmul(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
