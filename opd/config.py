@@ -163,7 +163,7 @@ class Eval:
     """Held-out accuracy of the step-0 student, the teacher, and the student in training and at the end."""
 
     benchmarks: Annotated[tuple[Text, ...], doc("Names of configs/benchmarks/NAME.json, or paths of such files.")]
-    k: Annotated[int, doc("Samples per problem for mean@k; 0: greedy decoding only. Paper: 16.", ge=0)]
+    k: Annotated[int | None, doc("Samples per problem, instead of each benchmark's own k; null: its own.", ge=0)]
     every: Annotated[int, doc("Evaluate every so many updates as well; 0: only before and after.", ge=0)]
     reverse_kl: Annotated[
         bool,
@@ -357,8 +357,8 @@ def _check(config: Config, where: str) -> None:
         f"eval.benchmarks names a benchmark twice: {list(config.eval.benchmarks)}.",
     )
     require(
-        config.eval.k == 0 or len(config.eval.benchmarks) > 0,
-        f"eval.k is {config.eval.k} without eval.benchmarks: name one, or set eval.k=0.",
+        not config.eval.k or len(config.eval.benchmarks) > 0,
+        f"eval.k is {config.eval.k} without eval.benchmarks: name one, or set eval.k=null.",
     )
     if config.optim.steps is not None:
         require(

@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: one greedy response and k sampled ones per problem, every response written to disk.
+"""Accuracy on held-out problems: a greedy response and k sampled ones per problem, every response written to disk.
 
     python -m opd.evaluate --config configs/tiny.json --model outputs/tiny/student
 
@@ -8,12 +8,13 @@ the same random numbers and a repeated evaluation is the same evaluation.
 """
 
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from opd import grading, models
 from opd.batch import make_micro_batches
@@ -38,9 +39,12 @@ class Benchmark:
     prompt_field: Annotated[Text, doc("Field with the problem: a string or a list of messages.")]
     answer_field: Annotated[Text, doc("Field with the reference answer.")]
     instruction: Annotated[str, doc("Text appended to the problem.")]
-    temperature: Annotated[float, doc("Of the k samples of mean@k. Paper: 1.0.", gt=0)]
+    greedy: Annotated[bool, doc("One greedy response per problem.")]
+    k: Annotated[int, doc("Sampled responses per problem, for mean@k, pass@k and maj@k. Paper: 16.", ge=0)]
+    temperature: Annotated[float, doc("Of the k samples. Paper: 1.0.", gt=0)]
     top_p: Annotated[float, doc("Of the k samples. Not stated in the paper.", gt=0, le=1)]
     max_response_tokens: Annotated[Count, doc("A response is cut here. Tokens.")]
+    answer_lines: Annotated[bool, doc("Without a box, take what follows the last line that starts with Answer:.")]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class LoadedBenchmark:
     name: str
     benchmark: Benchmark
     prompts: list[Prompt]
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Sample numbers of every problem; GREEDY first."""
+        return (*((GREEDY,) if self.benchmark.greedy else ()), *range(self.benchmark.k))
 
 
 def read_benchmarks(config: Config) -> dict[str, Benchmark]:
@@ -60,7 +69,14 @@ def read_benchmarks(config: Config) -> dict[str, Benchmark]:
             raise InputError(f"eval.benchmarks: no benchmark {entry!r}; there are {known}, or give the path of a file.")
         if path.stem in found:
             raise InputError(f"eval.benchmarks: two benchmarks are named {path.stem!r}. Rename one of the files.")
-        found[path.stem] = build(Benchmark, read_json_object(path), str(path))
+        benchmark = build(Benchmark, read_json_object(path), str(path))
+        if config.eval.k is not None:
+            benchmark = replace(benchmark, k=config.eval.k)
+        if not benchmark.greedy and benchmark.k == 0:
+            raise InputError(
+                f"{path}: greedy is false and k is 0, so there is nothing to sample. Set eval.k or greedy."
+            )
+        found[path.stem] = benchmark
     return found
 
 
@@ -87,12 +103,14 @@ def evaluate(
     config: Config,
     vocab_size: int,
     out: Path,
+    grader: grading.Grader,
     stop: Callable[[], None] = lambda: None,
 ) -> dict[str, dict]:
     """Evaluates on every benchmark unless `out` already holds the result; returns name -> figures.
 
     A model is sampled over its own whole vocabulary, so that its accuracy does not depend on whom it is paired with.
-    Writes `<name>.jsonl` (every prompt, response, extracted answer, verdict) and then summary.json.
+    Responses are appended to `<name>.partial.jsonl` batch by batch, and a stopped evaluation continues from there; then
+    `<name>.jsonl` (every prompt, response, extracted answer, verdict) and at last summary.json are written whole.
 
     Args:
         teacher: for eval.reverse_kl; None, or the evaluated model itself: not measured.
@@ -106,10 +124,10 @@ def evaluate(
     summary = {}
     for loaded in benchmarks:
         begin = time.perf_counter()
-        rollouts = _responses(lm, loaded, config, stop)
-        rows = [_row(lm, number, rollout) for number, rollout in rollouts]
+        numbered = _responses(lm, loaded, config, out / f"{loaded.name}.partial.jsonl", stop)
+        rows = _graded(lm, numbered, grader, loaded.benchmark.answer_lines)
         if config.eval.reverse_kl and teacher is not None and teacher is not lm:
-            columns = _reverse_kl(lm, teacher, [r for _, r in rollouts], config, vocab_size, stop)
+            columns = _reverse_kl(lm, teacher, [r for _, r in numbered], config, vocab_size, stop)
             rows = [{**row, "reverse_kl": value} for row, value in zip(rows, columns, strict=True)]
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         summary[loaded.name] = {
@@ -120,46 +138,86 @@ def evaluate(
             "time/evaluation": time.perf_counter() - begin,
         }
     write_whole(summary_path, json.dumps(summary, indent=1) + "\n")
+    for loaded in benchmarks:
+        (out / f"{loaded.name}.partial.jsonl").unlink(missing_ok=True)
     return summary
 
 
 def _responses(
-    lm: LanguageModel, loaded: LoadedBenchmark, config: Config, stop: Callable[[], None]
+    lm: LanguageModel, loaded: LoadedBenchmark, config: Config, partial: Path, stop: Callable[[], None]
 ) -> list[tuple[int, Rollout]]:
-    """(sample number, response) of every problem: the greedy ones, then k rounds of sampled ones."""
-    benchmark = loaded.benchmark
+    """(sample number, response) of every problem, sample by sample; what `partial` holds is not generated again.
+
+    The unit is a batch of fixed content, so that a continued evaluation computes exactly what an unbroken one does.
+    """
+    benchmark, size = loaded.benchmark, config.rollout.batch_size
+    order = sorted(range(len(loaded.prompts)), key=lambda i: -len(loaded.prompts[i].token_ids))
+    batches = [(n, order[i : i + size]) for n in loaded.numbers for i in range(0, len(order), size)]
+    done = _read_partial(partial, batches)
+    found: dict[tuple[int, int], Rollout] = {}
     sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
-    found = []
-    with Progress(f"{lm.name} on {loaded.name}", len(loaded.prompts) * (1 + config.eval.k)) as progress:
+    greedy = replace(sampled, temperature=0.0, top_p=1.0)
+    with (
+        partial.open("a", encoding="utf-8") as file,
+        Progress(f"{lm.name} on {loaded.name}", len(batches) and len(order) * len(loaded.numbers)) as progress,
+    ):
 
         def advance(responses: int, tokens: int) -> None:
             progress.advance(responses, tokens)
             stop()
 
-        for number in (GREEDY, *range(config.eval.k)):
-            decoding = replace(sampled, temperature=0.0, top_p=1.0) if number == GREEDY else sampled
-            seeds = [(config.seed, "eval", loaded.name, p.id, number) for p in loaded.prompts]
-            rollouts = sample(
-                lm, loaded.prompts, decoding, len(lm.tokenizer), config.rollout.batch_size, seeds, advance
-            )
-            found += [(number, rollout) for rollout in rollouts]
-    return found
+        for place, (number, chosen) in enumerate(batches):
+            prompts = [loaded.prompts[i] for i in chosen]
+            if place in done:
+                rollouts = [Rollout(i, prompt, tuple(ids), reason)
+                            for i, prompt, (ids, reason) in zip(chosen, prompts, done[place], strict=True)]  # fmt: skip
+                progress.advance(len(rollouts), 0)
+            else:
+                decoding = greedy if number == GREEDY else sampled
+                seeds = [(config.seed, "eval", loaded.name, p.id, number) for p in prompts]
+                rollouts = sample(lm, prompts, decoding, len(lm.tokenizer), len(prompts), seeds, advance)
+                record = {"batch": place, "responses": [(r.response_ids, r.finish_reason) for r in rollouts]}
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+            found.update({(number, i): rollout for i, rollout in zip(chosen, rollouts, strict=True)})
+    return [(number, found[number, i]) for number in loaded.numbers for i in range(len(order))]
 
 
-def _row(lm: LanguageModel, number: int, rollout: Rollout) -> dict:
-    text = lm.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
-    verdict = grading.grade(text, rollout.prompt.answer)
-    return {
-        "id": rollout.prompt.id,
-        "sample": number,
-        "prompt": lm.tokenizer.decode(rollout.prompt.token_ids),
-        "response": text,
-        "extracted": verdict.extracted,
-        "answer": rollout.prompt.answer,
-        "correct": verdict.correct,
-        "finish_reason": rollout.finish_reason,
-        "tokens": len(rollout.response_ids),
-    }
+def _read_partial(path: Path, batches: Sequence[tuple[int, list[int]]]) -> dict[int, list]:
+    """Whole batches of an earlier, stopped evaluation; the file is cut back to them."""
+    done: dict[int, list] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                record = json.loads(line)
+                done[record["batch"]] = record["responses"]
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that was being written
+        kept = "".join(json.dumps({"batch": b, "responses": r}) + "\n" for b, r in sorted(done.items()))
+        write_whole(path, kept)
+        say(f"{path.name}: {len(done)} of {len(batches)} batches are there")
+    return done
+
+
+def _graded(
+    lm: LanguageModel, numbered: Sequence[tuple[int, Rollout]], grader: grading.Grader, lines: bool
+) -> list[dict]:
+    texts = [lm.tokenizer.decode(r.response_ids, skip_special_tokens=True) for _, r in numbered]
+    verdicts = grader.grade([(t, r.prompt.answer) for t, (_, r) in zip(texts, numbered, strict=True)], lines)
+    return [
+        {
+            "id": rollout.prompt.id,
+            "sample": number,
+            "prompt": lm.tokenizer.decode(rollout.prompt.token_ids),
+            "response": text,
+            "extracted": verdict.extracted,
+            "answer": rollout.prompt.answer,
+            "correct": verdict.correct,  # null: the grader crashed or ran out of time
+            "finish_reason": rollout.finish_reason,
+            "tokens": len(rollout.response_ids),
+        }
+        for text, verdict, (number, rollout) in zip(texts, verdicts, numbered, strict=True)
+    ]
 
 
 def _reverse_kl(
@@ -181,33 +239,65 @@ def _reverse_kl(
     return [total / len(rollout.response_ids) for total, rollout in zip(sums, rollouts, strict=True)]
 
 
-def summarise(rows: Sequence[dict]) -> dict[str, float | int | None]:
-    """Greedy accuracy and mean@k with standard errors over problems, in [0, 1]; shares over all responses.
+def summarise(rows: Sequence[dict]) -> dict[str, Any]:
+    """Figures of one benchmark's responses; accuracies in [0, 1] over graded responses only.
 
-    `reverse_kl` is the mean over the tokens of the sampled responses (of the greedy ones when k is 0), nats; None where
-    it was not measured.
+    mean_at_k: mean over problems of the share of right samples; its standard error over problems (`mean_at_k_se`) and
+    over the k passes (`mean_at_k_se_passes`). pass_at: unbiased pass@j for j = 1, 2, 4, ... and k. maj_at_k: share of
+    problems whose most frequent extracted answer is right, ties counted in parts. `reverse_kl`: mean over the tokens of
+    the sampled responses (the greedy ones without samples), nats. None: not measured.
     """
-    greedy = [float(r["correct"]) for r in rows if r["sample"] == GREEDY]
-    by_problem: dict[str, list[float]] = {}
+    greedy = [float(r["correct"]) for r in rows if r["sample"] == GREEDY and r["correct"] is not None]
+    problems: dict[str, list[dict]] = {}
+    passes: dict[int, list[float]] = {}
     for row in rows:
         if row["sample"] != GREEDY:
-            by_problem.setdefault(row["id"], []).append(float(row["correct"]))
-    means = [statistics.fmean(values) for values in by_problem.values()]
-    scored = [r for r in rows if "reverse_kl" in r and (r["sample"] != GREEDY) == bool(means)]
+            problems.setdefault(row["id"], []).append(row)
+            if row["correct"] is not None:
+                passes.setdefault(row["sample"], []).append(float(row["correct"]))
+    graded = [[r for r in group if r["correct"] is not None] for group in problems.values()]
+    graded = [group for group in graded if group]
+    means = [statistics.fmean(r["correct"] for r in group) for group in graded]
+    k = max(map(len, problems.values()), default=0)
+    sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | ({k} if k else set()))
+    scored = [r for r in rows if "reverse_kl" in r and (r["sample"] != GREEDY) == bool(problems)]
     return {
-        "problems": len(greedy),
-        "greedy": statistics.fmean(greedy),
+        "problems": len({r["id"] for r in rows}),
+        "greedy": statistics.fmean(greedy) if greedy else None,
         "greedy_se": standard_error(greedy),
-        "k": len(next(iter(by_problem.values()), [])),
+        "k": k,
         "mean_at_k": statistics.fmean(means) if means else None,
         "mean_at_k_se": standard_error(means),
-        "reverse_kl": sum(r["reverse_kl"] * r["tokens"] for r in scored) / sum(r["tokens"] for r in scored)
-        if scored
-        else None,
+        "mean_at_k_se_passes": standard_error([statistics.fmean(values) for values in passes.values()]),
+        "pass_at": {str(j): statistics.fmean(pass_at(len(g), sum(r["correct"] for r in g), min(j, len(g))) for g in graded)
+                    for j in sizes if graded},
+        "maj_at_k": statistics.fmean(majority(group) for group in graded) if graded else None,
+        "reverse_kl": sum(r["reverse_kl"] * r["tokens"] for r in scored) / sum(r["tokens"] for r in scored) if scored else None,
+        "ungraded": sum(r["correct"] is None for r in rows),
         "truncated": statistics.fmean(r["finish_reason"] == "length" for r in rows),
         "unformatted": statistics.fmean(r["extracted"] is None for r in rows),
         "length_mean": statistics.fmean(r["tokens"] for r in rows),
-    }
+    }  # fmt: skip
+
+
+def pass_at(n: int, right: int, j: int) -> float:
+    """Probability that j of n samples, drawn without replacement, hold a right one: 1 - C(n - right, j) / C(n, j)."""
+    return 1.0 - math.comb(n - right, j) / math.comb(n, j)
+
+
+def majority(group: Sequence[dict]) -> float:
+    """1 if the most frequent extracted answer of a problem is right; of several equally frequent, the share that is.
+
+    Answers that are the same text are one answer; a response without one does not vote.
+    """
+    votes: dict[str, list[bool]] = {}
+    for row in group:
+        if row["extracted"] is not None:
+            votes.setdefault(row["extracted"].replace(" ", ""), []).append(row["correct"])
+    if not votes:
+        return 0.0
+    most = max(map(len, votes.values()))
+    return statistics.fmean(float(right[0]) for right in votes.values() if len(right) == most)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -217,7 +307,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 def scalars(summary: dict[str, dict], prefix: str) -> dict[str, float]:
     """TensorBoard names, <prefix>/<benchmark>/<figure>."""
-    figures = ("greedy", "mean_at_k", "reverse_kl", "truncated", "unformatted", "length_mean")
+    figures = ("greedy", "mean_at_k", "maj_at_k", "reverse_kl", "ungraded", "truncated", "unformatted", "length_mean")
     return {
         f"{prefix}/{name}/{figure}": values[figure]
         for name, values in summary.items()
@@ -228,12 +318,18 @@ def scalars(summary: dict[str, dict], prefix: str) -> dict[str, float]:
 
 def line(summary: dict[str, dict]) -> str:
     """One line for the console."""
-    return "; ".join(
-        f"{name} greedy {percent(v['greedy'], v['greedy_se'])}"
-        + (f", mean@{v['k']} {percent(v['mean_at_k'], v['mean_at_k_se'])}" if v["k"] else "")
-        + (f", reverse KL {v['reverse_kl']:.4f}" if v["reverse_kl"] is not None else "")
-        for name, v in summary.items()
-    )
+    return "; ".join(" ".join([name, *_parts(v)]) for name, v in summary.items())
+
+
+def _parts(figures: dict) -> Iterator[str]:
+    if figures["greedy"] is not None:
+        yield f"greedy {percent(figures['greedy'], figures['greedy_se'])}"
+    if figures["mean_at_k"] is not None:
+        yield f"mean@{figures['k']} {percent(figures['mean_at_k'], figures['mean_at_k_se'])}"
+    if figures["reverse_kl"] is not None:
+        yield f"reverse KL {figures['reverse_kl']:.4f}"
+    if figures["ungraded"]:
+        yield f"ungraded {figures['ungraded']}"
 
 
 def percent(value: float, error: float | None) -> str:
@@ -265,14 +361,38 @@ def command(arguments: list[str]) -> None:
     benchmarks = load_benchmarks(config, lm, limit)
     parts = [part for part in Path(options.model).parts[-3:] if part != "checkpoints"]
     out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
-    (out / "summary.json").unlink(missing_ok=True)  # asked for again: measured again
+    _same_or_clear(out, options.model, config, benchmarks)
     teacher, vocab_size = None, len(lm.tokenizer)
     if config.eval.reverse_kl:
         teacher = models.load(config.teacher, lm.device, "teacher")
         vocab_size = models.shared_vocabulary(lm, teacher)
-    summary = evaluate(lm, teacher, benchmarks, config, vocab_size, out)
+    with grading.Grader() as grader:
+        summary = evaluate(lm, teacher, benchmarks, config, vocab_size, out, grader)
     say(line(summary))
     print(out / "summary.json")
+
+
+def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[LoadedBenchmark]) -> None:
+    """A stopped evaluation of the same model in the same way continues, a finished one stands; another one is cleared."""
+    weights = sorted(Path(model).glob("*.safetensors"))
+    about = {
+        "model": model,
+        "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
+        "benchmarks": {b.name: [asdict(b.benchmark), len(b.prompts)] for b in benchmarks},
+        "data": asdict(config.data), "dtype": config.student.dtype, "seed": config.seed, "grader": grading.VERSION,
+        "batch_size": config.rollout.batch_size, "reverse_kl": config.eval.reverse_kl and config.teacher.path,
+    }  # fmt: skip
+    about = json.loads(json.dumps(about))
+    recorded = out / "evaluation.json"
+    try:
+        if recorded.exists() and json.loads(recorded.read_text()) == about:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (*out.glob("*.partial.jsonl"), out / "summary.json"):
+            path.unlink(missing_ok=True)
+        write_whole(recorded, json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}). Give another folder: --out DIR.") from None
 
 
 if __name__ == "__main__":

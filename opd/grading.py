@@ -1,27 +1,159 @@
 """Is a response right? The last \\boxed{...} of a response, compared with the reference answer.
 
-Answers are compared as integers where both are, else as text after the spellings that mean the same are folded.
-Expressions that are equal but written differently are *not* recognised here.
+Extraction and the plain cases (equal integers, equal text) are decided here; everything else is mathematics, and
+math-verify does it, in worker processes with a time limit. What crashes or hangs a worker is *ungraded* and reported
+as that, never as wrong. A worker is `python -m opd.grading`: one JSON object per line in, one out.
 """
 
+import json
+import os
 import re
+import resource
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
-VERSION = "boxed-exact-2"  # written into every evaluation: a grader is part of what a number means
+VERSION = "boxed-math-verify-0.9.0-1"  # written into every evaluation: a grader is part of what a number means
+WORKER_BYTES = 4 * 2**30  # address space of a worker; beyond it, it fails instead of the machine
 
 
 @dataclass(frozen=True)
 class Verdict:
     extracted: str | None  # None: the response has no complete box
-    correct: bool
+    correct: bool | None  # None: ungraded, because the grader crashed or ran out of time
 
 
-def grade(response: str, answer: str) -> Verdict:
-    """Grades what follows the thinking part; a response that is still thinking at its end has no answer."""
+class Grader:
+    """Grades responses in parallel; workers start when the first answer needs mathematics.
+
+    Args:
+        seconds: time limit of one comparison.
+        workers: processes; None: one per core, at most 8.
+    """
+
+    def __init__(self, seconds: float = 10.0, workers: int | None = None):
+        self.seconds = seconds
+        self.size = workers or min(8, os.cpu_count() or 1)
+        self.local = threading.local()  # a worker per thread of the pool
+        self.workers: list[_Worker] = []
+        self.pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+            self.pool = None
+        for worker in self.workers:
+            worker.stop()
+        self.workers.clear()
+
+    def grade(self, pairs: Sequence[tuple[str, str]], answer_lines: bool = False) -> list[Verdict]:
+        """Verdicts of (response, reference answer) pairs, in order.
+
+        Args:
+            answer_lines: without a box, take what follows the last line that starts with "Answer:".
+        """
+        extracted = [extract(response, answer_lines) for response, _ in pairs]
+        answers = [(e or "", a) for e, (_, a) in zip(extracted, pairs, strict=True)]
+        correct = [False if e is None else plainly_equal(e, a) for e, (_, a) in zip(extracted, pairs, strict=True)]
+        open_ones = [i for i, verdict in enumerate(correct) if verdict is None]
+        for i, verdict in zip(open_ones, self._verify([answers[i] for i in open_ones]), strict=True):
+            correct[i] = verdict
+        return [Verdict(e, c) for e, c in zip(extracted, correct, strict=True)]
+
+    def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+        """Whether (prediction, reference) are the same answer; each is an expression, or a text whose last one counts."""
+        return self._verify(list(pairs))
+
+    def _verify(self, pairs: list[tuple[str, str]]) -> list[bool | None]:
+        if not pairs:
+            return []
+        if self.pool is None:
+            self.pool = ThreadPoolExecutor(self.size)
+        return list(self.pool.map(self._verify_one, pairs))
+
+    def _verify_one(self, pair: tuple[str, str]) -> bool | None:
+        if not hasattr(self.local, "worker"):
+            self.local.worker = _Worker()
+            self.workers.append(self.local.worker)
+        return self.local.worker.verify(*pair, self.seconds)
+
+
+class _Worker:
+    """One process that compares; replaced when it crashes or takes too long."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def verify(self, prediction: str, reference: str, seconds: float) -> bool | None:
+        try:
+            if self.process is None:
+                self._start()
+            line = json.dumps([prediction, reference]).encode() + b"\n"
+            feeder = threading.Thread(target=self._feed, args=(self.process, line), daemon=True)
+            feeder.start()  # a long line does not fit the pipe, and a stuck worker would not read it
+            answer = self._read(time.monotonic() + seconds)
+            return json.loads(answer)
+        except (OSError, ValueError, EOFError, TimeoutError):
+            self.stop()
+            return None
+
+    def _start(self) -> None:
+        root = Path(__file__).resolve().parent.parent
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "opd.grading"], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+        self._read(time.monotonic() + 120)  # it says when it has imported sympy
+
+    @staticmethod
+    def _feed(process: subprocess.Popen[bytes], line: bytes) -> None:
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+        except (OSError, ValueError):
+            pass  # the reader notices: no answer comes
+
+    def _read(self, until: float) -> bytes:
+        answer = b""
+        while not answer.endswith(b"\n"):
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            part = os.read(self.process.stdout.fileno(), 65536)
+            if not part:
+                raise EOFError
+            answer += part
+        return answer
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+            self.process = None
+
+
+def extract(response: str, answer_lines: bool = False) -> str | None:
+    """The answer in what follows the thinking part; a response that is still thinking at its end has none."""
     thinking, _, rest = response.rpartition("</think>")
     said = rest if thinking or "<think>" not in rest else ""
-    extracted = last_boxed(said)
-    return Verdict(extracted, extracted is not None and same_answer(extracted, answer))
+    boxed = last_boxed(said)
+    if boxed is None and answer_lines:
+        lines = re.findall(r"^[ \t*]*Answer:[ \t*]*(\S.*?)[ \t*]*$", said, re.M | re.I)
+        return lines[-1] if lines else None
+    return boxed
 
 
 def last_boxed(text: str) -> str | None:
@@ -41,18 +173,38 @@ def last_boxed(text: str) -> str | None:
     return None if best is None else text[slice(*best)].strip()
 
 
-def same_answer(left: str, right: str) -> bool:
-    a, b = _fold(left), _fold(right)
-    if re.fullmatch(r"[+-]?\d{1,18}", a) and re.fullmatch(r"[+-]?\d{1,18}", b):
+def plainly_equal(left: str, right: str) -> bool | None:
+    """True or False where it is plain, None where it takes mathematics: equal text is equal, two integers compare."""
+    a, b = left.strip().strip("$").strip(), right.strip().strip("$").strip()
+    if a == b:
+        return True
+    integer = r"[+-]?\d{1,18}"
+    if re.fullmatch(integer, a) and re.fullmatch(integer, b):
         return int(a) == int(b)
-    return a == b
+    return None if a else False
 
 
-def _fold(text: str) -> str:
-    text = text.strip().strip("$").removesuffix(".")
-    text = re.sub(r"\\left|\\right|\\[,!;: ]|\s|\^\{?\\circ\}?|\\%|%", "", text)
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        return text.replace(",", "")
-    return text
+def _work() -> None:
+    """The worker: reads [prediction, reference], writes true or false. A failure ends it, and so is seen as one."""
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    sys.setrecursionlimit(3000)
+    from math_verify import parse, verify
+
+    def parsed(text: str) -> list:
+        """Of a bare expression, the expression; of a text with marked mathematics, the last of it."""
+        marked = re.search(r"\$|\\boxed|\\\(|\\\[|\\begin\{(?:equation|align)", text)
+        return parse(text if marked else f"${text}$", parsing_timeout=None, raise_on_error=True)
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        prediction, reference = json.loads(line)
+        try:
+            # no time limits inside: they are signals, and the process that waits has the only clock
+            same = bool(verify(parsed(reference), parsed(prediction), timeout_seconds=None, raise_on_error=True))
+        except Exception:  # sympy raises anything on strange input; the parent counts null as ungraded
+            same = None
+        print(json.dumps(same), flush=True)
+
+
+if __name__ == "__main__":
+    _work()

@@ -53,6 +53,7 @@ class Parts:
     vocab_size: int
     run_dir: Path
     log: MetricsLog
+    grader: grading.Grader
     stop: "Stop"
 
 
@@ -113,13 +114,13 @@ def run(
         say(f"{run_dir}: continuing after step {step} of {total_steps}")
     run_folder.rewind(run_dir, step)
     log = MetricsLog(run_dir, total_steps, step)
-    stop = Stop()
-    parts = Parts(config, student, teacher, engine, weighter, prompts, vocab_size, run_dir, log, stop)
+    stop, grader = Stop(), grading.Grader()
+    parts = Parts(config, student, teacher, engine, weighter, prompts, vocab_size, run_dir, log, grader, stop)
 
     def measure(name: str, lm: LanguageModel) -> None:
         if benchmarks:
             found = evaluate.evaluate(
-                lm, teacher, benchmarks, config, vocab_size, run_dir / "eval" / name, lambda *_: stop.check()
+                lm, teacher, benchmarks, config, vocab_size, run_dir / "eval" / name, grader, stop.check
             )
             log.scalars(evaluate.scalars(found, "teacher" if lm is teacher else "eval"), step)
             say(f"{name}: {evaluate.line(found)}")
@@ -156,6 +157,7 @@ def run(
         raise
     finally:
         log.close()
+        grader.close()
     figures = run_folder.write_summary(run_dir)
     say(f"{run_dir}: done, {duration(figures['seconds']['step'])} in {total_steps} updates")
     return run_dir
@@ -182,7 +184,7 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
         raise RunError(_dump_offenders(parts, step, rollouts, str(error))) from error
     texts = [student.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
     metrics = {
-        **result.metrics, **_rollout_metrics(rollouts, texts), **watch.times,
+        **result.metrics, **_rollout_metrics(rollouts, texts, parts.grader), **watch.times,
         "time/step": time.perf_counter() - begin, "memory/peak_gb": peak_memory_gb(student.device),
     }  # fmt: skip
     if diagnose:
@@ -208,15 +210,17 @@ def _sample_rollouts(parts: Parts, step: int) -> list[Rollout]:
         return sample(parts.student, chosen, decoding, parts.vocab_size, config.rollout.batch_size, seeds, advance)
 
 
-def _rollout_metrics(rollouts: list[Rollout], texts: list[str]) -> dict[str, float]:
+def _rollout_metrics(rollouts: list[Rollout], texts: list[str], grader: grading.Grader) -> dict[str, float]:
     metrics = {
         "rollout/length_mean": statistics.fmean(len(r.response_ids) for r in rollouts),
         "rollout/truncated": statistics.fmean(r.finish_reason == "length" for r in rollouts),
     }
     if rollouts[0].prompt.answer is not None:
-        metrics["rollout/accuracy"] = statistics.fmean(
-            grading.grade(text, r.prompt.answer).correct for r, text in zip(rollouts, texts, strict=True)
-        )
+        verdicts = grader.grade([(text, r.prompt.answer) for r, text in zip(rollouts, texts, strict=True)])
+        right = [verdict.correct for verdict in verdicts if verdict.correct is not None]
+        metrics["rollout/ungraded"] = float(len(verdicts) - len(right))
+        if right:
+            metrics["rollout/accuracy"] = statistics.fmean(right)
     return metrics
 
 

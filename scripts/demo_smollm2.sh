@@ -11,5 +11,5 @@ if [ ! -d outputs/smollm2 ]; then
   python -m data.smollm2 --gsm8k "${GSM8K:-hub}" >/dev/null
 fi
 baseline="$(python -m opd.train --config configs/smollm2.json --set run_name=smollm2-all "$@")"
-soft_or="$(python -m tip.train --config configs/smollm2.json --set run_name=smollm2-soft_or-0.5 "$@")"
+soft_or="$(python -m tip.train --config configs/smollm2.json --set run_name=smollm2-soft_or "$@")"
 python -m tip.report "$baseline" "$soft_or" --example --out "$(dirname "$soft_or")/smollm2-demo"

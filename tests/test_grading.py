@@ -1,10 +1,14 @@
 """Answer extraction and exact comparison."""
 
+import json
+import os
+import random
 import time
+from pathlib import Path
 
 import pytest
 
-from opd.grading import grade, last_boxed, same_answer
+from opd.grading import Grader, extract, last_boxed, plainly_equal
 
 
 @pytest.mark.parametrize("text,content", [
@@ -26,33 +30,98 @@ def test_last_boxed(text, content):
 
 
 @pytest.mark.parametrize("a,b,same", [
-    ("7", "7", True),
-    ("007", "7", True),
-    ("+7", "7", True),
-    ("7", "8", False),
-    ("-7", "7", False),
-    ("1,000", "1000", True),
-    (r"\dfrac{1}{2}", r"\frac{1}{2}", True), (r"90^\circ", "90", True), (r"50\%", "50", True), ("$x+1$", "x + 1", True),
-    (r"\text{Evelyn}", "Evelyn", True),
-    (r"\left(1,2\right)", "(1, 2)", True),
-    ("0.5", r"\frac12", False),
-    ("7.", "7", True),
-    ("(1,200)", "(1, 200)", True),
-    ("(1,200)", "(1200)", False),
-    ("1,2", "12", False),
-    ("12,345.5", "12345.5", True),
-    ("9" * 30, "9" * 30, True),
-    ("9" * 30, "9" * 29, False),
+    ("7", "7", True), ("007", "7", True), ("+7", "7", True), ("7", "8", False), ("-7", "7", False), ("$7$", "7", True),
+    ("x+1", "x+1", True), ("1,000", "1000", None), ("x+1", "1+x", None), ("", "7", False), ("9" * 30, "9" * 29, None),
 ])  # fmt: skip
-def test_same_answer(a, b, same):
-    assert same_answer(a, b) is same
+def test_what_is_plain_and_what_takes_mathematics(a, b, same):
+    assert plainly_equal(a, b) is same
 
 
 def test_the_thinking_part_does_not_count():
-    assert grade(r"<think> \boxed{1} </think> it is \boxed{2}", "2").correct
-    assert grade(r"<think> \boxed{2} </think> so", "2").extracted is None
-    assert grade(r"<think> it must be \boxed{2}", "2").extracted is None  # cut off while thinking
-    assert grade(r"no box", "2").correct is False
+    assert extract(r"<think> \boxed{1} </think> it is \boxed{2}") == "2"
+    assert extract(r"<think> \boxed{2} </think> so") is None
+    assert extract(r"<think> it must be \boxed{2}") is None  # cut off while thinking
+    assert extract(r"no box") is None
+
+
+def test_answer_lines_count_when_asked_for():
+    text = "so\nAnswer: 5\nno\n**Answer:** \\frac{1}{2} \n"
+    assert extract(text) is None and extract(text, answer_lines=True) == "\\frac{1}{2}"
+    assert extract(text + r"\boxed{3}", answer_lines=True) == "3"
+    assert extract("Answer:", answer_lines=True) is None
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(seconds=5, workers=2) as found:
+        yield found
+
+
+def test_grading_responses(grader):
+    cases = [
+        (r"\boxed{7}", "7", True), (r"\boxed{\frac{1}{2}}", "0.5", True), (r"\boxed{0.5}", r"\frac12", True),
+        (r"\boxed{1,000}", "1000", True), (r"\boxed{x^2+2x+1}", "(x+1)^2", True), (r"\boxed{90^\circ}", "90", True),
+        (r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\left( 3, \frac{\pi}{2} \right)", True), (r"\boxed{8}", "7", False),
+        (r"\boxed{(1,200)}", "1200", False), ("seven", "7", False), (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
+    ]  # fmt: skip
+    verdicts = grader.grade([(response, answer) for response, answer, _ in cases])
+    assert [v.correct for v in verdicts] == [right for *_, right in cases]
+    assert verdicts[-2].extracted is None and verdicts[1].extracted == r"\frac{1}{2}"
+
+
+@pytest.mark.skipif(not os.environ.get("OPD_TEST_DATA"), reason="OPD_TEST_DATA names no folder with math_equiv/")
+def test_equivalence_on_the_collected_cases_of_nine_projects(grader):
+    path = Path(os.environ["OPD_TEST_DATA"]) / "math_equiv/cases.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if not row["contested"]]
+    verdicts = grader.equivalent([(row["pred"], row["gold"]) for row in rows])
+    assert len(rows) == 394
+    accepted = [r["id"] for r, v in zip(rows, verdicts, strict=True) if v and not r["equivalent"]]
+    assert not accepted
+    assert sum(v is r["equivalent"] for r, v in zip(rows, verdicts, strict=True)) >= 376
+
+
+def hostile_texts():
+    """At least 500 strings that break parsers."""
+    rng = random.Random(0)
+    pieces = ["\\boxed{", "{", "}", "\\frac{", "\\sqrt", "^", "^{", "_", "9" * 40, "!", "\\left(", "\\right)", "\\begin{pmatrix}",
+              "&", "\\\\", "\x00", "\u202e", "$", "\\text{", "\\infty", "\\int", "\\sum_{", "0/0", "1/0", "**", "lambda x:", "\ud800",
+              "__import__('os')", "\\cdot", "e", "π", "×", "，", "％", "\\ ", "\n", "=", "<", "\\cup", "\\%", "|", "∞" * 5]  # fmt: skip
+    for _ in range(480):
+        yield (
+            "\\boxed{" + "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 25))) + rng.choice(["}", "", "}}}"])
+        )
+    yield from ("\\boxed{9^{9^{9^{9}}}}", "\\boxed{10^{10^{10}}}", "\\boxed{(10^9)!}", "\\boxed{2^{999999999}}", "\\boxed{1e999999999}",
+                "\\boxed{" + "(" * 5000 + ")" * 5000 + "}", "\\boxed{" + "\\frac{1}{" * 2000 + "2" + "}" * 2000 + "}",
+                "\\boxed{" * 5000, "\\boxed{" + "9" * 200_000 + "}", "\\boxed{" + "x+" * 20_000 + "x}",
+                "\\boxed{" + "^" * 5000 + "}", "a" * 10_000_000, "\\boxed{" + "a" * 10_000_000, "\\boxed{" + "a " * 500_000 + "}",
+                "{" * 10_000_000, "\\boxed{\\sum_{n=1}^{\\infty} \\sum_{m=1}^{\\infty} \\frac{1}{n^m m^n}}",
+                "\\boxed{\\int_0^1 \\int_0^1 x^{x^{y^y}} dx dy}", "\\boxed{\\prod_{n=1}^{10^{9}} n}",
+                "\\boxed{\\binom{10^{8}}{5 \\cdot 10^{7}}}", "\\boxed{\\sqrt[10^{9}]{10^{10^{9}}}}")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_hostile_texts_neither_hang_nor_crash_the_grader():
+    texts = list(hostile_texts())
+    assert len(texts) >= 500
+    with Grader(seconds=2, workers=2) as grader:
+        begin = time.monotonic()
+        verdicts = grader.grade([(text, "7") for text in texts])
+        assert time.monotonic() - begin < 240
+        assert len(verdicts) == len(texts) and not any(v.correct for v in verdicts)
+        assert [v.correct for v in grader.grade([(r"\boxed{\frac{14}{2}}", "7")])] == [True]  # it still works
+
+
+def test_what_hangs_or_crashes_a_worker_is_ungraded_and_the_next_is_graded():
+    with Grader(seconds=1.5, workers=1) as grader:
+        grader.grade([(r"\boxed{1/2}", "0.5")])  # the worker is up
+        begin = time.monotonic()
+        hang = r"\boxed{\binom{10^{8}}{5 \cdot 10^{7}}}"
+        verdicts = grader.grade([(hang, "7"), (r"\boxed{2/4}", "0.5"), (r"\boxed{3}", "4")])
+        assert [v.correct for v in verdicts] == [None, True, False] and verdicts[0].extracted
+        assert time.monotonic() - begin < 60
+        grader.workers[0].process.kill()
+        assert [v.correct for v in grader.grade([(r"\boxed{2/4}", "0.5")] * 2)] == [None, True]
 
 
 def test_extraction_is_linear_in_whatever_is_in_the_text():

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from data.tiny import build, task
-from opd.grading import grade
+from opd.grading import extract
 
 
 def test_answers_by_hand():
@@ -22,7 +22,7 @@ def test_the_teachers_text_is_right_and_the_students_is_wrong_in_two_ways():
     misconceptions = careless = subtractions = 0
     for _ in range(2000):
         text = task.problem(rng)
-        assert grade(task.response(text, task.TEACHER, rng), str(task.answer(text))).correct
+        assert extract(task.response(text, task.TEACHER, rng)) == str(task.answer(text))
         for line in task.response(text, task.STUDENT, rng).splitlines()[:-1]:
             a, operator, b, result = line[-5], line[-4], line[-3], line[-1]
             right = str(task.apply(int(a), operator, int(b)))

@@ -78,8 +78,8 @@ def _accuracy_block(name: str, runs: list[Run]) -> str:
 
 def _accuracy_cells(figures: dict) -> tuple[str, str, str]:
     return (
-        percent(figures["greedy"], figures["greedy_se"]),
-        percent(figures["mean_at_k"], figures["mean_at_k_se"]) if figures["k"] else "-",
+        "-" if figures["greedy"] is None else percent(figures["greedy"], figures["greedy_se"]),
+        "-" if figures["mean_at_k"] is None else percent(figures["mean_at_k"], figures["mean_at_k_se"]),
         "-" if figures["reverse_kl"] is None else f"{figures['reverse_kl']:.3f}",
     )
 

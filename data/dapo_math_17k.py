@@ -1,0 +1,72 @@
+"""DAPO-Math-17k (BytedTsinghua-SIA, described as Apache-2.0): competition problems with integer answers, for training.
+
+The hub's default is the release without the hundredfold copies of the original. Here each problem loses DAPO's own
+instruction and gets the boxed one; copies (equal up to white space and `$`) are merged, problems whose copies disagree
+on the answer dropped, and so are problems that stand in an evaluation set.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from data.contamination import overlaps
+from data.sources import BOXED, Hub, need, user
+
+HUB = Hub("YouJiacheng/DAPO-Math-17k-dedup", None, "6e26a33abdabd3e6aaa1d742326b790758f7dbc5")
+HUB_SPLIT = "train"
+TRAIN_SHARE = 0.8  # as in the public reruns of the paper: 13,918 of 17,398 rows, seed 42
+BEFORE = re.compile(r"^\s*Solve the following math problem step by step\..*?is the answer to the problem\.\s*", re.S)
+AFTER = re.compile(r"\s*Remember to put your answer on its own line after \\?\"?Answer:\\?\"?\.?\s*$")
+
+
+def problem_and_answer(row: dict, where: str) -> tuple[str, str]:
+    """Of the original layout (prompt messages, reward_model.ground_truth) or of {problem, answer} rows."""
+    if "reward_model" in row:
+        need(row, ("prompt",), where)
+        text, answer = row["prompt"][0]["content"], row["reward_model"]["ground_truth"]
+    else:
+        need(row, ("problem", "answer"), where)
+        text, answer = row["problem"], row["answer"]
+    return AFTER.sub("", BEFORE.sub("", text)).strip(), str(answer).strip()
+
+
+def rows(
+    raw: list[dict], evaluation: Sequence[tuple[str, str]], seed: int, where: str
+) -> tuple[dict[str, list[dict]], Counter]:
+    """Training and validation rows as {id, prompt, answer, source, meta}, and why others were dropped.
+
+    Args:
+        evaluation: (id, text) of every evaluation problem.
+        seed: of the split.
+    """
+    dropped: Counter = Counter()
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for number, row in enumerate(raw, 1):
+        text, answer = problem_and_answer(row, f"{where}, row {number}")
+        groups.setdefault(re.sub(r"[\s$]", "", text), []).append((text, answer))
+    kept = []
+    for group in groups.values():
+        if len({answer for _, answer in group}) > 1:
+            dropped["copies with different answers"] += len(group)
+        else:
+            dropped["copies"] += len(group) - 1
+            kept.append(group[0])
+    contaminated = {int(pair.train_id) for pair in overlaps([(str(i), t) for i, (t, _) in enumerate(kept)], evaluation)}
+    dropped["overlap with an evaluation set"] = len(contaminated)
+    found = [
+        {
+            "id": f"dapo-{i:05d}",
+            "prompt": user(text + BOXED),
+            "answer": answer,
+            "source": "dapo_math_17k",
+            "meta": {"language": "zh" if re.search(r"[\u3400-\u9fff]", text) else "en"},
+        }
+        for i, (text, answer) in enumerate(kept)
+        if i not in contaminated
+    ]
+    order = list(range(len(found)))
+    random.Random(seed).shuffle(order)
+    cut = int(TRAIN_SHARE * len(found))
+    train, validation = sorted(order[:cut]), sorted(order[cut:])
+    return {"train": [found[i] for i in train], "validation": [found[i] for i in validation]}, dropped

@@ -1,0 +1,100 @@
+"""Makes training and evaluation files of one schema: `python -m data.prepare NAME [--source hub|FILE]`.
+
+Every line is {id, prompt (messages), answer, source, meta}. Written to data/prepared/NAME/{split}.jsonl, with
+manifest.json: where it came from, counts, why rows were dropped, SHA-256 of every file. The same source gives the
+same bytes.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from data import aime, contamination, dapo_math_17k, gsm8k, math500
+from data.sources import read_rows
+from opd.cli import InputError, main, say
+
+NAMES = ("dapo_math_17k", "math500", "aime24", "aime25", "gsm8k")
+EVALUATIONS = ("math500", "aime24", "aime25")
+OUT = Path("data/prepared")
+
+
+def prepare(name: str, source: str = "hub", out: Path = OUT, seed: int = 42) -> Path:
+    """Writes a data set whole or not at all; returns its folder.
+
+    Args:
+        source: "hub", or a file; for gsm8k a folder with train.jsonl and test.jsonl.
+        seed: of the split into training and validation rows (dapo_math_17k).
+    Raises:
+        InputError: the source, a row, or (for dapo_math_17k) an evaluation set is missing or malformed.
+    """
+    dropped: Counter = Counter()
+    if name == "dapo_math_17k":
+        raw, origin = read_rows(source, dapo_math_17k.HUB_SPLIT, dapo_math_17k.HUB)
+        evaluation = [pair for other in EVALUATIONS for pair in _evaluation_texts(other, out)]
+        splits, dropped = dapo_math_17k.rows(raw, evaluation, seed, source)
+        origins = {"train": origin}
+    elif name == "gsm8k":
+        pairs = {s: read_rows(source if source == "hub" else f"{source}/{s}.jsonl", s, gsm8k.HUB) for s in gsm8k.SPLITS}
+        splits = {split: gsm8k.rows(raw, split, source) for split, (raw, _) in pairs.items()}
+        origins = {split: origin for split, (_, origin) in pairs.items()}
+    elif name == "math500":
+        raw, origin = read_rows(source, "test", math500.HUB)
+        splits, origins = {"test": math500.rows(raw, "test", source)}, {"test": origin}
+    else:
+        raw, origin = read_rows(source, aime.HUB_SPLIT, aime.HUB[name])
+        splits, origins = {"test": aime.rows(raw, name, source)}, {"test": origin}
+    return _write(name, splits, origins, dropped, seed, out)
+
+
+def _evaluation_texts(name: str, out: Path) -> list[tuple[str, str]]:
+    path = out / name / "test.jsonl"
+    if not path.exists():
+        raise InputError(
+            f"{path} is missing: training problems that stand in an evaluation set are dropped, so the evaluation sets "
+            f"come first. Run: python -m data.prepare {name}"
+        )
+    return contamination.texts(path)
+
+
+def _write(name: str, splits: dict, origins: dict, dropped: Counter, seed: int, out: Path) -> Path:
+    final = out / name
+    temporary = out / f".{name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        files = {}
+        for split, found in splits.items():
+            data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found).encode()
+            (temporary / f"{split}.jsonl").write_bytes(data)
+            files[f"{split}.jsonl"] = {"rows": len(found), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest = {"name": name, "source": origins, "seed": seed, "files": files,
+                    "dropped": {reason: count for reason, count in sorted(dropped.items()) if count}}  # fmt: skip
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except OSError as error:
+        raise InputError(f"{final} cannot be written ({error.strerror}). Give another folder: --out DIR.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for file, about in files.items():
+        say(f"{final / file}: {about['rows']} rows")
+    for reason, count in manifest["dropped"].items():
+        say(f"dropped: {count} rows, {reason}")
+    return final
+
+
+def command(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--source", default="hub", help="hub (default), a file, or for gsm8k a folder")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--seed", type=int, default=42)
+    options = parser.parse_args(arguments)
+    print(prepare(options.name, options.source, options.out, options.seed))
+
+
+if __name__ == "__main__":
+    main(command)

@@ -1,0 +1,70 @@
+"""Where raw rows come from: a file of the user's, or the Hugging Face hub at a pinned revision."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd.cli import InputError
+
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the Hugging Face hub."""
+
+    repository: str
+    subset: str | None
+    revision: str
+
+
+def read_rows(source: str, split: str, hub: Hub) -> tuple[list[dict], dict[str, str]]:
+    """Raw rows in their order, and where they are from (for a manifest).
+
+    Args:
+        source: "hub", or a .jsonl, .json or .parquet file.
+        split: of the hub's data set.
+    Raises:
+        InputError: the source cannot be read.
+    """
+    if source == "hub":
+        from datasets import load_dataset  # slow to import, and not needed for a file
+
+        try:
+            rows = load_dataset(hub.repository, hub.subset, split=split, revision=hub.revision).to_list()
+        except Exception as error:  # network, authentication, a moved repository: the hub's client has many kinds
+            raise InputError(
+                f"{hub.repository}: cannot be downloaded ({str(error).splitlines()[0][:200]}). Check the network and "
+                "HF_HUB_OFFLINE, or give a file: --source FILE."
+            ) from None
+        return rows, {"hub": hub.repository, "revision": hub.revision, "split": split}
+    path = Path(source)
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            rows = parquet.read_table(path).to_pylist()
+        else:
+            text = data.decode("utf-8")
+            rows = (
+                json.loads(text) if path.suffix == ".json" else [json.loads(t) for t in text.split("\n") if t.strip()]
+            )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: cannot be read ({error}). Expected a .jsonl, .json or .parquet file.") from None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{source}: expected a non-empty list of JSON objects.")
+    return rows, {"file": path.name, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def need(row: dict, names: tuple[str, ...], where: str) -> dict:
+    """The row, if it has these fields. Raises InputError naming what is missing."""
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise InputError(f"{where}: no field {missing[0]!r}; it has {sorted(row)}.")
+    return row
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]

@@ -1,0 +1,193 @@
+"""Figures against brute force, the paired bootstrap's coverage, and an evaluation that is killed and restarted."""
+
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opd import compare, evaluate
+from opd.cli import InputError
+
+
+def row(problem, sample, correct, extracted="x", tokens=5, **more):
+    return {"id": problem, "sample": sample, "correct": correct, "extracted": extracted, "finish_reason": "stop",
+            "tokens": tokens} | more  # fmt: skip
+
+
+def test_pass_at_k_equals_brute_force():
+    for n, right in ((1, 0), (1, 1), (4, 1), (6, 3), (7, 7), (8, 2)):
+        samples = [True] * right + [False] * (n - right)
+        for j in range(1, n + 1):
+            draws = list(itertools.combinations(samples, j))
+            assert evaluate.pass_at(n, right, j) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_majority_equals_brute_force():
+    """Against a vote with ties broken by every order of the answers."""
+    rng = random.Random(0)
+    for _ in range(200):
+        group = [row("p", i, answer == "7", answer) for i, answer in enumerate(rng.choices(["7", "8", "9", None], k=5))]
+        votes = [r["extracted"] for r in group if r["extracted"] is not None]
+        wins = []
+        for order in itertools.permutations(sorted(set(votes))):
+            wins.append(bool(order) and max(order, key=lambda a: (votes.count(a), -order.index(a))) == "7")
+        assert evaluate.majority(group) == pytest.approx(statistics.fmean(wins) if votes else 0.0)
+
+
+def test_a_summary_by_hand():
+    rows = [row("a", -1, True), row("b", -1, False)]
+    rows += [row("a", i, c, e) for i, (c, e) in enumerate([(True, "7"), (True, "7"), (False, "8"), (False, None)])]
+    rows += [row("b", i, c, e) for i, (c, e) in enumerate([(False, "1"), (None, "2"), (False, "1"), (True, "3")])]
+    found = evaluate.summarise(rows)
+    assert (found["problems"], found["k"], found["greedy"], found["ungraded"]) == (2, 4, 0.5, 1)
+    a, b = 2 / 4, 1 / 3  # b over its three graded samples
+    assert found["mean_at_k"] == pytest.approx((a + b) / 2)
+    assert found["mean_at_k_se"] == pytest.approx(statistics.stdev([a, b]) / math.sqrt(2))
+    passes = [0.5, 1.0, 0.0, 0.5]  # of a and b; the second has only a
+    assert found["mean_at_k_se_passes"] == pytest.approx(statistics.stdev(passes) / 2)
+    assert found["pass_at"]["1"] == pytest.approx(found["mean_at_k"])
+    assert found["pass_at"]["2"] == pytest.approx((5 / 6 + 2 / 3) / 2) and found["pass_at"]["4"] == 1.0
+    assert found["maj_at_k"] == 0.5 and found["unformatted"] == 0.1 and found["truncated"] == 0.0
+
+
+def test_greedy_alone_and_samples_alone():
+    greedy = evaluate.summarise([row("a", -1, True), row("b", -1, False)])
+    assert greedy["mean_at_k"] is None and greedy["pass_at"] == {} and greedy["greedy_se"] == pytest.approx(0.5)
+    sampled = evaluate.summarise(
+        [row("a", 0, True, reverse_kl=0.5, tokens=4), row("a", 1, False, reverse_kl=2.0, tokens=1)]
+    )
+    assert sampled["greedy"] is None and sampled["mean_at_k"] == 0.5 and sampled["reverse_kl"] == pytest.approx(4 / 5)
+
+
+def test_the_intervals_coverage_on_simulated_benchmarks(monkeypatch):
+    """200 pairs of models with a true difference of 5 points on 100 problems of 4 samples."""
+    monkeypatch.setattr(compare, "RESAMPLES", 1000)
+    rng = np.random.default_rng(0)
+    inside, runs = 0, 300
+    for number in range(runs):
+        skill = rng.beta(1, 1, 100)
+        better = 0.9 * skill + 0.1
+        a, b = rng.binomial(4, skill) / 4, rng.binomial(4, better) / 4
+        low, high = compare.paired_bootstrap(a, b, seed=number)
+        inside += low <= 0.05 <= high  # E[better - skill] = 0.1 (1 - 1/2)
+    assert 0.90 <= inside / runs <= 0.99
+
+
+def test_pairs_are_made_by_problem(tmp_path):
+    for name, answers in (
+        ("a", {"p": [1, 0], "q": [0, 0], "only a": [1, 1]}),
+        ("b", {"p": [1, 1], "q": [0, 0], "r": [1, 1]}),
+    ):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps(row(p, i, bool(c))) for p, values in answers.items() for i, c in enumerate(values)]
+        (tmp_path / name / "bench.jsonl").write_text("\n".join([*lines, json.dumps(row("p", -1, True))]) + "\n")
+    found = compare.compare(tmp_path / "a", tmp_path / "b", "bench")
+    assert (found.problems, found.a, found.b, found.better, found.worse) == (2, 0.25, 0.5, 1, 0)
+    assert (found.low, found.high) == (0.0, 0.5)
+    (tmp_path / "b" / "bench.jsonl").write_text(json.dumps(row("z", 0, True)))
+    with pytest.raises(InputError, match="no problem of bench"):
+        compare.compare(tmp_path / "a", tmp_path / "b", "bench")
+    with pytest.raises(InputError, match="no finished evaluation"):
+        compare.evaluation_folder(tmp_path)
+
+
+DATA = os.environ.get("OPD_TEST_DATA")
+
+
+@pytest.fixture(scope="module")
+def math_problems(tmp_path_factory):
+    """MATH-500 and AIME 2024, prepared, and benchmark files that read them."""
+    if not DATA:
+        pytest.skip("OPD_TEST_DATA names no folder with math500/ and aime24/")
+    from data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("prepared")
+    files = []
+    for name in ("math500", "aime24"):
+        prepare(name, f"{DATA}/{name}/test.jsonl", out)
+        benchmark = json.loads(Path(f"configs/benchmarks/{name}.json").read_text())
+        benchmark |= {"file": str(out / name / "test.jsonl"), "k": 3, "greedy": True, "max_response_tokens": 24}
+        path = out / f"{name}.json"
+        path.write_text(json.dumps(benchmark))
+        files.append(str(path))
+    return files
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory):
+    import torch
+    from test_real_models import problem_texts
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|im_start|>", "<|im_end|>"]
+    core.train_from_iterator(problem_texts(), trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, initializer_range=0.1))  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_evaluation_script_killed_and_restarted_gives_the_same_summary(math_problems, tiny_llama, tmp_path):
+    def command(out):
+        settings = [f"eval.benchmarks={json.dumps(math_problems)}", "student.dtype=float32", "rollout.batch_size=4"]
+        words = [part for text in settings for part in ("--set", text)]
+        return ["bash", "scripts/eval_math.sh", str(tiny_llama), "--limit", "20", "--out", str(out), *words]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CONFIG": "configs/qwen3_8b_to_4b.json"}
+    whole = subprocess.run(command(tmp_path / "whole"), capture_output=True, text=True, env=environment)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               env=environment, start_new_session=True)  # fmt: skip
+    partial = tmp_path / "killed" / "math500.partial.jsonl"
+    deadline = time.monotonic() + 120
+    while not (partial.exists() and partial.stat().st_size > 3000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert partial.exists() and not (tmp_path / "killed" / "summary.json").exists()
+    partial.write_text(partial.read_text() + '{"batch": 7, "respo')  # as if it had died in the middle of a line
+    again = subprocess.run(command(tmp_path / "killed"), capture_output=True, text=True, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "of 20 batches are there" in again.stderr
+    for name in ("math500.jsonl", "aime24.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "killed")]
+    for summary in summaries:
+        for figures in summary.values():
+            assert figures.pop("time/evaluation") > 0
+    assert (
+        summaries[0] == summaries[1] and summaries[0]["math500"]["problems"] == 20 and summaries[0]["math500"]["k"] == 3
+    )
+    assert not list((tmp_path / "killed").glob("*.partial.jsonl"))
+
+
+def test_comparing_two_runs_from_the_command_line(tiny_pair, tmp_path):
+    for name, model in (("a", "student"), ("b", "teacher")):
+        command = [sys.executable, "-m", "opd.evaluate", "--config", "configs/tiny.json", "--model", f"outputs/tiny/{model}",
+                   "--limit", "24", "--out", str(tmp_path / name), "--set", "eval.reverse_kl=false"]  # fmt: skip
+        assert subprocess.run(command, capture_output=True).returncode == 0
+    result = subprocess.run([sys.executable, "-m", "opd.compare", str(tmp_path / "a"), str(tmp_path / "b")],
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "tiny greedy: A" in result.stdout and "tiny mean@k: A" in result.stdout and "of 24" in result.stdout
