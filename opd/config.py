@@ -63,7 +63,15 @@ class Teacher:
 class Data:
     """Training prompts."""
 
-    train: Annotated[Text, doc("JSONL file, one problem per line.")]
+    train: Annotated[tuple[Text, ...], doc("JSONL files, one problem per line; several are one mixture.", min_length=1)]
+    validation: Annotated[
+        int,
+        doc(
+            "Prompts held out of the training data, chosen by the seed, and evaluated as benchmark `validation` with the "
+            "rollouts' own decoding. 0: none.",
+            ge=0,
+        ),
+    ]
     prompt_field: Annotated[
         Text,
         doc("Field of a line with the problem: a string (one user message) or a list of {role, content} messages."),
@@ -351,6 +359,10 @@ def _check(config: Config, where: str) -> None:
     require(
         config.rollout.temperature > 0 or config.rollout.top_p == 1,
         f"rollout.top_p is {config.rollout.top_p} with temperature 0: a greedy response has no nucleus. Set rollout.top_p=1.",
+    )
+    require(
+        config.data.validation == 0 or config.data.answer_field is not None,
+        f"data.validation is {config.data.validation} and data.answer_field is null: nothing to validate against.",
     )
     require(
         len(set(config.eval.benchmarks)) == len(config.eval.benchmarks),

@@ -5,7 +5,7 @@ Declares what flows through a run before any tensor does: Problem, Prompt, Rollo
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -140,6 +140,23 @@ def make_prompts(
     return prompts
 
 
+def read_training_prompts(
+    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts of all files, in order, and the `data.validation` ones that are held out. Raises InputError."""
+    prompts = []
+    for path in data.train:
+        prompts += make_prompts(read_problems(path, data.prompt_field, data.answer_field), tokenizer, data, path)
+    if data.validation >= len(prompts):
+        raise InputError(
+            f"data.validation is {data.validation} of {len(prompts)} prompts: none would be left to train on."
+        )
+    order = torch.randperm(len(prompts), generator=generator(seed, "validation")).tolist()
+    held_out = set(order[: data.validation])
+    validation = [replace(prompts[i], id=f"validation-{i}") for i in sorted(held_out)]
+    return [p for i, p in enumerate(prompts) if i not in held_out], validation
+
+
 def prompts_of_step(prompts: Sequence[Prompt], step: int, per_step: int, shuffle: bool, seed: int) -> list[Prompt]:
     """The prompts of update `step` (from 1): a pure function, so that a resumed run needs no iterator state.
 
@@ -157,7 +174,7 @@ def _order(count: int, epoch: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
 
 
-def count_steps(prompts: Sequence[Prompt], per_step: int, epochs: int | None, steps: int | None) -> int:
+def count_steps(prompts: Sequence[Any], per_step: int, epochs: int | None, steps: int | None) -> int:
     """Updates of a run: `steps` if given, else whole updates in `epochs` passes. Raises InputError if that is none."""
     total = steps if steps is not None else len(prompts) * epochs // per_step
     if total == 0:

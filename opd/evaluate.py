@@ -96,6 +96,17 @@ def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> lis
     return loaded
 
 
+def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchmark:
+    """Held-out training prompts as a benchmark: a greedy and a sampled response, decoded as in training."""
+    benchmark = Benchmark(
+        version=1, file=", ".join(config.data.train), prompt_field=config.data.prompt_field,
+        answer_field=str(config.data.answer_field), instruction="", greedy=True, k=1,
+        temperature=config.rollout.temperature or 1.0, top_p=config.rollout.top_p,
+        max_response_tokens=config.rollout.max_response_tokens, answer_lines=False,
+    )  # fmt: skip
+    return LoadedBenchmark("validation", benchmark, prompts)
+
+
 def evaluate(
     lm: LanguageModel,
     teacher: LanguageModel | None,

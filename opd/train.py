@@ -23,7 +23,7 @@ from opd import checkpoint, evaluate, grading, models, plan, run_folder
 from opd.batch import make_micro_batches
 from opd.cli import InputError, Interrupted, RunError, main, parser, say
 from opd.config import Config, load_config
-from opd.data import Prompt, Rollout, count_steps, make_prompts, prompts_of_step, read_problems
+from opd.data import Prompt, Rollout, count_steps, prompts_of_step, read_problems, read_training_prompts
 from opd.engine import TorchEngine, pick_device
 from opd.hooks import TokenStats, TokenWeighter, UniformWeighter
 from opd.metrics import MetricsLog, Progress, Stopwatch, duration, peak_memory_gb, write_whole
@@ -95,9 +95,10 @@ def run(
     student = models.load(student_section, device, "student")
     teacher = models.load(config.teacher, device, "teacher")
     vocab_size = models.shared_vocabulary(student, teacher)
-    problems = read_problems(config.data.train, config.data.prompt_field, config.data.answer_field)
-    prompts = make_prompts(problems, student.tokenizer, config.data, config.data.train)
+    prompts, validation = read_training_prompts(config.data, student.tokenizer, config.seed)
     benchmarks = evaluate.load_benchmarks(config, student, config.eval.limit)
+    if validation:
+        benchmarks.append(evaluate.validation_benchmark(config, validation))
     _check_context(config, (student, teacher), prompts, benchmarks)
     total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
     if config.optim.warmup_steps >= total_steps:
@@ -321,8 +322,11 @@ def start(config: Config, weighter: TokenWeighter, sections: Mapping[str, Any], 
     sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")
     updates = config.optim.steps
     if updates is None:
-        problems = read_problems(config.data.train, config.data.prompt_field, config.data.answer_field)
-        updates = count_steps(problems, config.rollout.prompts_per_step, config.data.epochs, None)
+        data = config.data
+        count = (
+            sum(len(read_problems(path, data.prompt_field, data.answer_field)) for path in data.train) - data.validation
+        )
+        updates = count_steps(range(count), config.rollout.prompts_per_step, data.epochs, None)
     print(json.dumps({**asdict(config), **{name: asdict(s) for name, s in sections.items()}}, indent=1))
     print(plan.text(plan.make_plan(config, *sizes, device, updates), config, *sizes, device))
     print(f"  command: {run_folder.command_line()}\ndry run: nothing was started")

@@ -33,7 +33,7 @@ def setup(tiny_pair, tmp_path):
     config = json.loads(Path("configs/tiny.json").read_text())
     config["student"]["path"] = str(tmp_path / "pair/student")
     config["teacher"]["path"] = str(tmp_path / "pair/teacher")
-    config["data"]["train"] = str(tmp_path / "pair/train.jsonl")
+    config["data"]["train"] = [str(tmp_path / "pair/train.jsonl")]
     config["eval"] |= {"benchmarks": [str(tmp_path / "bench.json")], "limit": 4}
     config["output_dir"] = str(tmp_path / "out")
     (tmp_path / "pair.json").write_text(json.dumps(config))
@@ -224,6 +224,10 @@ CASES = {
     "warm-up beyond one epoch": (nothing, "tip", [*S, "optim.steps=null", *S, "data.epochs=1", *S, "optim.warmup_steps=300"],
         "optim.warmup_steps is 300, not below the run's 256 steps"),
     "missing config": (remove("pair.json"), "tip", [], "pair.json: no such file"),
+    "no data file": (nothing, "tip", [*S, "data.train=[]"], "data.train is []"),
+    "one file for a list": (nothing, "tip", [*S, "data.train=x.jsonl"], 'data.train is "x.jsonl"'),
+    "all prompts held out": (nothing, "tip", [*S, "data.validation=8192"], "data.validation is 8192 of 8192 prompts"),
+    "validation without answers": (nothing, "tip", [*S, "data.validation=5", *S, "data.answer_field=null"], "nothing to validate"),
     "missing data": (remove("pair/train.jsonl"), "tip", [], "train.jsonl: cannot be read"),
     "empty data": (write("pair/train.jsonl", "\n\n"), "tip", [], "train.jsonl: no problems in it"),
     "data that is not JSON": (line("{oops}"), "tip", [], r"train.jsonl, line 2: not JSON"),
@@ -288,7 +292,7 @@ def test_there_are_enough_of_them():
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input(name, setup, monkeypatch, capsys):
     change, command, extra, message = CASES[name]
-    monkeypatch.delenv("WORLD_SIZE", raising=False)  # and restored after the case that sets it
+    monkeypatch.setenv("WORLD_SIZE", "1")  # so that it is restored after the case that sets it
     change(setup)
     extra = [text.replace("{dir}", str(setup)) for text in extra]
     alone = extra[:1] in (["NO CONFIG"], ["REPORT"])

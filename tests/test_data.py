@@ -7,7 +7,7 @@ import pytest
 from data.tiny import task
 from opd.cli import InputError
 from opd.config import load_config
-from opd.data import Prompt, count_steps, make_prompts, prompts_of_step, read_problems
+from opd.data import Prompt, count_steps, make_prompts, prompts_of_step, read_problems, read_training_prompts
 
 PROMPTS = [Prompt(str(i), (i,), None) for i in range(10)]
 
@@ -60,6 +60,21 @@ def test_messages_system_prompt_and_instruction(tmp_path):
         "<|im_start|>system\nnow <|im_end|>\n<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
         "<|im_start|>user\n3*3 mod10?<|im_end|>\n<|im_start|>assistant\n",
     ]
+
+
+def test_a_mixture_of_files_and_held_out_prompts(tmp_path):
+    for name, count in (("a", 6), ("b", 4)):
+        rows = [{"id": f"{name}{i}", "problem": f"{i}+1 mod10?", "answer": "1"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = json.dumps([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    data = load_config("configs/tiny.json", [f"data.train={files}", "data.validation=3"])[0].data
+    train, validation = read_training_prompts(data, task.tokenizer(), seed=0)
+    assert len(train) == 7 and len(validation) == 3 and {p.id[0] for p in train} == {"a", "b"}
+    places = {int(p.id.removeprefix("validation-")) for p in validation}
+    every = [f"{n}{i}" for n, c in (("a", 6), ("b", 4)) for i in range(c)]
+    assert [p.id for p in train] == [text for i, text in enumerate(every) if i not in places]
+    assert read_training_prompts(data, task.tokenizer(), seed=0) == (train, validation)
+    assert read_training_prompts(data, task.tokenizer(), seed=1) != (train, validation)
 
 
 def test_chat_template_arguments_arrive():

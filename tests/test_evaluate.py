@@ -182,6 +182,31 @@ def test_the_evaluation_script_killed_and_restarted_gives_the_same_summary(math_
     assert not list((tmp_path / "killed").glob("*.partial.jsonl"))
 
 
+def test_the_main_job_on_prepared_data(math_problems, tiny_llama, tmp_path):
+    """Prepared DAPO in, MATH-500 and AIME out, with the paper pair's file and small models."""
+    from data.prepare import prepare
+
+    prepared = Path(math_problems[0]).parent
+    prepare("aime25", f"{DATA}/aime25/test.jsonl", prepared)
+    prepare("dapo_math_17k", f"{DATA}/dapo_math_17k/train.jsonl", prepared)
+    settings = {
+        "student.path": str(tiny_llama), "teacher.path": str(tiny_llama), "student.dtype": "float32",
+        "teacher.dtype": "float32", "data.train": [str(prepared / "dapo_math_17k/train.jsonl")], "output_dir": str(tmp_path),
+        "data.epochs": None, "optim.steps": 2, "optim.lr": 1e-3, "rollout.prompts_per_step": 2, "rollout.n": 2,
+        "rollout.max_response_tokens": 12, "optim.micro_batch_tokens": 2048, "eval.benchmarks": math_problems,
+        "eval.k": 1, "eval.limit": 3,
+    }  # fmt: skip
+    words = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    result = subprocess.run(["bash", "scripts/run_math500_soft_or.sh", "configs/qwen3_8b_to_4b.json", *words],
+                            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (
+        "math500: accuracy" in result.stdout and "aime24: accuracy" in result.stdout and "soft_or 0.5" in result.stdout
+    )
+    rows = [json.loads(line) for line in (tmp_path / "qwen3_8b_to_4b-all/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and "rollout/accuracy" in rows[0]
+
+
 def test_comparing_two_runs_from_the_command_line(tiny_pair, tmp_path):
     for name, model in (("a", "student"), ("b", "teacher")):
         command = [sys.executable, "-m", "opd.evaluate", "--config", "configs/tiny.json", "--model", f"outputs/tiny/{model}",

@@ -129,11 +129,12 @@ def overrides(out, student, teacher, **more):
     benchmark = out / "benchmark.json"
     benchmark.write_text(json.dumps({
         "version": 1, "file": f"{DATA}/math500/test.jsonl", "prompt_field": "problem", "answer_field": "answer",
-        "instruction": "\nThe answer goes into \\boxed{}.", "temperature": 1.0, "top_p": 0.9,
+        "instruction": "\nThe answer goes into \\boxed{}.", "greedy": True, "k": 1, "answer_lines": False,
+        "temperature": 1.0, "top_p": 0.9,
         "max_response_tokens": 12}))  # fmt: skip
     settings = {
         "student.path": str(student), "teacher.path": str(teacher), "output_dir": str(out), "run_name": "run",
-        "data.train": f"{DATA}/gsm8k/train.jsonl", "data.prompt_field": "question", "data.answer_field": "answer",
+        "data.train": [f"{DATA}/gsm8k/train.jsonl"], "data.prompt_field": "question", "data.answer_field": "answer",
         "data.system_prompt": "You are careful.", "data.max_prompt_tokens": 200, "rollout.prompts_per_step": 3, "rollout.n": 2,
         "rollout.max_response_tokens": 16, "optim.steps": 2, "optim.warmup_steps": 0, "optim.micro_batch_tokens": 500,
         "optim.lr": 1e-3, "eval.benchmarks": [str(benchmark)], "eval.k": 1, "eval.limit": 4, "log.diagnostics_every": 1,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd import metrics
 from opd.cli import InputError
 from opd.config import load_config
 from opd.train import run
@@ -276,3 +277,26 @@ def test_the_main_script_handles_its_arguments(tiny_pair):
     assert result.returncode == 0, result.stderr
     assert "plan of outputs/tiny-all" in result.stdout and "plan of outputs/tiny-soft_or" in result.stdout
     assert result.stdout.count("nothing was started") == 2
+
+
+def test_held_out_prompts_are_evaluated_beside_the_benchmarks(tiny_pair, tmp_path):
+    folder = start(tmp_path, "held", *SMALL, "data.validation=5")
+    for name in ("teacher", "step_000000", "step_000004"):
+        figures = json.loads((folder / "eval" / name / "summary.json").read_text())
+        assert set(figures) == {"tiny", "validation"} and figures["validation"]["problems"] == 5
+        assert figures["validation"]["k"] == 1 and figures["validation"]["benchmark"]["max_response_tokens"] == 40
+
+
+def test_long_phases_are_visible(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr("opd.metrics.time.monotonic", lambda: float(next(clock)))
+    with metrics.Progress("student on tiny", 10) as progress:  # not a terminal: a line at most every 30 seconds
+        for _ in range(4):
+            progress.advance(1, 100)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["student on tiny: 2/10 responses, 200 tokens, 5 tokens/s, 0:02:40 left",
+                    "student on tiny: 4/10 responses, 400 tokens, 5 tokens/s, 0:02:00 left"]  # fmt: skip
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with metrics.Progress("rollouts of step 3", 10) as progress:
+        progress.advance(5, 100)
+        assert "tokens/s" in str(progress.bar) and "5/10" in str(progress.bar)
