@@ -7,7 +7,7 @@ for 5 of the 30 problems of 2024). Keys are written with leading zeros or a degr
 
 import re
 
-from data.sources import Hub, need, user
+from data.sources import Hub, need, text_of, user
 from opd.cli import InputError
 
 HUB = {
@@ -39,7 +39,7 @@ def rows(raw: list[dict], name: str, where: str) -> list[dict]:
             raise InputError(f"{where}, row {number}: the answer {error}.") from None
         found.append({
             "id": f"{name}-{fields.get('id', number)}",
-            "prompt": user(fields["problem"].strip()),
+            "prompt": user(text_of(fields, "problem", f"{where}, row {number}")),
             "answer": answer,
             "source": name,
             "meta": {},

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.sources import BOXED
 from opd.cli import InputError, main, say
 from opd.data import read_problems
 from opd.metrics import write_whole
@@ -58,8 +59,9 @@ def overlaps(train: Sequence[tuple[str, str]], evaluation: Sequence[tuple[str, s
 
 
 def texts(path: str | Path, prompt_field: str = "prompt") -> list[tuple[str, str]]:
-    """(id, text) of a JSONL file's problems."""
-    return [(p.id, "\n".join(m["content"] for m in p.messages)) for p in read_problems(path, prompt_field, None)]
+    """(id, text) of a JSONL file's problems, without the instruction that preparation adds to training prompts."""
+    problems = read_problems(path, prompt_field, None)
+    return [(p.id, "\n".join(m["content"].removesuffix(BOXED) for m in p.messages)) for p in problems]
 
 
 def command(arguments: list[str]) -> None:

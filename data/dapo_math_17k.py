@@ -10,8 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from data.contamination import overlaps
-from data.sources import BOXED, Hub, need, user
+from data.contamination import Overlap, overlaps
+from data.sources import BOXED, Hub, need, text_of, user
+from opd.cli import InputError
 
 HUB = Hub("YouJiacheng/DAPO-Math-17k-dedup", None, "6e26a33abdabd3e6aaa1d742326b790758f7dbc5")
 HUB_SPLIT = "train"
@@ -23,18 +24,19 @@ AFTER = re.compile(r"\s*Remember to put your answer on its own line after \\?\"?
 def problem_and_answer(row: dict, where: str) -> tuple[str, str]:
     """Of the original layout (prompt messages, reward_model.ground_truth) or of {problem, answer} rows."""
     if "reward_model" in row:
-        need(row, ("prompt",), where)
-        text, answer = row["prompt"][0]["content"], row["reward_model"]["ground_truth"]
-    else:
-        need(row, ("problem", "answer"), where)
-        text, answer = row["problem"], row["answer"]
-    return AFTER.sub("", BEFORE.sub("", text)).strip(), str(answer).strip()
+        try:
+            row = {"problem": row["prompt"][0]["content"], "answer": row["reward_model"]["ground_truth"]}
+        except (KeyError, IndexError, TypeError):
+            raise InputError(f"{where}: expected prompt messages and reward_model.ground_truth.") from None
+    need(row, ("problem", "answer"), where)
+    text = AFTER.sub("", BEFORE.sub("", text_of(row, "problem", where)))
+    return text.strip(), text_of(row, "answer", where)
 
 
 def rows(
     raw: list[dict], evaluation: Sequence[tuple[str, str]], seed: int, where: str
-) -> tuple[dict[str, list[dict]], Counter]:
-    """Training and validation rows as {id, prompt, answer, source, meta}, and why others were dropped.
+) -> tuple[dict[str, list[dict]], Counter, list[Overlap]]:
+    """Training and validation rows as {id, prompt, answer, source, meta}; why others were dropped; what overlapped.
 
     Args:
         evaluation: (id, text) of every evaluation problem.
@@ -52,7 +54,8 @@ def rows(
         else:
             dropped["copies"] += len(group) - 1
             kept.append(group[0])
-    contaminated = {int(pair.train_id) for pair in overlaps([(str(i), t) for i, (t, _) in enumerate(kept)], evaluation)}
+    pairs = overlaps([(str(i), text) for i, (text, _) in enumerate(kept)], evaluation)
+    contaminated = {int(pair.train_id) for pair in pairs}
     dropped["overlap with an evaluation set"] = len(contaminated)
     found = [
         {
@@ -69,4 +72,4 @@ def rows(
     random.Random(seed).shuffle(order)
     cut = int(TRAIN_SHARE * len(found))
     train, validation = sorted(order[:cut]), sorted(order[cut:])
-    return {"train": [found[i] for i in train], "validation": [found[i] for i in validation]}, dropped
+    return {"train": [found[i] for i in train], "validation": [found[i] for i in validation]}, dropped, pairs

@@ -1,6 +1,6 @@
 """GSM8K (openai/grade-school-math, MIT): word problems with integer answers; train and test."""
 
-from data.sources import BOXED, Hub, need, user
+from data.sources import BOXED, Hub, need, text_of, user
 from opd.cli import InputError
 
 HUB = Hub("openai/gsm8k", "main", "e53f048856ff4f594e959d75785d2c2d37b678ee")
@@ -15,13 +15,13 @@ def rows(raw: list[dict], split: str, where: str) -> list[dict]:
     found = []
     for number, row in enumerate(raw, 1):
         need(row, ("question", "answer"), f"{where}, row {number}")
-        _, mark, answer = row["answer"].rpartition("####")
+        _, mark, answer = text_of(row, "answer", f"{where}, row {number}").rpartition("####")
         if not mark:
             raise InputError(f"{where}, row {number}: expected an answer that ends in '#### N'.")
         instruction = BOXED if split == "train" else ""
         found.append({
             "id": f"gsm8k-{split}-{number - 1:05d}",
-            "prompt": user(row["question"].strip() + instruction),
+            "prompt": user(text_of(row, "question", f"{where}, row {number}") + instruction),
             "answer": answer.strip().replace(",", ""),
             "source": "gsm8k",
             "meta": {"split": split},

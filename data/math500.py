@@ -1,6 +1,6 @@
 """MATH-500: the 500 test problems of openai/prm800k (MIT), with free-form answers. Evaluation only."""
 
-from data.sources import Hub, need, user
+from data.sources import Hub, need, text_of, user
 
 HUB = Hub("HuggingFaceH4/MATH-500", None, "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be")
 SPLITS = ("test",)
@@ -12,9 +12,9 @@ def rows(raw: list[dict], split: str, where: str) -> list[dict]:
     for number, row in enumerate(raw, 1):
         need(row, ("problem", "answer", "unique_id"), f"{where}, row {number}")
         found.append({
-            "id": row["unique_id"],
-            "prompt": user(row["problem"].strip()),
-            "answer": str(row["answer"]).strip(),
+            "id": text_of(row, "unique_id", f"{where}, row {number}"),
+            "prompt": user(text_of(row, "problem", f"{where}, row {number}")),
+            "answer": text_of(row, "answer", f"{where}, row {number}"),
             "source": "math500",
             "meta": {key: row[key] for key in ("subject", "level") if key in row},
         })  # fmt: skip

@@ -1,8 +1,8 @@
 """Makes training and evaluation files of one schema: `python -m data.prepare NAME [--source hub|FILE]`.
 
 Every line is {id, prompt (messages), answer, source, meta}. Written to data/prepared/NAME/{split}.jsonl, with
-manifest.json: where it came from, counts, why rows were dropped, SHA-256 of every file. The same source gives the
-same bytes.
+manifest.json: where it came from, counts, why rows were dropped, SHA-256 of every file; overlap.jsonl holds both texts of
+every pair that overlaps an evaluation set. The same source gives the same bytes.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from data import aime, contamination, dapo_math_17k, gsm8k, math500
@@ -32,10 +33,11 @@ def prepare(name: str, source: str = "hub", out: Path = OUT, seed: int = 42) -> 
         InputError: the source, a row, or (for dapo_math_17k) an evaluation set is missing or malformed.
     """
     dropped: Counter = Counter()
+    overlapping: list[contamination.Overlap] = []
     if name == "dapo_math_17k":
         raw, origin = read_rows(source, dapo_math_17k.HUB_SPLIT, dapo_math_17k.HUB)
         evaluation = [pair for other in EVALUATIONS for pair in _evaluation_texts(other, out)]
-        splits, dropped = dapo_math_17k.rows(raw, evaluation, seed, source)
+        splits, dropped, overlapping = dapo_math_17k.rows(raw, evaluation, seed, source)
         origins = {"train": origin}
     elif name == "gsm8k":
         pairs = {s: read_rows(source if source == "hub" else f"{source}/{s}.jsonl", s, gsm8k.HUB) for s in gsm8k.SPLITS}
@@ -47,7 +49,7 @@ def prepare(name: str, source: str = "hub", out: Path = OUT, seed: int = 42) -> 
     else:
         raw, origin = read_rows(source, aime.HUB_SPLIT, aime.HUB[name])
         splits, origins = {"test": aime.rows(raw, name, source)}, {"test": origin}
-    return _write(name, splits, origins, dropped, seed, out)
+    return _write(name, splits, origins, dropped, overlapping, seed, out)
 
 
 def _evaluation_texts(name: str, out: Path) -> list[tuple[str, str]]:
@@ -60,7 +62,9 @@ def _evaluation_texts(name: str, out: Path) -> list[tuple[str, str]]:
     return contamination.texts(path)
 
 
-def _write(name: str, splits: dict, origins: dict, dropped: Counter, seed: int, out: Path) -> Path:
+def _write(
+    name: str, splits: dict, origins: dict, dropped: Counter, overlapping: list, seed: int, out: Path
+) -> Path:  # fmt: skip
     final = out / name
     temporary = out / f".{name}.{os.getpid()}.tmp"
     try:
@@ -70,6 +74,9 @@ def _write(name: str, splits: dict, origins: dict, dropped: Counter, seed: int, 
             data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found).encode()
             (temporary / f"{split}.jsonl").write_bytes(data)
             files[f"{split}.jsonl"] = {"rows": len(found), "sha256": hashlib.sha256(data).hexdigest()}
+        if overlapping:
+            lines = (json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in overlapping)
+            (temporary / "overlap.jsonl").write_text("".join(lines), encoding="utf-8")
         manifest = {"name": name, "source": origins, "seed": seed, "files": files,
                     "dropped": {reason: count for reason, count in sorted(dropped.items()) if count}}  # fmt: skip
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

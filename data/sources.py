@@ -35,7 +35,7 @@ def read_rows(source: str, split: str, hub: Hub) -> tuple[list[dict], dict[str, 
             rows = load_dataset(hub.repository, hub.subset, split=split, revision=hub.revision).to_list()
         except Exception as error:  # network, authentication, a moved repository: the hub's client has many kinds
             raise InputError(
-                f"{hub.repository}: cannot be downloaded ({str(error).splitlines()[0][:200]}). Check the network and "
+                f"{hub.repository}: cannot be downloaded ({str(error)[:200]}). Check the network and "
                 "HF_HUB_OFFLINE, or give a file: --source FILE."
             ) from None
         return rows, {"hub": hub.repository, "revision": hub.revision, "split": split}
@@ -64,6 +64,14 @@ def need(row: dict, names: tuple[str, ...], where: str) -> dict:
     if missing:
         raise InputError(f"{where}: no field {missing[0]!r}; it has {sorted(row)}.")
     return row
+
+
+def text_of(row: dict, name: str, where: str) -> str:
+    """A field that must hold a text (numbers are taken as one), stripped. Raises InputError otherwise."""
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise InputError(f"{where}: field {name!r} is {str(value)[:80]!r}, expected a text.")
+    return str(value).strip()
 
 
 def user(text: str) -> list[dict[str, str]]:

@@ -69,14 +69,16 @@ def save(run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, 
             f"the checkpoint of step {step} could not be written ({error}). Earlier checkpoints are intact; "
             "mend the cause and start the same command again."
         ) from error
-    steps = [p for p in _all(run_dir) if _number(p) <= step]
-    for old in steps[:-keep]:
+    for old in _all(run_dir)[:-keep]:
         shutil.rmtree(old)
-    for abandoned in set(_all(run_dir)) - set(
-        steps
-    ):  # damaged ones that were passed over, or the future of --resume DIR
-        shutil.rmtree(abandoned)
     return final
+
+
+def remove_after(run_dir: Path, step: int) -> None:
+    """Removes the checkpoints of later updates than `step`."""
+    for later in _all(run_dir):
+        if _number(later) > step:
+            shutil.rmtree(later)
 
 
 def newest(run_dir: Path) -> Path | None:

@@ -91,7 +91,7 @@ def command(arguments: list[str]) -> None:
         )
     print(f"A: {folders[0]}\nB: {folders[1]}\nB - A in points, 95 % bootstrap interval over problems\n")
     for name in shared:
-        if summaries[0][name]["benchmark"] != summaries[1][name]["benchmark"]:
+        if any(summaries[0][name][key] != summaries[1][name][key] for key in ("benchmark", "grader", "seed")):
             raise InputError(
                 f"{name} was not measured the same way in {folders[0]} and {folders[1]} (see summary.json)."
             )

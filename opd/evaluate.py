@@ -7,6 +7,7 @@ they are written beside every number. Sampling is seeded per problem and sample,
 the same random numbers and a repeated evaluation is the same evaluation.
 """
 
+import hashlib
 import json
 import math
 import statistics
@@ -96,6 +97,21 @@ def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> lis
     return loaded
 
 
+def check_context(lm: LanguageModel, key: str, response: int, prompts: Sequence[Prompt]) -> None:
+    """Refuses prompt + response beyond a model's positions; `key` names the setting that allows so long a response."""
+    longest = max(len(p.token_ids) for p in prompts)
+    if lm.context is not None and longest + response > lm.context:
+        raise InputError(
+            f"the longest prompt has {longest} tokens and {key} is {response}: together {longest + response}, more than "
+            f"the {lm.name}'s context of {lm.context}. Lower {key} or data.max_prompt_tokens."
+        )
+
+
+def check_benchmarks(lm: LanguageModel, benchmarks: Sequence[LoadedBenchmark]) -> None:
+    for b in benchmarks:
+        check_context(lm, f"max_response_tokens of benchmark {b.name}", b.benchmark.max_response_tokens, b.prompts)
+
+
 def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchmark:
     """Held-out training prompts as a benchmark: a greedy and a sampled response, decoded as in training."""
     benchmark = Benchmark(
@@ -135,7 +151,9 @@ def evaluate(
     summary = {}
     for loaded in benchmarks:
         begin = time.perf_counter()
-        numbered = _responses(lm, loaded, config, out / f"{loaded.name}.partial.jsonl", stop)
+        # over its own vocabulary, except for ids that the teacher who reads the responses could not embed
+        vocab = len(lm.tokenizer) if teacher is None else min(len(lm.tokenizer), models.embeddable(teacher))
+        numbered = _responses(lm, loaded, config, vocab, out / f"{loaded.name}.partial.jsonl", stop)
         rows = _graded(lm, numbered, grader, loaded.benchmark.answer_lines)
         if config.eval.reverse_kl and teacher is not None and teacher is not lm:
             columns = _reverse_kl(lm, teacher, [r for _, r in numbered], config, vocab_size, stop)
@@ -155,7 +173,7 @@ def evaluate(
 
 
 def _responses(
-    lm: LanguageModel, loaded: LoadedBenchmark, config: Config, partial: Path, stop: Callable[[], None]
+    lm: LanguageModel, loaded: LoadedBenchmark, config: Config, vocab: int, partial: Path, stop: Callable[[], None]
 ) -> list[tuple[int, Rollout]]:
     """(sample number, response) of every problem, sample by sample; what `partial` holds is not generated again.
 
@@ -186,7 +204,7 @@ def _responses(
             else:
                 decoding = greedy if number == GREEDY else sampled
                 seeds = [(config.seed, "eval", loaded.name, p.id, number) for p in prompts]
-                rollouts = sample(lm, prompts, decoding, len(lm.tokenizer), len(prompts), seeds, advance)
+                rollouts = sample(lm, prompts, decoding, vocab, len(prompts), seeds, advance)
                 record = {"batch": place, "responses": [(r.response_ids, r.finish_reason) for r in rollouts]}
                 file.write(json.dumps(record) + "\n")
                 file.flush()
@@ -370,6 +388,7 @@ def command(arguments: list[str]) -> None:
     lm = models.load(section, pick_device(config.engine), "model")
     limit = options.limit if options.limit is not None else config.eval.limit
     benchmarks = load_benchmarks(config, lm, limit)
+    check_benchmarks(lm, benchmarks)
     parts = [part for part in Path(options.model).parts[-3:] if part != "checkpoints"]
     out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
     _same_or_clear(out, options.model, config, benchmarks)
@@ -383,13 +402,18 @@ def command(arguments: list[str]) -> None:
     print(out / "summary.json")
 
 
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """Of problems, answers, tokenizer and chat template at once: they are what the prompts are made of."""
+    return hashlib.sha256(json.dumps([(p.id, p.token_ids, p.answer) for p in prompts]).encode()).hexdigest()
+
+
 def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[LoadedBenchmark]) -> None:
     """A stopped evaluation of the same model in the same way continues, a finished one stands; another one is cleared."""
     weights = sorted(Path(model).glob("*.safetensors"))
     about = {
         "model": model,
         "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
-        "benchmarks": {b.name: [asdict(b.benchmark), len(b.prompts)] for b in benchmarks},
+        "benchmarks": {b.name: [asdict(b.benchmark), _digest(b.prompts)] for b in benchmarks},
         "data": asdict(config.data), "dtype": config.student.dtype, "seed": config.seed, "grader": grading.VERSION,
         "batch_size": config.rollout.batch_size, "reverse_kl": config.eval.reverse_kl and config.teacher.path,
     }  # fmt: skip

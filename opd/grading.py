@@ -5,11 +5,13 @@ math-verify does it, in worker processes with a time limit. What crashes or hang
 as that, never as wrong. A worker is `python -m opd.grading`: one JSON object per line in, one out.
 """
 
+import ctypes
 import json
 import os
 import re
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-VERSION = "boxed-math-verify-0.9.0-1"  # written into every evaluation: a grader is part of what a number means
+VERSION = "boxed-math-verify-0.9.0-2"  # written into every evaluation: a grader is part of what a number means
 WORKER_BYTES = 4 * 2**30  # address space of a worker; beyond it, it fails instead of the machine
 
 
@@ -151,8 +153,9 @@ def extract(response: str, answer_lines: bool = False) -> str | None:
     said = rest if thinking or "<think>" not in rest else ""
     boxed = last_boxed(said)
     if boxed is None and answer_lines:
-        lines = re.findall(r"^[ \t*]*Answer:[ \t*]*(\S.*?)[ \t*]*$", said, re.M | re.I)
-        return lines[-1] if lines else None
+        lines = (line.strip(" \t*\r") for line in reversed(said.split("\n")))
+        answers = (line[len("answer:") :].strip(" \t*") for line in lines if line.lower().startswith("answer:"))
+        return next((answer for answer in answers if answer), None)
     return boxed
 
 
@@ -186,12 +189,14 @@ def plainly_equal(left: str, right: str) -> bool | None:
 
 def _work() -> None:
     """The worker: reads [prediction, reference], writes true or false. A failure ends it, and so is seen as one."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive a parent that was killed
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     sys.setrecursionlimit(3000)
     from math_verify import parse, verify
 
     def parsed(text: str) -> list:
         """Of a bare expression, the expression; of a text with marked mathematics, the last of it."""
+        text = re.sub(r"\\\$|\\!", "", text).replace("{,}", ",")  # currency signs and thin spaces are no mathematics
         marked = re.search(r"\$|\\boxed|\\\(|\\\[|\\begin\{(?:equation|align)", text)
         return parse(text if marked else f"${text}$", parsing_timeout=None, raise_on_error=True)
 

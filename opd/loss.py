@@ -320,7 +320,7 @@ class _Workspace:
         self.tile = self.vocab
         if casts or lower:
             width = max(student_hidden.shape[1], teacher_hidden.shape[1])
-            self.tile = max(1, min(self.vocab, chunk_bytes // 4 // (4 * width)))
+            self.tile = max(1, min(self.vocab, chunk_bytes // 8 // (4 * width)))  # two may stand at once
             chunk_bytes = chunk_bytes * 3 // 4
         self.rows = max(1, min(chunk_bytes // (4 * self.vocab * buffers), len(student_hidden)))
         self.buffers: list[Tensor | None] = [None] * buffers

@@ -60,11 +60,11 @@ def peak_memory_gb(device: torch.device) -> float:
 class Progress:
     """A long phase, visibly: a bar with tokens/s and time left on a terminal, else a line at most every 30 seconds."""
 
-    def __init__(self, label: str, total: int):
-        self.label, self.total = label, total
+    def __init__(self, label: str, total: int, unit: str = "responses"):
+        self.label, self.total, self.unit = label, total, unit
         self.done = self.tokens = 0
         self.begin = self.said = time.monotonic()
-        self.bar = tqdm(total=total, desc=label, unit="resp", leave=False, disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=total, desc=label, unit=" " + unit, leave=False, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Progress":
         return self
@@ -82,7 +82,7 @@ class Progress:
         if self.bar.disable and now - self.said > 30:
             self.said = now
             left = f", {duration((now - self.begin) / self.done * (self.total - self.done))} left" if self.done else ""
-            say(f"{self.label}: {self.done}/{self.total} responses, {self.tokens} tokens, {rate:.0f} tokens/s{left}")
+            say(f"{self.label}: {self.done}/{self.total} {self.unit}, {self.tokens} tokens, {rate:.0f} tokens/s{left}")
 
 
 def duration(seconds: float) -> str:
@@ -113,6 +113,10 @@ class MetricsLog:
         self.seconds.append(metrics["time/step"])
         left = duration(statistics.median(self.seconds) * (self.total_steps - step))
         say(f"step {step}/{self.total_steps} {shown} left {left}")
+
+    def flush(self) -> None:
+        """Everything written so far is on the disk, whatever happens to the machine."""
+        os.fsync(self.file.fileno())
 
     def text(self, tag: str, text: str, step: int) -> None:
         self.board.add_text(tag, text, step)

@@ -4,7 +4,7 @@ Any Hugging Face causal LM will do whose logits are soft_cap * tanh(scale * (h W
 trust: on loading, the head found here is compared with the model's own logits, and a model that differs is refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from opd.batch import MicroBatch
 from opd.cli import InputError, say
 from opd.config import Config, Student, Teacher
+from opd.data import Prompt
 from opd.loss import Head
 
 DROPOUT_KEYS = (
@@ -169,6 +170,21 @@ def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
         if rows < size:
             raise InputError(f"the {model.name}'s head has {rows} rows, fewer than the {size} ids of its tokenizer.")
     return size
+
+
+def embeddable(lm: LanguageModel) -> int:
+    """How many ids the model can read."""
+    return lm.model.get_input_embeddings().weight.shape[0]
+
+
+def check_prompt_ids(prompts: Sequence[Prompt], teacher: LanguageModel) -> None:
+    """Refuses prompts with ids that only the student's tokenizer has. Raises InputError."""
+    for prompt in prompts:
+        if max(prompt.token_ids) >= embeddable(teacher):
+            raise InputError(
+                f"prompt {prompt.id} holds id {max(prompt.token_ids)}, beyond the {embeddable(teacher)} ids the teacher "
+                "can read. The student's tokenizer or chat template uses tokens the teacher lacks; give both the same."
+            )
 
 
 def _strings(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:

@@ -1,5 +1,6 @@
 """The folder of a run: what it was started with, where to continue, and its final figures."""
 
+import hashlib
 import json
 import platform
 import shlex
@@ -7,7 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,27 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
     return checkpoint.newest(run_dir)
 
 
-def rewind(run_dir: Path, step: int) -> None:
-    """Removes what a run wrote after `step`, from where it continues: later evaluations and the final summary.
+def digests(paths: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the problem files: other problems under the same name make another run. Raises InputError."""
+    found = {}
+    for path in paths:
+        try:
+            found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError as error:
+            hint = " The embedded pair's files are made by: python -m data.tiny.build" if "tiny" in path else ""
+            raise InputError(
+                f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.{hint}"
+            ) from None
+    return found
 
-    They would come out the same, but for a run that continues from an older checkpoint they are the future.
+
+def rewind(run_dir: Path, step: int) -> None:
+    """Removes what a run wrote after `step`, from where it continues: checkpoints, evaluations, the final summary.
+
+    For a run that goes on from an older checkpoint they are an abandoned future; damaged checkpoints go with them.
+    Checkpoints go first: stopped half-way, the run still continues from `step`.
     """
+    checkpoint.remove_after(run_dir, step)
     (run_dir / "summary.json").unlink(missing_ok=True)
     for folder in (run_dir / "eval").glob("step_*"):
         if int(folder.name.removeprefix("step_")) > step:

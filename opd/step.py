@@ -6,7 +6,7 @@ a mean of means, so how the update is cut into micro-batches, padded or ordered 
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,7 @@ def train_step(
     step: int,
     seed: int,
     measure: frozenset[str] = frozenset(),
+    progress: Callable[[int, int], None] = lambda batches, tokens: None,
 ) -> StepResult:
     """Scores, weights and applies one update.
 
@@ -53,6 +54,7 @@ def train_step(
         vocab_size: ids compared (opd.models.shared_vocabulary).
         step: number of the update, from 1; with `seed` it seeds the weighter's generator.
         measure: fields of TokenStats wanted for diagnostics besides what the weighter needs.
+        progress: called with 1 and a number of tokens after each micro-batch of each of the three phases.
     Raises:
         ValueError: the weighter's answer is malformed.
         FloatingPointError: loss or gradient is not finite; weights and optimizer are unchanged.
@@ -61,7 +63,7 @@ def train_step(
     student_head, teacher_head = head_of(student.model, vocab_size), head_of(teacher.model, vocab_size)
 
     with watch("teacher"):
-        teacher_states = teacher_scoring.score(teacher, micro_batches)
+        teacher_states = teacher_scoring.score(teacher, micro_batches, progress)
 
     with watch("score"):
         needs = weighter.needs | measure
@@ -71,6 +73,7 @@ def train_step(
             if needs:
                 found = _stats_of_batch(student, student_head, states, teacher_head, batch, loss, needs)
                 columns[-1].update({name: column.cpu() for name, column in found.items()})
+            progress(1, len(batch.token_ids) if needs else 0)
         stats, place = _gathered_stats(columns, needs, vocab_size, step)
 
         weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
@@ -83,6 +86,7 @@ def train_step(
         total_loss = 0.0
         for batch, states, rows in zip(micro_batches, teacher_states, mine, strict=True):
             keep = relative[rows].nonzero().squeeze(1)  # of weight 0 neither the head nor, if all are, the body is run
+            progress(1, len(keep))
             if len(keep) == 0:
                 continue
             share = None if weights.forward_share is None else weights.forward_share[rows][keep].to(student.device)

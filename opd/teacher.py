@@ -4,7 +4,7 @@ Hidden states, not logits: H_t numbers a token instead of V (a factor 30 to 100)
 leave the device before the student's backward pass starts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from opd.models import LanguageModel
 
 
 @torch.no_grad()
-def score(teacher: LanguageModel, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+def score(
+    teacher: LanguageModel,
+    micro_batches: Sequence[MicroBatch],
+    progress: Callable[[int, int], None] = lambda batches, tokens: None,
+) -> list[Tensor]:
     """Per micro-batch (N, H_t) hidden states in the teacher's dtype, on the CPU."""
-    return [teacher.states(batch, torch.arange(len(batch.token_ids))).cpu() for batch in micro_batches]
+    found = []
+    for batch in micro_batches:
+        found.append(teacher.states(batch, torch.arange(len(batch.token_ids))).cpu())
+        progress(1, len(batch.token_ids))
+    return found

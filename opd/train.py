@@ -76,11 +76,14 @@ def run(
         Interrupted: a signal stopped the run after it wrote a checkpoint.
     """
     weighter = weighter or UniformWeighter()
+    specs = evaluate.read_benchmarks(config)
     identity = {
         "config": {**asdict(config), **{name: asdict(s) for name, s in (sections or {}).items()}},
-        "benchmarks": {name: asdict(b) for name, b in evaluate.read_benchmarks(config).items()},
+        "benchmarks": {name: asdict(b) for name, b in specs.items()},
         "grader": grading.VERSION,
+        "files": run_folder.digests([*config.data.train, *(b.file for b in specs.values())]),
         "weighter": f"{type(weighter).__module__}.{type(weighter).__qualname__}",
+        "weighter_settings": {k: v for k, v in vars(weighter).items() if isinstance(v, str | int | float | None)},
     }
     run_dir = config.run_dir
     start = run_folder.open_run(run_dir, identity, resume)
@@ -99,12 +102,17 @@ def run(
     benchmarks = evaluate.load_benchmarks(config, student, config.eval.limit)
     if validation:
         benchmarks.append(evaluate.validation_benchmark(config, validation))
-    _check_context(config, (student, teacher), prompts, benchmarks)
+    for lm in (student, teacher):
+        evaluate.check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
+        evaluate.check_benchmarks(lm, benchmarks)
+    models.check_prompt_ids([p for b in benchmarks for p in b.prompts] + prompts, teacher)
     total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
     if config.optim.warmup_steps >= total_steps:
         raise InputError(f"optim.warmup_steps is {config.optim.warmup_steps}, not below the run's {total_steps} steps.")
     engine = TorchEngine(student, config, total_steps)
     sizes = plan.size_of(student.model), plan.size_of(teacher.model)
+    for name, section in identity["config"].items():
+        say(f"  {name}: {json.dumps(section)}")
     say(plan.text(plan.make_plan(config, *sizes, device, total_steps), config, *sizes, device))
 
     run_folder.write_identity(run_dir, identity)
@@ -127,6 +135,7 @@ def run(
             say(f"{name}: {evaluate.line(found)}")
 
     def save() -> None:
+        log.flush()  # no checkpoint without the metrics that lead to it
         checkpoint.save(run_dir, step, student, engine, config.checkpoint.keep)
 
     try:
@@ -145,6 +154,11 @@ def run(
                 if step == total_steps or _due(step, config.checkpoint.every):
                     save()
                 stop.check()
+    except OSError as error:
+        raise RunError(
+            f"after step {step}: {run_dir} cannot be written ({error}). Checkpoints are intact; mend the cause and start "
+            "the same command again."
+        ) from error
     except FloatingPointError as error:
         saved = checkpoint.newest(run_dir)
         raise RunError(
@@ -176,8 +190,9 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     )
     diagnose = _due(step, config.log.diagnostics_every)
     try:
-        result = train_step(
-            student=student, teacher=parts.teacher, engine=parts.engine, micro_batches=micro_batches,
+        with Progress(f"scoring and update of step {step}", 3 * len(micro_batches), "micro-batches") as progress:
+            result = train_step(
+            progress=progress.advance, student=student, teacher=parts.teacher, engine=parts.engine, micro_batches=micro_batches,
             weighter=parts.weighter, loss=config.loss, vocab_size=parts.vocab_size, step=step, seed=config.seed,
             measure=frozenset(DIAGNOSTICS) if diagnose else frozenset(),
         )  # fmt: skip
@@ -289,27 +304,6 @@ class Stop:
     def check(self) -> None:
         if self.signum:
             raise Interrupted(self.signum)
-
-
-def _check_context(
-    config: Config,
-    pair: tuple[LanguageModel, ...],
-    prompts: list[Prompt],
-    benchmarks: list[evaluate.LoadedBenchmark],
-) -> None:
-    """Refuses prompt + response beyond a model's positions, for training and for every benchmark."""
-    needs = [("rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)]
-    needs += [
-        (f"max_response_tokens of benchmark {b.name}", b.benchmark.max_response_tokens, b.prompts) for b in benchmarks
-    ]
-    for key, response, its_prompts in needs:
-        longest = max(len(p.token_ids) for p in its_prompts)
-        for lm in pair:
-            if lm.context is not None and longest + response > lm.context:
-                raise InputError(
-                    f"the longest prompt has {longest} tokens and {key} is {response}: together {longest + response}, more "
-                    f"than the {lm.name}'s context of {lm.context}. Lower {key} or data.max_prompt_tokens."
-                )
 
 
 def start(config: Config, weighter: TokenWeighter, sections: Mapping[str, Any], options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd import cli, evaluate, grading
+from opd import cli, evaluate, grading, run_folder
 from opd import teacher as teacher_scoring
 from opd import train as opd_train
 from tip import report
@@ -126,12 +126,9 @@ def finished_run(d):
     config = json.loads((d / "pair.json").read_text())
     del config["$schema"]
     benchmarks = {"bench": json.loads((d / "bench.json").read_text())}
-    record = {
-        "config": config,
-        "benchmarks": benchmarks,
-        "grader": grading.VERSION,
-        "weighter": "opd.hooks.UniformWeighter",
-    }
+    files = run_folder.digests([*config["data"]["train"], benchmarks["bench"]["file"]])
+    record = {"config": config, "benchmarks": benchmarks, "grader": grading.VERSION, "files": files,
+              "weighter": "opd.hooks.UniformWeighter", "weighter_settings": {}}  # fmt: skip
     (d / "out/tiny/config.json").write_text(json.dumps(record))
 
 
@@ -276,6 +273,8 @@ CASES = {
     "evaluation of nothing": (nothing, "evaluate", ["--model", "{dir}/none"], "no such folder"),
     "evaluation without a model": (nothing, "evaluate", [], "required: --model"),
     "evaluation of zero problems": (nothing, "evaluate", ["--model", "{dir}/pair/student", "--limit", "0"], "--limit is 0"),
+    "evaluation beyond the context": (edit("bench.json", max_response_tokens=500), "evaluate",
+        ["--model", "{dir}/pair/student"], "max_response_tokens of benchmark bench is 500: together 519"),
     "evaluation on an unknown benchmark": (nothing, "evaluate", ["--model", "{dir}/pair/student", "--benchmark", "x"],
         "no benchmark 'x'"),
     "report of what is no run": (nothing, "report", ["REPORT", "{dir}/pair"], "not a finished run"),
@@ -350,8 +349,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rollouts(setup, mo
     """The teacher overflows on one rollout of step 5."""
     original, calls = teacher_scoring.score, []
 
-    def overflow(teacher, batches):
-        found = original(teacher, batches)
+    def overflow(teacher, batches, *rest):
+        found = original(teacher, batches, *rest)
         calls.append(1)
         if len(calls) >= 5:
             for batch, states in zip(batches, found, strict=True):

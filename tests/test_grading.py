@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -62,7 +64,9 @@ def test_grading_responses(grader):
         (r"\boxed{7}", "7", True), (r"\boxed{\frac{1}{2}}", "0.5", True), (r"\boxed{0.5}", r"\frac12", True),
         (r"\boxed{1,000}", "1000", True), (r"\boxed{x^2+2x+1}", "(x+1)^2", True), (r"\boxed{90^\circ}", "90", True),
         (r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\left( 3, \frac{\pi}{2} \right)", True), (r"\boxed{8}", "7", False),
-        (r"\boxed{(1,200)}", "1200", False), ("seven", "7", False), (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
+        (r"\boxed{(1,200)}", "1200", False),
+        (r"\boxed{\$18}", "18", True), (r"\boxed{18}", r"\$18", True), (r"\boxed{\$18.90}", "18.9", True),
+        (r"\boxed{32348}", r"\$32,\!348", True), (r"\boxed{\$1{,}000}", "1000", True), (r"\boxed{\$19}", "18", False), ("seven", "7", False), (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
     ]  # fmt: skip
     verdicts = grader.grade([(response, answer) for response, answer, _ in cases])
     assert [v.correct for v in verdicts] == [right for *_, right in cases]
@@ -109,6 +113,7 @@ def test_hostile_texts_neither_hang_nor_crash_the_grader():
         verdicts = grader.grade([(text, "7") for text in texts])
         assert time.monotonic() - begin < 240
         assert len(verdicts) == len(texts) and not any(v.correct for v in verdicts)
+        assert sum(v.correct is False for v in verdicts) > 300  # most are graded: wrong
         assert [v.correct for v in grader.grade([(r"\boxed{\frac{14}{2}}", "7")])] == [True]  # it still works
 
 
@@ -135,3 +140,19 @@ def test_extraction_is_linear_in_whatever_is_in_the_text():
         begin = time.perf_counter()
         last_boxed(text)
         assert time.perf_counter() - begin < 5
+    begin = time.perf_counter()
+    assert extract("Answer: x" + " " * 5_000_000 + "y", answer_lines=True)
+    assert time.perf_counter() - begin < 5
+
+
+def test_workers_do_not_outlive_a_killed_parent():
+    code = (
+        "from opd.grading import Grader; import os, signal; g = Grader(workers=1); g.grade([('\\\\boxed{1/2}', '0.5')]);"
+        "print(g.workers[0].process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    worker = Path(f"/proc/{int(found.stdout)}/stat")
+    deadline = time.monotonic() + 20
+    while worker.exists() and worker.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not worker.exists() or worker.read_text().split()[2] == "Z"

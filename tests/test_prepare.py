@@ -42,7 +42,8 @@ def test_dapo_rows_by_hand():
            {"problem": "How  many?", "answer": "4"}, *({"problem": f"Number {i}?", "answer": str(i)} for i in range(8)),
            {"problem": " ".join(f"w{i}" for i in range(30)), "answer": "1"}, {"problem": "三角形的面积是多少?", "answer": 5}]  # fmt: skip
     evaluation = [("e", " ".join(f"W{i}" for i in range(4, 40)))]
-    splits, dropped = dapo_math_17k.rows(raw, evaluation, 42, "x")
+    splits, dropped, pairs = dapo_math_17k.rows(raw, evaluation, 42, "x")
+    assert [p.eval_id for p in pairs] == ["e"]
     assert dropped == {"copies": 1, "copies with different answers": 2, "overlap with an evaluation set": 1}
     found = splits["train"] + splits["validation"]
     assert len(splits["train"]) == 8 and len(splits["validation"]) == 2

@@ -15,26 +15,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import LOSS, engine_for, one_each, random_lm, random_rollouts
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from opd import checkpoint, metrics
 from opd.cli import Interrupted, RunError
 from opd.config import load_config
+from opd.step import train_step
 from opd.train import run
-from tip.config import SECTIONS
+from tip.config import SECTIONS, TipConfig
 from tip.weighter import TipWeighter
 
 SETTINGS = ("optim.steps=8", "optim.warmup_steps=2", "eval.k=1", "eval.limit=16", "eval.every=3", "checkpoint.every=2",
             "checkpoint.keep=2", "log.diagnostics_every=4", "tip.rule=entropy_sampling")  # fmt: skip
 
 
-def train(out, *more):
+def train(out, *more, resume="auto"):
     texts = [f"output_dir={out}", "run_name=run", *SETTINGS, *more]
     config, sections = load_config("configs/tiny.json", texts, SECTIONS)
-    return run(config, TipWeighter(sections["tip"]), sections)
+    return run(config, TipWeighter(sections["tip"]), sections, resume)
 
 
-def forked(out, prepare=lambda: None):
+def forked(out, prepare=lambda: None, resume="auto"):
     """Starts the run in a forked child; returns its process id."""
     child = os.fork()
     if child == 0:
@@ -42,7 +45,7 @@ def forked(out, prepare=lambda: None):
         try:
             torch.set_num_threads(1)
             prepare()
-            train(out)
+            train(out, resume=resume)
             code = 0
         except Interrupted as stop:
             code = 128 + stop.signum
@@ -239,3 +242,33 @@ def test_continuing_from_an_older_checkpoint_by_name(whole, tmp_path):
     config, sections = load_config("configs/tiny.json", texts, SECTIONS)
     run(config, TipWeighter(sections["tip"]), sections, str(folder / "checkpoints" / "step_000006"))
     assert fingerprint(folder) == whole[0]
+
+
+def test_killed_after_going_back_to_an_older_checkpoint(whole, tmp_path):
+    """The future is abandoned at once: a kill before the next save must not find it again."""
+    finish(tmp_path)
+    folder = tmp_path / "run"
+
+    def prepare():
+        def dying(self, step, values):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        metrics.MetricsLog.write = dying
+
+    child = forked(tmp_path, prepare, resume=str(folder / "checkpoints" / "step_000006"))
+    assert status(child) == -signal.SIGKILL and not (folder / "checkpoints" / "step_000008").exists()
+    finish(tmp_path)
+    assert fingerprint(folder) == whole[0]
+
+
+def test_a_saved_student_gives_the_logits_of_the_one_in_memory(tiny_pair, tmp_path):
+    lm = random_lm(3)
+    engine = engine_for(lm)
+    train_step(student=lm, teacher=random_lm(4, name="teacher"), engine=engine, micro_batches=one_each(random_rollouts(lm)),
+               weighter=TipWeighter(TipConfig()), loss=LOSS, vocab_size=35, step=1, seed=0)  # fmt: skip
+    saved = checkpoint.save(tmp_path, 1, lm, engine, 1)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(
+            AutoModelForCausalLM.from_pretrained(saved)(input_ids=ids).logits, lm.model(input_ids=ids).logits
+        )

@@ -272,12 +272,18 @@ def test_the_weighters_randomness_is_seeded_by_run_and_step():
     assert torch.equal(first, again) and not torch.equal(first, later)
 
 
-def test_no_scoring_pass_when_nobody_needs_one(monkeypatch):
-    calls = []
-    monkeypatch.setattr("opd.step.token_stats", lambda *a: calls.append(a))
-    for rule in ("all", "random"):
-        step(one_each(random_rollouts(random_lm(1))), TipWeighter(TipConfig(rule=rule)))
-    assert not calls
+@pytest.mark.parametrize(
+    "rule,measure,passes", [("all", (), 1), ("random", (), 1), ("soft_or", (), 2), ("all", ("reverse_kl",), 2)]
+)
+def test_a_scoring_pass_is_made_only_when_somebody_needs_one(monkeypatch, rule, measure, passes):
+    """Forwards of the student's body per micro-batch: the weighted one, and scoring for a rule or for diagnostics."""
+    student, calls = random_lm(1), []
+    original = type(student).states
+    monkeypatch.setattr(type(student), "states", lambda lm, *a: calls.append(lm.name) or original(lm, *a))
+    train_step(student=student, teacher=random_lm(2, name="teacher"), engine=engine_for(student), loss=LOSS, vocab_size=35,
+               micro_batches=one_each(random_rollouts(student, count=4)), weighter=TipWeighter(TipConfig(rule=rule)), step=1,
+               seed=0, measure=frozenset(measure))  # fmt: skip
+    assert calls.count("student") in (4 * passes, 4 * passes - 1) and calls.count("teacher") == 4
 
 
 @pytest.mark.parametrize("answer,message", [

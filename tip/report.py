@@ -44,11 +44,12 @@ def table(runs: list[Run]) -> str:
     """Markdown: a block per benchmark with step-0 student, teacher and every run, then cost per run."""
     first = runs[0]
     for run in runs[1:]:
-        for key, of_first in _start(first).items():
-            if _start(run)[key] != of_first:
+        ours, theirs = _start(first), _start(run)
+        for key in ours | theirs:
+            if theirs.get(key) != ours.get(key):
                 raise InputError(
-                    f"{run.folder} and {first.folder} differ in {key} ({_start(run)[key]} and {of_first}): they did not start "
-                    "alike, so their results do not compare. Report them one by one."
+                    f"{run.folder} and {first.folder} differ in {key} ({theirs.get(key)} and {ours.get(key)}): they did not "
+                    "start alike, so their results do not compare. Report them one by one."
                 )
     parts = [_accuracy_block(name, runs) for name in runs[0].summary["eval"]["step_0"] or {}]
     parts.append(
@@ -104,32 +105,34 @@ def _cost_row(run: Run) -> tuple[str, ...]:
 
 
 def example(runs: list[Run]) -> str:
-    """Greedy responses to one problem of the first benchmark: step-0 student, teacher, every run at its end.
+    """Responses to one problem of the first benchmark: step-0 student, teacher, every run at its end.
 
-    The problem is the first one that the step-0 student gets wrong (the first of all if there is none).
+    The greedy ones, or the first samples where there are none. The problem is the first one that the step-0 student
+    gets wrong (the first of all if there is none).
     """
     name = next(iter(runs[0].summary["eval"]["step_0"] or {}), None)
     if name is None:
         raise InputError(f"{runs[0].folder}: no evaluation in it, so there is no example. Set eval.benchmarks.")
     evaluations = runs[0].folder / "eval"
-    responses = {
-        "step-0 student": _greedy(evaluations / "step_000000", name),
-        "teacher": _greedy(evaluations / "teacher", name),
-    }
-    responses |= {run.label: _greedy(max((run.folder / "eval").glob("step_*")), name) for run in runs}
+    responses = {"step-0 student": _first_responses(evaluations / "step_000000", name)}
+    responses["teacher"] = _first_responses(evaluations / "teacher", name)
+    responses |= {run.label: _first_responses(max((run.folder / "eval").glob("step_*")), name) for run in runs}
     start = responses["step-0 student"]
     chosen = next((key for key, row in start.items() if not row["correct"]), next(iter(start)))
+    how = "greedy" if start[chosen]["sample"] == GREEDY else "sampled"
     prompt = f"problem {chosen} of {name}, answer {start[chosen]['answer']}\n\n{_indented(start[chosen]['prompt'])}"
     return "\n\n".join([prompt] + [
-        f"{label}, greedy, {rows[chosen]['tokens']} tokens, {'right' if rows[chosen]['correct'] else 'not right'}\n\n"
+        f"{label}, {how}, {rows[chosen]['tokens']} tokens, {'right' if rows[chosen]['correct'] else 'not right'}\n\n"
         f"{_indented(rows[chosen]['response'])}"
         for label, rows in responses.items()
     ])  # fmt: skip
 
 
-def _greedy(folder: Path, name: str) -> dict[str, dict]:
-    rows = map(json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
-    return {row["id"]: row for row in rows if row["sample"] == GREEDY}
+def _first_responses(folder: Path, name: str) -> dict[str, dict]:
+    """Problem id -> its response with the lowest sample number (the greedy one has the lowest)."""
+    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    first = min(row["sample"] for row in rows)
+    return {row["id"]: row for row in rows if row["sample"] == first}
 
 
 def _indented(text: str) -> str:
