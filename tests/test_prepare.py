@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,63 @@ def test_malformed_sources_are_named(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
         command(["aime24", "--source", str(source), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_hub_is_asked_for_a_pinned_revision(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(repository, subset, split, revision):
+        asked.append((repository, subset, split, revision))
+        rows = {"problem": "p", "answer": "033", "unique_id": "u", "question": "q"}
+        return datasets.Dataset.from_list([rows | ({"answer": "#### 7"} if "gsm8k" in repository else {})])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("math500", "aime24", "aime25", "gsm8k", "dapo_math_17k"):
+        prepare(name, "hub", tmp_path)
+    assert [(a[0], a[2]) for a in asked] == [
+        ("HuggingFaceH4/MATH-500", "test"), ("HuggingFaceH4/aime_2024", "train"), ("yentinglin/aime_2025", "train"),
+        ("openai/gsm8k", "train"), ("openai/gsm8k", "test"), ("YouJiacheng/DAPO-Math-17k-dedup", "train")]  # fmt: skip
+    assert all(re.fullmatch(r"[0-9a-f]{40}", a[3]) for a in asked)
+    manifest = json.loads((tmp_path / "aime24/manifest.json").read_text())
+    assert manifest["source"]["test"]["revision"] == asked[1][3]
+    assert json.loads((tmp_path / "aime24/test.jsonl").read_text())["answer"] == "33"
+    # the one training problem stands in every evaluation set: dropped, and listed with both texts
+    assert json.loads((tmp_path / "dapo_math_17k/manifest.json").read_text())["dropped"] == {
+        "overlap with an evaluation set": 1
+    }
+    overlap = json.loads((tmp_path / "dapo_math_17k/overlap.jsonl").read_text().splitlines()[0])
+    assert overlap["train_text"] == overlap["eval_text"] == "p"
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, monkeypatch):
+    import datasets
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError, match=r"HuggingFaceH4/MATH-500: cannot be downloaded \(no network\).*--source FILE"):
+        prepare("math500", "hub", tmp_path)
+
+
+def test_the_contamination_command_reports_both_texts(tmp_path, capsys):
+    train, evaluation = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    rows = [
+        {"id": "a", "prompt": "What is 2+3?" + BOXED, "answer": "5"},
+        {"id": "b", "prompt": "Find x." + BOXED, "answer": "1"},
+    ]
+    train.write_text("\n".join(map(json.dumps, rows)))
+    evaluation.write_text(
+        "\n".join(map(json.dumps, [{"id": "e", "prompt": "what is 2 + 3"}, {"id": "f", "prompt": "Solve y." + BOXED}]))
+    )
+    contamination.command([str(train), str(evaluation), "--out", str(tmp_path / "report.jsonl")])
+    assert capsys.readouterr().out == "1\n"
+    (pair,) = map(json.loads, (tmp_path / "report.jsonl").read_text().splitlines())
+    assert (pair["train_id"], pair["eval_id"], pair["train_text"], pair["eval_text"]) == (
+        "a",
+        "e",
+        "What is 2+3?",
+        "what is 2 + 3",
+    )

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import metrics
+from opd import cli, metrics
 from opd.cli import InputError
 from opd.config import load_config
 from opd.train import run
 from tip import report
+from tip import train as tip_train
 from tip.config import SECTIONS
 from tip.weighter import TipWeighter
 
@@ -189,25 +191,43 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
         start(tmp_path, "mine", *SMALL)
 
 
+def forked_command(arguments, log):
+    """Runs the training command in a forked child (which need not import torch again); returns its process id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, 1), os.dup2(handle, 2)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            sys.argv = ["tip.train", *arguments]
+            cli.main(tip_train.command)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            os._exit(code)
+    return child
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(tiny_pair, tmp_path, signum):
     overrides = ("optim.steps=12", "eval.k=1", "eval.limit=8", "checkpoint.every=100", "eval.every=0")
-    command = [sys.executable, "-m", "tip.train", "--config", "configs/tiny.json"]
+    arguments, log = ["--config", "configs/tiny.json"], tmp_path / "log"
     for text in (f"output_dir={tmp_path}", "run_name=stopped", *overrides):
-        command += ["--set", text]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    for line in process.stderr:
-        if line.startswith("step 3/"):
-            process.send_signal(signum)
-            break
-    rest = process.stderr.read()
-    assert process.wait() == 128 + signum and "the same command continues" in rest and "Traceback" not in rest
+        arguments += ["--set", text]
+    child = forked_command(arguments, log)
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "step 3/" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(child, signum)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signum
+    assert "the same command continues" in log.read_text() and "Traceback" not in log.read_text()
     folder = tmp_path / "stopped"
     assert (folder / "checkpoints" / "latest").exists() and not (folder / "summary.json").exists()
-    resumed = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert resumed.returncode == 0 and "continuing after step" in resumed.stderr
-    assert resumed.stdout == f"{folder}\n"
+    again = forked_command(arguments, log)
+    assert os.waitstatus_to_exitcode(os.waitpid(again, 0)[1]) == 0, log.read_text()
+    assert "continuing after step" in log.read_text() and log.read_text().endswith(f"{folder}\n")
     whole = start(tmp_path, "whole", *overrides, tip=("tip.retention=0.5",))
     assert without_clock(rows(folder)) == without_clock(rows(whole))
     a, b = (load_file(f / "checkpoints/step_000012/optimizer.safetensors") for f in (folder, whole))
