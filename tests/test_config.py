@@ -87,7 +87,9 @@ def test_every_key_that_exists_is_read_and_every_key_that_is_read_exists():
         if parts[0] == "config" and len(parts) >= 3 and parts[1] in sections:
             assert parts[2] in {f.name for f in fields(sections[parts[1]])}, chain
     for field in fields(TipConfig):
-        assert {f"config.{field.name}", f"self.config.{field.name}"} & chains, f"nothing reads tip.{field.name}"
+        assert {f"config.{field.name}", f"self.config.{field.name}", f"self.{field.name}"} & chains, (
+            f"nothing reads tip.{field.name}"
+        )
 
 
 def test_every_key_is_documented():

@@ -1,11 +1,13 @@
 """Selections worked out by hand on ten typed numbers, for every rule; the sampling mechanic against its formula."""
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
 
+from opd.cli import InputError
 from opd.hooks import TokenStats
 from tip import scores, select, taxonomy
 from tip.config import TipConfig
@@ -18,9 +20,21 @@ H = torch.tensor([0.9, 0.1, 0.5, 0.1, 0.0, 0.3, 0.2, 0.8, 0.0, 0.4])  # normalis
 D = torch.tensor([0.0, 2.0, 1.0, 0.0, 0.5, 0.2, 4.0, 0.1, 0.0, 1.0])  # nats
 
 
-def stats(h=H, d=D, sequence=SEQUENCE, position=POSITION):
-    return TokenStats(sequence_id=sequence, position=position, vocab_size=7, step=1,
-                      student_entropy=h * math.log(7), reverse_kl=d)  # fmt: skip
+F = torch.tensor([0.1, 6.0, 1.0, 0.0, 2.0, 0.4, 3.0, 0.1, 0.5, 1.0])  # forward KL, nats
+TEACHER = torch.tensor([0.9, 0.2, 0.8, 0.1, 0.0, 1.5, 0.7, 0.81, 0.0, 0.3])  # teacher entropy, nats
+OVERLAP = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
+MASS = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+TV = torch.tensor([0.0, 0.9, 0.3, 0.0, 0.6, 0.1, 0.7, 0.1, 0.2, 0.3])
+LOG_S = torch.tensor([-0.1, -0.2, -3.0, -0.1, -0.5, -2.0, -0.1, -1.0, -0.3, -0.7])
+LOG_T = torch.tensor([-0.1, -5.0, -1.0, -0.2, -0.4, -2.5, -4.0, -1.0, -0.2, -0.9])
+
+
+def stats(h=H, d=D, sequence=SEQUENCE, position=POSITION, step=1):
+    n = len(h)
+    return TokenStats(sequence_id=sequence, position=position, vocab_size=7, step=step, student_entropy=h * math.log(7),
+                      reverse_kl=d, forward_kl=F[:n], teacher_entropy=TEACHER[:n], overlap_kl=OVERLAP[:n],
+                      teacher_topk_mass=MASS[:n], total_variation=TV[:n], student_logprob=LOG_S[:n], teacher_logprob=LOG_T[:n],
+                      jsd=TV[:n] / 2)  # fmt: skip
 
 
 def kept(rule, retention, generator=None, **options):
@@ -55,6 +69,116 @@ def test_soft_or_by_hand():
     assert kept("soft_or", 0.2, entropy_clip_quantile=None, budget="per_update") == [0, 6]
     # of the whole update: 1, 1, .892, .667 and .583, which is token 9 and not token 1
     assert kept("soft_or", 0.5, entropy_clip_quantile=None, budget="per_update") == [0, 2, 6, 7, 9]
+
+
+def test_soft_or_bottom_by_hand():
+    # the lowest of 1, .556, .667, .111, .125, .367 and of 1, .892, 0, .583
+    assert kept("soft_or_bottom", 0.5, entropy_clip_quantile=None) == [3, 4, 5, 8, 9]
+
+
+def test_divergence_by_hand():
+    assert kept("divergence", 0.5) == [1, 2, 4, 6, 9]  # 2, 1, .5 and 4, 1
+    assert kept("divergence_bottom", 0.5) == [0, 3, 5, 7, 8]  # 0, 0, .2 and 0, .1
+
+
+def test_q3_by_hand():
+    # forward KL times 1 - h / 0.9: 0, 5.33, .444, 0, 2, .267 and 2.33, .011, .5, .556
+    score = RULES["q3"].score(stats(), TipConfig(entropy_clip_quantile=None))
+    expected = [0, 6 * 8 / 9, 4 / 9, 0, 2, 0.4 * 2 / 3, 3 * 7 / 9, 0.1 / 9, 0.5, 5 / 9]
+    torch.testing.assert_close(score, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert kept("q3", 0.5, entropy_clip_quantile=None) == [1, 2, 4, 6, 9]
+
+
+def test_quadrant_by_hand():
+    # means .33 and .88: quadrants 2 3 1 4 4 4 3 2 4 1, whatever the retention
+    assert kept("quadrant", 0.1, entropy_clip_quantile=None) == [1, 2, 6, 9]
+    assert kept("quadrant", 0.1, entropy_clip_quantile=None, quadrants=(2,)) == [0, 7]
+    # above 0.25 and above 0.4 nats: high h 0 2 5 7 9, high d 1 2 4 6 9
+    options = {"quadrant_threshold": "absolute", "quadrant_entropy": 0.25, "quadrant_divergence": 0.4}
+    assert kept("quadrant", 0.1, quadrants=(3,), **options) == [1, 4, 6]
+    # above the medians 0.25 and 0.35: the same high h; high d 1 2 4 6 9
+    options = {"quadrant_threshold": "quantile", "quadrant_entropy": 0.5, "quadrant_divergence": 0.5}
+    assert kept("quadrant", 0.1, quadrants=(1,), **options) == [2, 9]
+
+
+def test_teachability_by_hand():
+    # percentiles of 0..9 are .45 and 8.55, of the masses .045 and .855; products peak in the middle
+    by_hand = [
+        max(0, min(1, (o - 0.45) / 8.1)) * max(0, min(1, (m - 0.045) / 0.81))
+        for o, m in zip(OVERLAP.tolist(), MASS.tolist(), strict=True)
+    ]
+    score = RULES["teachability"].score(stats(), TipConfig())
+    torch.testing.assert_close(score, torch.tensor(by_hand, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert kept("teachability", 0.2) == [4, 5]  # of the whole update
+    assert kept("teachability", 0.5, budget="per_rollout") == [3, 4, 5, 6, 7]
+
+
+def test_product_by_hand():
+    weight = RULES["product"].score(stats(), TipConfig(product_alpha=2.0, product_gamma=0.5))
+    expected = [(h**2) * math.sqrt(tv / 2 / math.log(2)) for h, tv in zip(H.tolist(), TV.tolist(), strict=True)]
+    torch.testing.assert_close(weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-7)
+    seeded = lambda: torch.Generator().manual_seed(4)  # noqa: E731
+    weight = RULES["product"].score(stats(), TipConfig())
+    assert kept("product", 0.5, seeded()) == by_hand_sample(weight.tolist(), 0.5, seeded())
+
+
+def test_eopd_by_hand():
+    # teacher entropy above 0.8 (strictly): tokens 0, 5, 7
+    found = TipWeighter(TipConfig(rule="eopd"))(stats(), torch.Generator())
+    assert found.weights.tolist() == [2, 1, 1, 1, 1, 2, 1, 2, 1, 1]
+    assert found.forward_share.tolist() == [0.5, 0, 0, 0, 0, 0.5, 0, 0.5, 0, 0]
+
+
+def test_aopd_by_hand():
+    # the teacher finds the sampled token no likelier: equal at 0 and 7
+    found = TipWeighter(TipConfig(rule="aopd"))(stats(), torch.Generator())
+    assert found.weights.tolist() == [1] * 10
+    assert found.forward_share.tolist() == [1, 1, 0, 1, 0, 1, 1, 1, 0, 1]
+
+
+def test_total_variation_by_hand():
+    found = TipWeighter(TipConfig(rule="total_variation", retention=0.3))(stats(), torch.Generator())
+    assert torch.nonzero(found.weights).flatten().tolist() == [1, 4, 6]  # .9 .6 .7 of the whole update
+    assert torch.equal(found.forward_share, TV) and found.metrics["tip/forward_share"] == pytest.approx(2.2 / 3)
+    assert kept("total_variation", 0.5, budget="per_rollout") == [1, 2, 4, 6, 9]
+
+
+def test_other_normalisations_by_hand():
+    # ranks of 0 0 .1 .1 .2 .3 .4 .5 .8 .9 over 9: ties share .5 and 2.5
+    expected = torch.tensor([9, 2.5, 7, 2.5, 0.5, 5, 4, 8, 0.5, 6], dtype=torch.float64) / 9
+    torch.testing.assert_close(scores.normalise(H, "rank"), expected)
+    # d sorted 0 0 0 .1 .2 .5 1 1 2 4: q05 = 0, q95 = 2 + .55 * 2 = 3.1
+    torch.testing.assert_close(scores.normalise(D, "quantile"), (D / 3.1).clamp(max=1).double(), rtol=1e-6, atol=1e-7)
+    assert (
+        scores.normalise(torch.ones(3), "quantile").tolist()
+        == [0, 0, 0]
+        == scores.normalise(torch.ones(3), "minmax").tolist()
+    )
+    # an outlier of 100 nats squeezes min-max Soft-OR onto the entropy axis, and not the repaired one
+    d = D.clone()
+    d[6] = 100.0
+    config = {"rule": "soft_or", "retention": 0.2, "budget": "per_update", "entropy_clip_quantile": None}
+    for how, expected_set in (("minmax", [0, 6]), ("quantile", [6, 0])):
+        weights = TipWeighter(TipConfig(normalization=how, **config))(stats(d=d), torch.Generator()).weights
+        assert set(torch.nonzero(weights).flatten().tolist()) == set(expected_set)
+
+
+def test_a_retention_schedule_by_hand():
+    config = TipConfig(rule="entropy_topk", retention=1.0, retention_end=0.2, retention_steps=5, budget="per_update")
+    assert [config.retention_at(step) for step in (1, 2, 3, 5, 9)] == pytest.approx([1.0, 0.8, 0.6, 0.2, 0.2])
+    counts = [int(TipWeighter(config)(stats(step=step), torch.Generator()).weights.sum()) for step in (1, 2, 3, 5, 9)]
+    assert counts == [10, 8, 6, 2, 2]
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"retention_end": 0.2}, "a schedule needs both"), ({"retention_steps": 5}, "a schedule needs both"),
+    ({"quadrant_threshold": "absolute"}, "take both"), ({"quadrant_entropy": 0.5}, "mean takes neither"),
+    ({"quadrant_threshold": "quantile", "quadrant_entropy": 0.5, "quadrant_divergence": 3.0}, "expected a quantile"),
+    ({"quadrants": ()}, "quadrants is empty"),
+])  # fmt: skip
+def test_keys_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        TipWeighter(TipConfig(**options))
 
 
 def test_entropy_clip_by_hand():
@@ -113,7 +237,7 @@ def test_sampling_keeps_the_count_per_rollout_and_repeats_from_its_seed(rule):
     assert len({tuple(kept(rule, 0.5, torch.Generator().manual_seed(s))) for s in range(20)}) > 5
 
 
-def by_hand(weight, retention, generator):
+def by_hand_sample(weight, retention, generator):
     """Top of log weight + Gumbel noise per rollout, in plain Python: one uniform per row, in row order."""
     uniforms = torch.rand(len(weight), generator=generator, dtype=torch.float64).tolist()
     keys = [(math.log(w) if w > 0 else -1e6) - math.log(-math.log(u)) for w, u in zip(weight, uniforms, strict=True)]
@@ -128,8 +252,10 @@ def by_hand(weight, retention, generator):
 def test_sampled_rules_by_hand(retention):
     for seed in range(10):
         seeded = lambda s=seed: torch.Generator().manual_seed(s)  # noqa: E731
-        assert kept("random", retention, seeded()) == by_hand([1.0] * 10, retention, seeded())
-        assert kept("entropy_sampling", retention, seeded()) == by_hand(H.tolist(), retention, seeded())
+        assert kept("random", retention, seeded()) == by_hand_sample([1.0] * 10, retention, seeded())
+        soft_or = RULES["soft_or"].score(stats(), TipConfig())
+        assert kept("soft_or_sampling", retention, seeded()) == by_hand_sample(soft_or.tolist(), retention, seeded())
+        assert kept("entropy_sampling", retention, seeded()) == by_hand_sample(H.tolist(), retention, seeded())
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1])
@@ -192,10 +318,19 @@ def test_the_axes_are_cut_before_the_thresholds():
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_a_rule_reads_no_more_than_it_says_it_needs(rule):
-    given = {
-        name: getattr(stats(), name) if name in RULES[rule].needs else None
-        for name in ("student_entropy", "reverse_kl")
-    }
-    blind = TokenStats(sequence_id=SEQUENCE, position=POSITION, vocab_size=7, step=1, **given)
-    seeing = TipWeighter(TipConfig(rule=rule))(stats(), torch.Generator().manual_seed(3)).weights
-    assert torch.equal(TipWeighter(TipConfig(rule=rule))(blind, torch.Generator().manual_seed(3)).weights, seeing)
+    optional = {f.name for f in dataclasses.fields(TokenStats) if f.default is None}
+    blind = dataclasses.replace(stats(), **dict.fromkeys(optional - RULES[rule].needs))
+    seeing, other = (TipWeighter(TipConfig(rule=rule))(s, torch.Generator().manual_seed(3)) for s in (stats(), blind))
+    assert torch.equal(seeing.weights, other.weights)
+    assert (seeing.forward_share is None) == (other.forward_share is None)
+    seeing.check(stats())
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_every_rule_takes_an_update_without_tokens(rule):
+    none = torch.zeros(0)
+    optional = {f.name: none for f in dataclasses.fields(TokenStats) if f.default is None}
+    empty = TokenStats(sequence_id=none.long(), position=none.long(), vocab_size=7, step=1, **optional)
+    found = TipWeighter(TipConfig(rule=rule, aggregation="rollout_mean"))(empty, torch.Generator())
+    assert found.weights.shape == (0,)
+    found.check(empty)

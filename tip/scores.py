@@ -41,6 +41,29 @@ def min_max(values: Tensor) -> Tensor:
     return (values - values.min()) / (values.max() - values.min())
 
 
+def quantile_range(values: Tensor) -> Tensor:
+    """clip((x - q05) / (q95 - q05), 0, 1), in float64; 0 everywhere when the two percentiles are equal."""
+    values = values.double()
+    if not len(values):
+        return values
+    low, high = quantile(values, 0.05), quantile(values, 0.95)
+    return ((values - low) / (high - low)).clamp(0, 1) if high > low else torch.zeros_like(values)
+
+
+def rank(values: Tensor) -> Tensor:
+    """Place among all values, in [0, 1]; equal values share the mean of their places."""
+    if len(values) < 2:
+        return torch.zeros(len(values), dtype=torch.float64)
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts
+    return (first + (counts - 1) / 2).double()[inverse] / (len(values) - 1)
+
+
+def normalise(values: Tensor, how: str) -> Tensor:
+    """An axis mapped to [0, 1]: "minmax" (paper), "quantile" or "rank"."""
+    return {"minmax": min_max, "quantile": quantile_range, "rank": rank}[how](values)
+
+
 def soft_or(h: Tensor, d: Tensor) -> Tensor:
     """h + d - h d of two axes in [0, 1]: high where either is, without counting both twice."""
     return h + d - h * d

@@ -1,13 +1,17 @@
 """The four quadrants of tokens, and what a selection does to each (TIP, arXiv 2604.14084).
 
 Q1 uncertain and wrong, Q2 uncertain but right, Q3 overconfident and wrong (the blind spot of entropy), Q4 solved.
-"High" is strictly above the mean of the (clipped) axis over the update; the paper does not state its thresholds.
+"High" is strictly above a threshold, by default the mean of the (clipped) axis over the update; the paper states none.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from opd.hooks import TokenStats
+from tip import scores
+from tip.config import TipConfig
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,28 @@ class Quadrants:
     threshold_divergence: float  # nats
 
 
-def quadrants(h: Tensor, d: Tensor) -> Quadrants:
-    """Assigns each token by its axes h (normalised entropy) and d (nats), both (N,) and already clipped."""
-    at_h, at_d = h.double().mean().item(), d.double().mean().item()
+def quadrants(h: Tensor, d: Tensor, thresholds: tuple[float, float] | None = None) -> Quadrants:
+    """Assigns each token by its axes h (normalised entropy) and d (nats), both (N,) and already clipped.
+
+    Args:
+        thresholds: of h and d; None: their means.
+    """
+    at_h, at_d = thresholds or (h.double().mean().item(), d.double().mean().item())
     high_h, high_d = h.double() > at_h, d.double() > at_d
     quadrant = torch.where(high_d, torch.where(high_h, 1, 3), torch.where(high_h, 2, 4))
     return Quadrants(quadrant, at_h, at_d)
+
+
+def of(stats: TokenStats, config: TipConfig) -> Quadrants:
+    """The quadrants of an update, with the config's clips and thresholds."""
+    h = scores.entropy_axis(stats, config.entropy_clip_quantile)
+    d = scores.divergence_axis(stats, config.divergence_clip_quantile)
+    thresholds = None
+    if config.quadrant_threshold == "quantile" and len(h):
+        thresholds = scores.quantile(h, config.quadrant_entropy), scores.quantile(d, config.quadrant_divergence)
+    elif config.quadrant_threshold == "absolute":
+        thresholds = config.quadrant_entropy, config.quadrant_divergence
+    return quadrants(h, d, thresholds)
 
 
 def describe(found: Quadrants, d: Tensor, kept: Tensor) -> dict[str, float]:
