@@ -19,4 +19,4 @@ soft_or=(python -m tip.train --config "$config" --set tip.retention=0.5 "$@" --s
 for word in "$@"; do if [ "$word" = --dry-run ]; then "${all[@]}"; "${soft_or[@]}"; exit; fi; done
 baseline="$("${all[@]}")"; selected="$("${soft_or[@]}")"
 python -m tip.report "$baseline" "$selected" --out "$(dirname "$selected")/$name-main"
-echo "Next: --set tip.retention=0.2, another rule (python -m tip.train --help), or tensorboard --logdir $(dirname "$selected")"
+echo "Next: --set tip.retention=0.2, another rule (python -m tip.train with --set run_name=NAME --set tip.rule=RULE), or tensorboard --logdir $(dirname "$selected")"
