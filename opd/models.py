@@ -121,8 +121,6 @@ def load(section: Student | Teacher, device: torch.device, name: str) -> Languag
             f"{where}: the tokenizer has no chat template, so a prompt cannot be formed. Use an instruction-tuned "
             "checkpoint, or put a chat_template.jinja beside its tokenizer."
         )
-    if tokenizer.is_fast is False and tokenizer.vocab_size == 0:
-        raise InputError(f"{where}: the tokenizer has an empty vocabulary.")
     if section.attn_implementation == "sdpa" and _text_values(model).get("attn_logit_softcapping"):
         raise InputError(
             f"{where}: its attention has a soft cap (attn_logit_softcapping), which sdpa leaves out without a word. Set "

@@ -192,10 +192,10 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     try:
         with Progress(f"scoring and update of step {step}", 3 * len(micro_batches), "micro-batches") as progress:
             result = train_step(
-            progress=progress.advance, student=student, teacher=parts.teacher, engine=parts.engine, micro_batches=micro_batches,
-            weighter=parts.weighter, loss=config.loss, vocab_size=parts.vocab_size, step=step, seed=config.seed,
-            measure=frozenset(DIAGNOSTICS) if diagnose else frozenset(),
-        )  # fmt: skip
+                student=student, teacher=parts.teacher, engine=parts.engine, micro_batches=micro_batches,
+                weighter=parts.weighter, loss=config.loss, vocab_size=parts.vocab_size, step=step, seed=config.seed,
+                measure=frozenset(DIAGNOSTICS) if diagnose else frozenset(), progress=progress.advance,
+            )  # fmt: skip
     except FloatingPointError as error:
         raise RunError(_dump_offenders(parts, step, rollouts, str(error))) from error
     texts = [student.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
