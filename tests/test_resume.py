@@ -77,7 +77,10 @@ def fingerprint(folder):
         tensors = load_file(last / f"{name}.safetensors")
         found[name] = {k: (v.dtype, v.numpy().tobytes()) for k, v in tensors.items()}
     assert (folder / "checkpoints" / "latest").read_text() == "step_000008\n"
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["latest", "step_000006", "step_000008"]
+    kept = sorted(p.name for p in (folder / "checkpoints").glob("[!.]*"))
+    assert len(kept) == 3 and {"latest", "step_000008"} < set(
+        kept
+    )  # SIGTERM saves at its own step, so the other varies
     checkpoint.verify(last)
     return found
 
