@@ -201,6 +201,15 @@ class Log:
         ),
     ]
     samples: Annotated[int, doc("Rollouts written as text to TensorBoard on a diagnostics step.", ge=0)]
+    token_dump_every: Annotated[
+        int,
+        doc(
+            "Updates between token dumps (tokens/step_000010.jsonl: every statistic of every token, top 5 of both models, what "
+            "each rule would keep). 0: never.",
+            ge=0,
+        ),
+    ]
+    token_dump_rollouts: Annotated[Count, doc("How many of the update's rollouts, from the first, a token dump holds.")]
 
 
 @strict
@@ -328,7 +337,8 @@ def _explain(kind: type, fault: Any, where: str) -> str:
         near = difflib.get_close_matches(name, legal, 1, 0.6) or [n for n in legal if n.endswith("." + path[-1])][:1]
         return f"{where}: {name} is not a known key.{f' Did you mean {near[0]}?' if near else ''}"
     got = json.dumps(fault["input"], default=str)
-    return f"{where}: {name} is {got[:200]}. Expected: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+    message = fault["msg"].removeprefix("Value error, expected ")
+    return f"{where}: {name} is {got[:200]}. Expected: {message[0].lower()}{message[1:]}."
 
 
 def _leaf_names(kind: type, prefix: str = "") -> list[str]:

@@ -73,14 +73,18 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def finish(self, apply: bool) -> float:
-        """Clips and steps; returns the norm of the whole gradient before clipping. `apply` False changes nothing.
+    def finish(self, apply: bool, divisor: float = 1.0) -> float:
+        """Divides the gradient, clips and steps; returns the norm of the whole gradient before clipping.
+
+        `apply` False changes nothing.
 
         Raises FloatingPointError, with weights and moments unchanged, when the norm is not finite.
         """
         norm = 0.0
         if apply:
             distributed.sum_gradients(self.named_parameters.values())
+            if divisor != 1:
+                torch._foreach_div_([p.grad for p in self.named_parameters.values() if p.grad is not None], divisor)
             norm = torch.nn.utils.clip_grad_norm_(self.named_parameters.values(), self.config.optim.grad_clip).item()
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the norm of the gradient is {norm}")

@@ -4,8 +4,8 @@ The step calls a `TokenWeighter` once per update, between scoring and the weight
 logits: they would cost [tokens, vocabulary] memory, and hide which tokens a mean divides by.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,9 +38,17 @@ class TokenStats:
     student_top5_logprobs: Tensor | None = None  # (N, 5)
     teacher_top5_ids: Tensor | None = None  # (N, 5) int64
     teacher_top5_logprobs: Tensor | None = None  # (N, 5)
+    reverse_kl_energy: Tensor | None = None  # squared L2 norm of d KL(P_S || P_T) / d student logits
+    forward_kl_energy: Tensor | None = None  # the same of KL(P_T || P_S): |P_S - P_T|^2
+    micro_batch: Tensor | None = None  # (N,) int64; what went through the student at once. Always there in an update
+
+    def rows(self, index: Tensor) -> "TokenStats":
+        """Some of the rows: `index` is (K,) int64 or (N,) bool."""
+        tensors = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
-STAT_FIELDS = frozenset(f.name for f in fields(TokenStats) if f.default is None)
+STAT_FIELDS = frozenset(f.name for f in fields(TokenStats) if f.default is None) - {"micro_batch"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,50 @@ class TokenWeighter(Protocol):
 
     def __call__(self, stats: TokenStats, generator: torch.Generator) -> TokenWeights:
         """Called once per update on every rank with the same arguments; draws randomness from `generator` alone."""
+        ...
+
+
+@runtime_checkable
+class RunningWeighter(TokenWeighter, Protocol):
+    """A weighter that remembers earlier updates, and can therefore weigh a rollout before the others are scored.
+
+    While `one_pass` holds, `__call__` gets the rows of one rollout at a time, and the student's body runs once per
+    update instead of twice; the `metrics` of these answers are not used. What it remembers is saved with checkpoints.
+    """
+
+    @property
+    def one_pass(self) -> bool: ...
+
+    def learn(self, stats: TokenStats, weights: TokenWeights) -> dict[str, float]:
+        """Called once after every update, on every rank with all rows of all ranks; returns metrics of the update."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers; CPU tensors."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What an observer says about an update."""
+
+    scalars: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, Tensor] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)  # kind -> message; each kind is shown once a run
+
+
+class Observer(Protocol):
+    """Looks at updates and changes nothing: extra metrics on diagnostics steps, extra columns in token dumps."""
+
+    needs: frozenset[str]  # TokenStats fields that `diagnose` reads
+    column_needs: frozenset[str]  # TokenStats fields that `columns` reads
+
+    def diagnose(self, stats: TokenStats, weights: TokenWeights) -> Diagnosis: ...
+
+    def columns(self, stats: TokenStats, weights: TokenWeights, generator: torch.Generator) -> dict[str, Tensor]:
+        """Name -> (N,) tensor, written beside the statistics of each dumped token."""
         ...
 
 

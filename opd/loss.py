@@ -248,16 +248,18 @@ def _stats_of(
         found.update(_overlap(log_s, log_t))
 
     log_ratio = None
-    if needs & {"reverse_kl", "forward_kl", "jsd"}:
+    if needs & {"reverse_kl", "forward_kl", "jsd", "reverse_kl_energy"}:
         log_ratio = torch.sub(log_s, log_t, out=work.buffer(3, rows))
     # both KLs are >= 0; rounding can leave -1e-8, which would become the minimum of a normalised axis
-    if needs & {"student_entropy", "reverse_kl", "jsd", "total_variation"}:
+    if needs & {"student_entropy", "reverse_kl", "jsd", "total_variation", "reverse_kl_energy", "forward_kl_energy"}:
         p = torch.exp(log_s, out=work.buffer(0, rows))
         if "student_entropy" in needs:
             found["student_entropy"] = -_rowdot(p, log_s)
-        if "reverse_kl" in needs:
+        if "reverse_kl" in needs or "reverse_kl_energy" in needs:
             found["reverse_kl"] = _rowdot(p, log_ratio).clamp_(min=0)
-    if needs & {"teacher_entropy", "forward_kl", "jsd", "total_variation"}:
+        if "reverse_kl_energy" in needs:
+            found["reverse_kl_energy"] = _energy(p, log_ratio, found["reverse_kl"])
+    if needs & {"teacher_entropy", "forward_kl", "jsd", "total_variation", "forward_kl_energy"}:
         if "teacher_entropy" in needs or "forward_kl" in needs or "jsd" in needs:
             q = torch.exp(log_t, out=log_s)  # log P is not needed any more
             if "teacher_entropy" in needs:
@@ -268,6 +270,8 @@ def _stats_of(
         else:
             log_t.exp_()
         q = log_t
+        if "forward_kl_energy" in needs:
+            found["forward_kl_energy"] = _energy(None, p, q)
         if "total_variation" in needs:
             found["total_variation"] = torch.sub(p, q, out=log_s).abs_().sum(-1).mul_(0.5)
         if "jsd" in needs:
@@ -399,6 +403,19 @@ def _rowdot(a: Tensor, b: Tensor) -> Tensor:
     total = torch.zeros(len(a), device=a.device)
     for start in range(0, a.shape[1], width):
         total += (a[:, start : start + width] * b[:, start : start + width]).sum(-1)
+    return total
+
+
+def _energy(factor: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """sum_v (factor (a - b))^2 of (c, V) tensors, (c,); b may be (c,); piece by piece like `_rowdot`."""
+    width = max(1, (2**18 if a.device.type == "cpu" else 2**22) // max(len(a), 1))
+    total = torch.zeros(len(a), device=a.device)
+    for start in range(0, a.shape[1], width):
+        part = slice(start, start + width)
+        piece = a[:, part] - (b[:, part] if b.ndim == 2 else b[:, None])
+        if factor is not None:
+            piece.mul_(factor[:, part])
+        total += piece.square_().sum(-1)
     return total
 
 

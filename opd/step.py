@@ -17,7 +17,7 @@ from opd import teacher as teacher_scoring
 from opd.batch import MicroBatch
 from opd.config import Loss
 from opd.engine import TorchEngine
-from opd.hooks import TokenStats, TokenWeighter, TokenWeights
+from opd.hooks import RunningWeighter, TokenStats, TokenWeighter, TokenWeights
 from opd.loss import Head, divergence_sum, token_stats
 from opd.metrics import Stopwatch
 from opd.models import LanguageModel, head_of
@@ -60,43 +60,61 @@ def train_step(
         FloatingPointError: loss or gradient is not finite; weights and optimizer are unchanged.
     """
     watch = Stopwatch(student.device)
-    student_head, teacher_head = head_of(student.model, vocab_size), head_of(teacher.model, vocab_size)
+    heads = head_of(student.model, vocab_size), head_of(teacher.model, vocab_size)
+    one_pass = isinstance(weighter, RunningWeighter) and weighter.one_pass
+    needs = weighter.needs | measure
 
     with watch("teacher"):
         teacher_states = teacher_scoring.score(teacher, micro_batches, progress)
 
     with watch("score"):
-        needs = weighter.needs | measure
-        columns: list[dict[str, Tensor]] = []
-        for batch, states in zip(micro_batches, teacher_states, strict=True):
-            columns.append({"sequence_id": batch.sequence_id, "position": batch.position})
-            if needs:
-                found = _stats_of_batch(student, student_head, states, teacher_head, batch, loss, needs)
-                columns[-1].update({name: column.cpu() for name, column in found.items()})
-            progress(1, len(batch.token_ids) if needs else 0)
-        stats, place = _gathered_stats(columns, needs, vocab_size, step)
-
-        weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
-        weights.check(stats)
+        columns = [_names_of_rows(batch, number) for number, batch in enumerate(micro_batches)]
+        for batch, states, column in zip(micro_batches, teacher_states, columns, strict=True):
+            if needs and not one_pass:
+                with torch.no_grad():
+                    own = student.states(batch, torch.arange(len(batch.token_ids)))
+                column.update(_stats_of(own, states, heads, batch, loss, needs))
+            progress(1, len(batch.token_ids) if needs and not one_pass else 0)
+        total_weight = 1.0  # one pass: known when all rollouts are weighed, so the gradient is divided then
+        if not one_pass:
+            joined, place = _gathered(columns, needs)
+            stats = TokenStats(vocab_size=vocab_size, step=step, **joined)
+            weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
+            weights.check(stats)
+            relative, total_weight = _relative(weights.weights)  # the one denominator: all micro-batches, all ranks
+            mine = place.split([len(batch.token_ids) for batch in micro_batches])
 
     with watch("update"):
         rate = engine.start(step)
-        relative, total_weight = _relative(weights.weights)  # the one denominator: all micro-batches, all ranks
-        mine = place.split([len(batch.token_ids) for batch in micro_batches])
         total_loss = 0.0
-        for batch, states, rows in zip(micro_batches, teacher_states, mine, strict=True):
-            keep = relative[rows].nonzero().squeeze(1)  # of weight 0 neither the head nor, if all are, the body is run
+        for number, (batch, states, column) in enumerate(zip(micro_batches, teacher_states, columns, strict=True)):
+            if one_pass:
+                own = student.states(batch, torch.arange(len(batch.token_ids)))
+                column.update(_stats_of(own.detach(), states, heads, batch, loss, needs))
+                weight, share = _weigh_rollouts(weighter, column, vocab_size, step, seed)  # <- the patch point
+                keep = weight.nonzero().squeeze(1)
+                own = own[keep.to(student.device)]
+            else:
+                weight = relative[mine[number]]
+                share = None if weights.forward_share is None else weights.forward_share[mine[number]]
+                keep = weight.nonzero().squeeze(1)  # of weight 0 neither the head nor, if all are, the body is run
+                own = student.states(batch, keep) if len(keep) else None
             progress(1, len(keep))
             if len(keep) == 0:
                 continue
-            share = None if weights.forward_share is None else weights.forward_share[rows][keep].to(student.device)
             divergence = divergence_sum(
-                student.states(batch, keep), student_head, states[keep].to(student.device), teacher_head,
-                relative[rows][keep].to(student.device), share, loss.divergence, loss.jsd_beta, loss.chunk_bytes,
+                own, heads[0], states[keep].to(student.device), heads[1], weight[keep].to(student.device),
+                None if share is None else share[keep].to(student.device), loss.divergence, loss.jsd_beta,
+                loss.chunk_bytes,
             )  # fmt: skip
             engine.backward(divergence / total_weight)
-            total_loss += divergence.item() / total_weight
-        total_loss = distributed.sum_number(total_loss)
+            total_loss += divergence.item()
+        if one_pass:
+            joined, _ = _gathered(columns, needs | {"weights", "forward_share"})
+            weights = TokenWeights(weights=joined.pop("weights"), forward_share=joined.pop("forward_share"))
+            stats = TokenStats(vocab_size=vocab_size, step=step, **joined)
+            total_weight = weights.weights.double().sum().item()
+        total_loss = distributed.sum_number(total_loss) / total_weight if total_weight else 0.0
         if total_weight == 0:
             warnings.warn(
                 f"step {step}: no token has weight above 0; weights and optimizer stay unchanged", stacklevel=2
@@ -104,57 +122,85 @@ def train_step(
         if not math.isfinite(total_loss):
             raise FloatingPointError(f"step {step}: the loss is {total_loss}")
         try:
-            norm = engine.finish(apply=total_weight > 0)
+            norm = engine.finish(apply=total_weight > 0, divisor=total_weight if one_pass else 1.0)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step}: {error}") from None
 
-    kept = int((weights.weights > 0).sum())
+    learnt = weighter.learn(stats, weights) if isinstance(weighter, RunningWeighter) else {}
     metrics = {
         "loss/divergence": total_loss,
         "tokens/response": float(len(weights.weights)),
-        "tokens/kept": float(kept),
+        "tokens/kept": float((weights.weights > 0).sum()),
         "optim/lr": rate,
         "optim/grad_norm": norm,
         **weights.metrics,
+        **learnt,
         **watch.times,
     }
     return StepResult(total_loss, metrics, weights, stats)
 
 
-@torch.no_grad()
-def _stats_of_batch(
-    student: LanguageModel, student_head: Head, teacher_states: Tensor, teacher_head: Head, batch: MicroBatch,
-    loss: Loss, needs: frozenset[str],
-) -> dict[str, Tensor]:  # fmt: skip
-    own = student.states(batch, torch.arange(len(batch.token_ids)))
-    return token_stats(
-        own, student_head, teacher_states.to(student.device), teacher_head, batch.token_ids.to(student.device), needs,
-        loss.jsd_beta, loss.chunk_bytes,
-    )  # fmt: skip
+def _names_of_rows(batch: MicroBatch, number: int) -> dict[str, Tensor]:
+    """Which rollout, place and micro-batch a row is of; micro-batches are numbered over all ranks."""
+    mine = number * distributed.world_size() + distributed.rank()
+    where = torch.full_like(batch.position, mine)
+    return {"sequence_id": batch.sequence_id, "position": batch.position, "micro_batch": where}
+
+
+def _stats_of(
+    own: Tensor, states: Tensor, heads: tuple[Head, Head], batch: MicroBatch, loss: Loss, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    device = own.device
+    found = token_stats(
+        own, heads[0], states.to(device), heads[1], batch.token_ids.to(device), needs, loss.jsd_beta, loss.chunk_bytes
+    )
+    return {name: column.cpu() for name, column in found.items()}
 
 
 def pair_stats(
     student: LanguageModel, teacher: LanguageModel, batch: MicroBatch, vocab_size: int, loss: Loss, needs: frozenset[str]
 ) -> dict[str, Tensor]:  # fmt: skip
-    """TokenStats columns of one micro-batch outside of an update, in the batch's own order; (N,) float32."""
+    """TokenStats columns of one micro-batch outside of an update, in the batch's own order; on the CPU."""
     (states,) = teacher_scoring.score(teacher, [batch])
     heads = head_of(student.model, vocab_size), head_of(teacher.model, vocab_size)
-    return _stats_of_batch(student, heads[0], states, heads[1], batch, loss, needs)
+    with torch.no_grad():
+        own = student.states(batch, torch.arange(len(batch.token_ids)))
+    return _stats_of(own, states, heads, batch, loss, needs)
 
 
-def _gathered_stats(
-    columns: Sequence[dict[str, Tensor]], needs: frozenset[str], vocab_size: int, step: int
-) -> tuple[TokenStats, Tensor]:
-    """The rows of all micro-batches and ranks, sorted by (sequence_id, position); and where this rank's rows went, (n,)."""
-    widths = {name: torch.zeros(0, 5) if "top5" in name else torch.zeros(0) for name in needs}
-    empty = {"sequence_id": torch.zeros(0).long(), "position": torch.zeros(0).long(), **widths}
-    empty = {name: column.long() if name.endswith("_ids") else column for name, column in empty.items()}
+def _weigh_rollouts(
+    weighter: RunningWeighter, column: dict[str, Tensor], vocab_size: int, step: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Weights and forward shares (n,) of a micro-batch, rollout by rollout, added to its columns.
+
+    A generator for each rollout, so that what is drawn does not depend on micro-batches or ranks.
+    """
+    rows_of_batch = TokenStats(vocab_size=vocab_size, step=step, **column)
+    weight = torch.zeros(len(rows_of_batch.position))
+    share = torch.zeros_like(weight)
+    for sequence in rows_of_batch.sequence_id.unique().tolist():
+        rows = (rows_of_batch.sequence_id == sequence).nonzero().squeeze(1)
+        stats = rows_of_batch.rows(rows)
+        answer = weighter(stats, generator(seed, "weighter", step, sequence))
+        answer.check(stats)
+        weight[rows] = answer.weights.float()
+        if answer.forward_share is not None:
+            share[rows] = answer.forward_share.float()
+    column.update(weights=weight, forward_share=share)
+    return weight, share
+
+
+def _gathered(columns: Sequence[dict[str, Tensor]], names: frozenset[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """The rows of all micro-batches and ranks, sorted by (sequence_id, position); and where this rank's went, (n,)."""
+    empty = {name: torch.zeros(0).long() for name in ("sequence_id", "position", "micro_batch")}
+    for name in names:
+        empty[name] = torch.zeros(0, 5) if "top5" in name else torch.zeros(0)
+        empty[name] = empty[name].long() if name.endswith("_ids") else empty[name]
     own = {name: torch.cat([c[name] for c in columns]) if columns else empty[name] for name in empty}
     joined, mine = distributed.gather_rows(own)
     by_position = joined["position"].argsort(stable=True)
     order = by_position[joined["sequence_id"][by_position].argsort(stable=True)]
-    stats = TokenStats(vocab_size=vocab_size, step=step, **{name: column[order] for name, column in joined.items()})
-    return stats, order.argsort()[mine]
+    return {name: column[order] for name, column in joined.items()}, order.argsort()[mine]
 
 
 def _relative(weights: Tensor) -> tuple[Tensor, float]:

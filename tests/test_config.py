@@ -11,7 +11,7 @@ from opd.cli import InputError
 from opd.config import Config, build, load_config, read_json_object, schema
 from opd.evaluate import Benchmark, read_benchmarks
 from tip.config import SECTIONS, TipConfig
-from tip.weighter import RULES
+from tip.rules import RULES
 
 PAIRS = sorted(Path("configs").glob("*.json"))
 PAIRS = [p for p in PAIRS if p.name != "schema.json"]
@@ -100,7 +100,8 @@ def test_every_key_is_documented():
 
 
 def test_rules_and_their_names_agree():
-    assert set(RULES) == set(TipConfig.__dataclass_fields__["rule"].type.__args__[0].__args__)
+    rule = schema(SECTIONS)["$defs"]["TipConfig"]["properties"]["rule"]
+    assert set(RULES) == set(rule["enum"]) and all(name in rule["description"] for name in RULES)
 
 
 def test_set_goes_through_the_same_checks():
@@ -128,7 +129,7 @@ def test_set_goes_through_the_same_checks():
     (["eval.k"], "expected KEY=VALUE"),
     (["seed.x=1"], "'seed' is a value, not a section"),
     (["eval.benchmarks=[\"tiny\",\"tiny\"]"], "names a benchmark twice"),
-    (["eval.benchmarks=[]", "eval.k=4"], "eval.k is 4 without eval.benchmarks"), (["tip.rule=softor"], "tip: rule"),
+    (["eval.benchmarks=[]", "eval.k=4"], "eval.k is 4 without eval.benchmarks"), (["tip.rule=softor"], 'tip: rule is "softor". Expected: one of all, random'),
     (["tip.retention=0"], "retention is 0"),
     (["tip.retention=1.1"], "retention is 1.1"),
     (["log.diagnostics_every=0"], "log.samples is 4"),

@@ -11,7 +11,9 @@ from opd.cli import InputError
 from opd.hooks import TokenStats
 from tip import scores, select, taxonomy
 from tip.config import TipConfig
-from tip.weighter import RULES, TipWeighter
+from tip.rules import RULES
+from tip.scores import Axes, Spread
+from tip.weighter import TipWeighter
 
 # two rollouts: six tokens and four; a vocabulary of 7, so h = H / ln 7
 SEQUENCE = torch.tensor([0] * 6 + [1] * 4)
@@ -37,6 +39,10 @@ def stats(h=H, d=D, sequence=SEQUENCE, position=POSITION, step=1):
                       jsd=TV[:n] / 2)  # fmt: skip
 
 
+def score_of(rule, **options):
+    return RULES[rule].score(stats(), Axes(stats(), TipConfig(**options)))
+
+
 def kept(rule, retention, generator=None, **options):
     weighter = TipWeighter(TipConfig(rule=rule, retention=retention, **options))
     weights = weighter(stats(), generator or torch.Generator().manual_seed(0)).weights
@@ -60,9 +66,8 @@ def test_soft_or_by_hand():
     # no clip: h^ = h / 0.9, d^ = d / 4; s = h^ + d^ - h^ d^
     by_hand = [1.0, 1 - (8 / 9) * 0.5, 1 - (4 / 9) * 0.75, 1 / 9, 0.125, 1 - (2 / 3) * 0.95, 1.0, 1 - (1 / 9) * 0.975,
                0.0, 1 - (5 / 9) * 0.75]  # fmt: skip
-    config = TipConfig(entropy_clip_quantile=None)
     torch.testing.assert_close(
-        RULES["soft_or"].score(stats(), config), torch.tensor(by_hand, dtype=torch.float64), rtol=1e-6, atol=1e-7)  # fmt: skip
+        score_of("soft_or", entropy_clip_quantile=None), torch.tensor(by_hand, dtype=torch.float64), rtol=1e-6, atol=1e-7)  # fmt: skip
     # rollout 0: 1, .667, .556; rollout 1: 1, .892
     assert kept("soft_or", 0.5, entropy_clip_quantile=None) == [0, 1, 2, 6, 7]
     # of the whole update the two ones, and no longer one per rollout
@@ -83,7 +88,7 @@ def test_divergence_by_hand():
 
 def test_q3_by_hand():
     # forward KL times 1 - h / 0.9: 0, 5.33, .444, 0, 2, .267 and 2.33, .011, .5, .556
-    score = RULES["q3"].score(stats(), TipConfig(entropy_clip_quantile=None))
+    score = score_of("q3", entropy_clip_quantile=None)
     expected = [0, 6 * 8 / 9, 4 / 9, 0, 2, 0.4 * 2 / 3, 3 * 7 / 9, 0.1 / 9, 0.5, 5 / 9]
     torch.testing.assert_close(score, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
     assert kept("q3", 0.5, entropy_clip_quantile=None) == [1, 2, 4, 6, 9]
@@ -107,18 +112,18 @@ def test_teachability_by_hand():
         max(0, min(1, (o - 0.45) / 8.1)) * max(0, min(1, (m - 0.045) / 0.81))
         for o, m in zip(OVERLAP.tolist(), MASS.tolist(), strict=True)
     ]
-    score = RULES["teachability"].score(stats(), TipConfig())
+    score = score_of("teachability")
     torch.testing.assert_close(score, torch.tensor(by_hand, dtype=torch.float64), rtol=1e-5, atol=1e-6)
     assert kept("teachability", 0.2) == [4, 5]  # of the whole update
     assert kept("teachability", 0.5, budget="per_rollout") == [3, 4, 5, 6, 7]
 
 
 def test_product_by_hand():
-    weight = RULES["product"].score(stats(), TipConfig(product_alpha=2.0, product_gamma=0.5))
+    weight = score_of("product", product_alpha=2.0, product_gamma=0.5)
     expected = [(h**2) * math.sqrt(tv / 2 / math.log(2)) for h, tv in zip(H.tolist(), TV.tolist(), strict=True)]
     torch.testing.assert_close(weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-7)
     seeded = lambda: torch.Generator().manual_seed(4)  # noqa: E731
-    weight = RULES["product"].score(stats(), TipConfig())
+    weight = score_of("product")
     assert kept("product", 0.5, seeded()) == by_hand_sample(weight.tolist(), 0.5, seeded())
 
 
@@ -146,13 +151,10 @@ def test_total_variation_by_hand():
 def test_other_normalisations_by_hand():
     # ranks of 0 0 .1 .1 .2 .3 .4 .5 .8 .9 over 9: ties share .5 and 2.5
     expected = torch.tensor([9, 2.5, 7, 2.5, 0.5, 5, 4, 8, 0.5, 6], dtype=torch.float64) / 9
-    torch.testing.assert_close(scores.normalise(H, "rank"), expected)
+    torch.testing.assert_close(scores.normalise(H, Spread.of(H), "rank"), expected)
     # d sorted 0 0 0 .1 .2 .5 1 1 2 4: q05 = 0, q95 = 2 + .55 * 2 = 3.1
-    torch.testing.assert_close(scores.normalise(D, "quantile"), (D / 3.1).clamp(max=1).double(), rtol=1e-6, atol=1e-7)
-    assert (
-        scores.normalise(torch.ones(3), "quantile").tolist()
-        == [0, 0, 0]
-        == scores.normalise(torch.ones(3), "minmax").tolist()
+    torch.testing.assert_close(
+        scores.normalise(D, Spread.of(D), "quantile"), (D / 3.1).clamp(max=1).double(), rtol=1e-6, atol=1e-7
     )
     # an outlier of 100 nats squeezes min-max Soft-OR onto the entropy axis, and not the repaired one
     d = D.clone()
@@ -183,23 +185,24 @@ def test_keys_that_do_not_go_together_are_refused(options, message):
 
 def test_entropy_clip_by_hand():
     # sorted h: 0 0 .1 .1 .2 .3 .4 .5 .8 .9; quantile 2/3 of nine gaps: exactly the seventh, 0.4
-    clipped = scores.entropy_axis(stats(), 2 / 3)
-    torch.testing.assert_close(clipped, H.clamp(max=0.4))
+    clipped = Axes(stats(), TipConfig(entropy_clip_quantile=2 / 3)).h
+    torch.testing.assert_close(clipped, H.clamp(max=0.4).double(), rtol=1e-6, atol=1e-7)
     # now tokens 0 and 2 tie at h^ = 1; token 2 has d and still scores 1: ties go to the earlier token
     assert kept("soft_or", 0.17, entropy_clip_quantile=2 / 3) == [0]
     # linear interpolation: quantile 0.98 lies 0.82 of the way from 0.8 to 0.9
-    assert scores.quantile(H, 0.98) == pytest.approx(0.882, abs=1e-6)
+    assert Spread.of(H).quantile(0.98) == pytest.approx(0.882, abs=1e-6)
 
 
 def test_divergence_clip_by_hand():
     # cap d at 2: tokens 1 and 6 tie on the axis
-    axis = scores.divergence_axis(stats(), 8 / 9)
-    torch.testing.assert_close(axis, D.clamp(max=2.0))
+    axis = Axes(stats(), TipConfig(divergence_clip_quantile=8 / 9)).d
+    torch.testing.assert_close(axis, D.clamp(max=2.0).double())
 
 
 def test_equal_values_normalise_to_zero():
-    assert scores.min_max(torch.full((4,), 3.0)).tolist() == [0] * 4
-    assert scores.min_max(torch.zeros(0)).tolist() == []
+    for how in ("minmax", "quantile"):
+        assert scores.normalise(torch.full((4,), 3.0), Spread.of(torch.full((4,), 3.0)), how).tolist() == [0] * 4
+        assert scores.normalise(torch.zeros(0), Spread.of(torch.zeros(0)), how).tolist() == []
 
 
 def test_floor_of_the_retained_count():
@@ -253,7 +256,7 @@ def test_sampled_rules_by_hand(retention):
     for seed in range(10):
         seeded = lambda s=seed: torch.Generator().manual_seed(s)  # noqa: E731
         assert kept("random", retention, seeded()) == by_hand_sample([1.0] * 10, retention, seeded())
-        soft_or = RULES["soft_or"].score(stats(), TipConfig())
+        soft_or = score_of("soft_or")
         assert kept("soft_or_sampling", retention, seeded()) == by_hand_sample(soft_or.tolist(), retention, seeded())
         assert kept("entropy_sampling", retention, seeded()) == by_hand_sample(H.tolist(), retention, seeded())
 
@@ -297,7 +300,7 @@ def test_rollout_mean_weighs_every_rollout_alike():
 
 def test_quadrants_by_hand():
     # means: h 0.33, d 0.88; high is strictly above
-    found = taxonomy.quadrants(H, D)
+    found = taxonomy.of(Axes(stats(), TipConfig(entropy_clip_quantile=None)))
     assert found.threshold_entropy == pytest.approx(0.33) and found.threshold_divergence == pytest.approx(0.88)
     assert found.quadrant.tolist() == [2, 3, 1, 4, 4, 4, 3, 2, 4, 1]
     metrics = taxonomy.describe(found, D, torch.tensor([1, 1, 0, 0, 0, 0, 1, 0, 0, 0], dtype=torch.bool))
@@ -308,7 +311,7 @@ def test_quadrants_by_hand():
 
 
 def test_equal_to_the_threshold_is_low():
-    assert taxonomy.quadrants(torch.full((3,), 0.5), torch.full((3,), 1.0)).quadrant.tolist() == [4, 4, 4]
+    assert taxonomy.quadrants(torch.full((3,), 0.5), torch.full((3,), 1.0), (0.5, 1.0)).quadrant.tolist() == [4, 4, 4]
 
 
 def test_the_axes_are_cut_before_the_thresholds():

@@ -12,7 +12,8 @@ from opd.data import Prompt, Rollout
 from opd.hooks import TokenStats, TokenWeights, UniformWeighter
 from opd.step import train_step
 from tip.config import TipConfig
-from tip.weighter import RULES, TipWeighter
+from tip.rules import RULES
+from tip.weighter import TipWeighter
 
 SAME = 1e-6
 
@@ -41,9 +42,9 @@ def step(micro_batches, weighter=None, *, student=None, teacher=None, loss=LOSS,
     seen = []
     original = engine.finish
 
-    def finish(apply):
-        seen.append(flat_gradient(student.model))
-        return original(apply)
+    def finish(apply, divisor=1.0):
+        seen.append(flat_gradient(student.model) / divisor)
+        return original(apply, divisor)
 
     engine.finish = finish
     result = train_step(

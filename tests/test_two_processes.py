@@ -13,7 +13,8 @@ from opd.batch import make_micro_batches
 from opd.hooks import TokenWeights
 from opd.step import train_step
 from tip.config import TipConfig
-from tip.weighter import RULES, TipWeighter
+from tip.rules import RULES
+from tip.weighter import TipWeighter
 
 
 class OnlyTheFirstRank:

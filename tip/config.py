@@ -3,14 +3,12 @@
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 
 from opd.config import Count, doc, schema, strict
+from tip.rules import RULES, known
 
-RuleName = Literal[
-    "all", "random", "entropy_sampling", "entropy_topk", "soft_or", "soft_or_sampling", "soft_or_bottom", "divergence",
-    "divergence_bottom", "q3", "quadrant", "teachability", "product", "eopd", "aopd", "total_variation",
-]  # fmt: skip
+RuleName = Annotated[str, AfterValidator(known), WithJsonSchema({"type": "string", "enum": list(RULES)})]
 Quantile = Annotated[float, Field(gt=0, le=1)]
 Quadrant = Annotated[int, Field(ge=1, le=4)]
 
@@ -41,6 +39,19 @@ class TipConfig:
         ),
     ] = None
     retention_steps: Annotated[Count | None, doc("Length of the schedule in updates; null without one.")] = None
+    scope: Annotated[
+        Literal["update", "micro_batch", "running"],
+        doc(
+            "Whose values normalise an axis (clips, minimum and maximum, percentiles, means). update: all response tokens of "
+            "the update, over all micro-batches and ranks. micro_batch: those of its micro-batch; then the selection depends "
+            "on optim.micro_batch_tokens. running: an exponential average of the quantiles of earlier updates, so that the "
+            "student's body runs once per update instead of twice; where the budget is the whole update, the threshold is "
+            "such a quantile too, and the retained share follows with a delay."
+        ),
+    ] = "update"
+    running_decay: Annotated[
+        float, doc("Weight of the past in each update of the running quantiles (scope running).", ge=0, lt=1)
+    ] = 0.8
     budget: Annotated[
         Literal["per_rollout", "per_update"] | None,
         doc(

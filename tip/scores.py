@@ -1,10 +1,15 @@
-"""TokenStats -> normalised axes and importance scores (TIP, arXiv 2604.14084, section on Soft-OR).
+"""TokenStats -> axes in [0, 1] for scores (TIP, arXiv 2604.14084, section on Soft-OR).
 
 h is student entropy divided by ln V, in [0, 1]; d is KL(P_S || P_T) in nats. Clips and thresholds act on these; each
-axis is then mapped to [0, 1] by minimum and maximum over all response tokens of the update. All (N,) tensors.
+axis is then mapped to [0, 1] by where the column's values lie. *Which* values is the scope of the normalisation: those
+of the update itself, or, with scope running, an average over earlier updates, so that a token can be scored at once.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,58 +17,131 @@ from torch import Tensor
 
 from opd.hooks import TokenStats
 
+if TYPE_CHECKING:
+    from tip.config import TipConfig
 
-def quantile(values: Tensor, q: float) -> float:
-    """By linear interpolation, of any number of values (torch.quantile stops at 16 million)."""
-    return float(np.quantile(values.double().numpy(), q))
-
-
-def clip_at_quantile(values: Tensor, q: float | None) -> Tensor:
-    """min(values, their q-quantile); unchanged where q is None or there are no values."""
-    return values if q is None or not len(values) else values.clamp(max=quantile(values, q))
+GRID = 1001  # quantiles that are kept of an update
 
 
-def entropy_axis(stats: TokenStats, clip_quantile: float | None) -> Tensor:
-    """h, clipped: H(P_S) / ln V."""
-    return clip_at_quantile(stats.student_entropy / math.log(stats.vocab_size), clip_quantile)
+@dataclass(frozen=True)
+class Spread:
+    """Where the values of a column lie: ascending (K,) float64 points at the equally spaced quantile levels 0 to 1.
+
+    Of an update these are its own sorted values, so quantiles are exact (linear interpolation).
+    """
+
+    points: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Spread":
+        return cls(values.double().sort().values)
+
+    def quantile(self, q: float) -> float:
+        points = self.points.numpy()
+        if not len(points):
+            return math.nan
+        return float(np.interp(q * (len(points) - 1), np.arange(len(points)), points))
+
+    def place(self, values: Tensor) -> Tensor:
+        """Rank in [0, 1]; equal values share the mean of their places."""
+        if len(self.points) < 2:
+            return torch.zeros(len(values), dtype=torch.float64)
+        below, upto = (torch.searchsorted(self.points, values.double(), right=right) for right in (False, True))
+        return ((below + upto - 1).double() / 2 / (len(self.points) - 1)).clamp(0, 1)
+
+    def clipped(self, maximum: float) -> "Spread":
+        return Spread(self.points.clamp(max=maximum))
+
+    def on_grid(self) -> "Spread":
+        """The same by GRID points, whatever the number of values."""
+        places = np.linspace(0, len(self.points) - 1, GRID)
+        return Spread(torch.from_numpy(np.interp(places, np.arange(len(self.points)), self.points.numpy())))
+
+    def blended(self, newer: "Spread", decay: float) -> "Spread":
+        """Quantile by quantile: decay * this + (1 - decay) * newer; both on the grid."""
+        return Spread(decay * self.points + (1 - decay) * newer.points)
 
 
-def divergence_axis(stats: TokenStats, clip_quantile: float | None) -> Tensor:
-    """d in nats, clipped."""
-    return clip_at_quantile(stats.reverse_kl, clip_quantile)
+def normalise(values: Tensor, spread: Spread, how: str) -> Tensor:
+    """Maps a column to [0, 1] in float64, so that near ties keep their order; 0 everywhere when the range is empty.
 
-
-def min_max(values: Tensor) -> Tensor:
-    """(x - min) / (max - min), in float64 so that near ties keep their order; 0 everywhere when max = min."""
-    values = values.double()
-    if not len(values) or values.max() == values.min():
-        return torch.zeros_like(values)
-    return (values - values.min()) / (values.max() - values.min())
-
-
-def quantile_range(values: Tensor) -> Tensor:
-    """clip((x - q05) / (q95 - q05), 0, 1), in float64; 0 everywhere when the two percentiles are equal."""
-    values = values.double()
-    if not len(values):
-        return values
-    low, high = quantile(values, 0.05), quantile(values, 0.95)
-    return ((values - low) / (high - low)).clamp(0, 1) if high > low else torch.zeros_like(values)
-
-
-def rank(values: Tensor) -> Tensor:
-    """Place among all values, in [0, 1]; equal values share the mean of their places."""
-    if len(values) < 2:
+    "minmax" (paper): (x - min) / (max - min); "quantile": (x - q05) / (q95 - q05), cut; "rank": its place.
+    """
+    if not len(values) or not len(spread.points):
         return torch.zeros(len(values), dtype=torch.float64)
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    first = counts.cumsum(0) - counts
-    return (first + (counts - 1) / 2).double()[inverse] / (len(values) - 1)
-
-
-def normalise(values: Tensor, how: str) -> Tensor:
-    """An axis mapped to [0, 1]: "minmax" (paper), "quantile" or "rank"."""
-    return {"minmax": min_max, "quantile": quantile_range, "rank": rank}[how](values)
+    if how == "rank":
+        return spread.place(values)
+    low, high = (0.0, 1.0) if how == "minmax" else (0.05, 0.95)
+    low, high = spread.quantile(low), spread.quantile(high)
+    if high <= low:
+        return torch.zeros(len(values), dtype=torch.float64)
+    return ((values.double() - low) / (high - low)).clamp(0, 1)
 
 
 def soft_or(h: Tensor, d: Tensor) -> Tensor:
     """h + d - h d of two axes in [0, 1]: high where either is, without counting both twice."""
     return h + d - h * d
+
+
+class Axes:
+    """What rules read besides the raw statistics: columns clipped and mapped to [0, 1] as the configuration says.
+
+    Args:
+        memory: column -> its spread over earlier updates; None: the spread of these very rows.
+    """
+
+    def __init__(self, stats: TokenStats, config: "TipConfig", memory: Mapping[str, Spread] | None = None):
+        self.stats, self.config, self.memory = stats, config, memory
+
+    def spread(self, name: str) -> Spread:
+        """Where the values of a TokenStats field lie."""
+        return self.memory[name] if self.memory else Spread.of(vars(self.stats)[name])
+
+    def unit(self, name: str) -> Tensor:
+        """Any TokenStats field by its 5th to 95th percentile: clip((z - q05) / (q95 - q05), 0, 1), (N,) float64."""
+        return normalise(vars(self.stats)[name], self.spread(name), "quantile")
+
+    @cached_property
+    def h(self) -> Tensor:
+        """H(P_S) / ln V, clipped; (N,) float64."""
+        return self._clipped("student_entropy", self.config.entropy_clip_quantile)[0] / math.log(self.stats.vocab_size)
+
+    @cached_property
+    def d(self) -> Tensor:
+        """KL(P_S || P_T), clipped; (N,) float64, nats."""
+        return self._clipped("reverse_kl", self.config.divergence_clip_quantile)[0]
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """h mapped to [0, 1]; (N,) float64."""
+        values, spread = self._clipped("student_entropy", self.config.entropy_clip_quantile)
+        return normalise(values, spread, self.config.normalization)
+
+    @cached_property
+    def divergence(self) -> Tensor:
+        """d mapped to [0, 1]; (N,) float64."""
+        values, spread = self._clipped("reverse_kl", self.config.divergence_clip_quantile)
+        return normalise(values, spread, self.config.normalization)
+
+    def thresholds(self) -> tuple[float, float]:
+        """Above which h and d are high: their means, quantiles, or the numbers of the configuration."""
+        how, at_h, at_d = (
+            self.config.quadrant_threshold,
+            self.config.quadrant_entropy,
+            self.config.quadrant_divergence,
+        )
+        if how == "absolute":
+            return at_h, at_d
+        h = self._clipped("student_entropy", self.config.entropy_clip_quantile)[1]
+        d = self._clipped("reverse_kl", self.config.divergence_clip_quantile)[1]
+        high = (h.points.mean().item(), d.points.mean().item())
+        if how == "quantile":
+            high = h.quantile(at_h), d.quantile(at_d)
+        return high[0] / math.log(self.stats.vocab_size), high[1]
+
+    def _clipped(self, name: str, q: float | None) -> tuple[Tensor, Spread]:
+        values, spread = vars(self.stats)[name].double(), self.spread(name)
+        if q is None or not len(spread.points):
+            return values, spread
+        maximum = spread.quantile(q)
+        return values.clamp(max=maximum), spread.clipped(maximum)

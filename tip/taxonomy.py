@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd.hooks import TokenStats
-from tip import scores
-from tip.config import TipConfig
+from tip.scores import Axes
 
 
 @dataclass(frozen=True)
@@ -21,28 +19,16 @@ class Quadrants:
     threshold_divergence: float  # nats
 
 
-def quadrants(h: Tensor, d: Tensor, thresholds: tuple[float, float] | None = None) -> Quadrants:
-    """Assigns each token by its axes h (normalised entropy) and d (nats), both (N,) and already clipped.
-
-    Args:
-        thresholds: of h and d; None: their means.
-    """
-    at_h, at_d = thresholds or (h.double().mean().item(), d.double().mean().item())
-    high_h, high_d = h.double() > at_h, d.double() > at_d
+def quadrants(h: Tensor, d: Tensor, thresholds: tuple[float, float]) -> Quadrants:
+    """Assigns each token by its axes h (normalised entropy) and d (nats), both (N,) and already clipped."""
+    high_h, high_d = h.double() > thresholds[0], d.double() > thresholds[1]
     quadrant = torch.where(high_d, torch.where(high_h, 1, 3), torch.where(high_h, 2, 4))
-    return Quadrants(quadrant, at_h, at_d)
+    return Quadrants(quadrant, *thresholds)
 
 
-def of(stats: TokenStats, config: TipConfig) -> Quadrants:
-    """The quadrants of an update, with the config's clips and thresholds."""
-    h = scores.entropy_axis(stats, config.entropy_clip_quantile)
-    d = scores.divergence_axis(stats, config.divergence_clip_quantile)
-    thresholds = None
-    if config.quadrant_threshold == "quantile" and len(h):
-        thresholds = scores.quantile(h, config.quadrant_entropy), scores.quantile(d, config.quadrant_divergence)
-    elif config.quadrant_threshold == "absolute":
-        thresholds = config.quadrant_entropy, config.quadrant_divergence
-    return quadrants(h, d, thresholds)
+def of(axes: Axes) -> Quadrants:
+    """The quadrants of the rows, with the configuration's clips and thresholds."""
+    return quadrants(axes.h, axes.d, axes.thresholds())
 
 
 def describe(found: Quadrants, d: Tensor, kept: Tensor) -> dict[str, float]:
