@@ -1,8 +1,9 @@
 """Checkpoints that are there whole or not at all.
 
 `checkpoints/step_000020/` holds the student in Hugging Face format (safetensors, float32, tokenizer beside it), the
-optimizer's moments (safetensors), trainer.json, and manifest.json with size and SHA-256 of every file. It is written
-under a temporary name, flushed to disk, then renamed; `latest` names the newest one. Nothing is ever unpickled.
+optimizer's moments and what a running weighter remembers (safetensors), trainer.json, and manifest.json with size and
+SHA-256 of every file. It is written under a temporary name, flushed to disk, then renamed; `latest` names the newest
+one. Nothing is ever unpickled.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from opd.cli import RunError, say
 from opd.engine import TorchEngine
@@ -31,8 +33,12 @@ def folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:06d}"
 
 
-def save(run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, keep: int) -> Path:
+def save(
+    run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, memory: dict[str, Tensor], keep: int
+) -> Path:
     """Writes the checkpoint of update `step`, points `latest` at it, and removes all but the newest `keep`.
+
+    `memory` is what the weighter remembers, if anything.
 
     Raises RunError, with the earlier checkpoints untouched, when there is no room or a write fails.
     """
@@ -53,6 +59,8 @@ def save(run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, 
         student.model.save_pretrained(temporary)
         student.tokenizer.save_pretrained(temporary)
         save_file(optimizer, temporary / "optimizer.safetensors")
+        if memory:
+            save_file(memory, temporary / "weighter.safetensors")
         (temporary / "trainer.json").write_text(json.dumps({"step": step}) + "\n")
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
@@ -113,6 +121,12 @@ def step_of(checkpoint: Path) -> int:
 def load_optimizer(checkpoint: Path, engine: TorchEngine) -> None:
     """The moments; the student itself is loaded from the folder like any Hugging Face checkpoint."""
     engine.load_state(load_file(checkpoint / "optimizer.safetensors"))
+
+
+def load_weighter(checkpoint: Path) -> dict[str, Tensor]:
+    """What the weighter remembered; empty if it had learnt nothing."""
+    path = checkpoint / "weighter.safetensors"
+    return load_file(path) if path.exists() else {}
 
 
 def _all(run_dir: Path) -> list[Path]:

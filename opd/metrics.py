@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -100,6 +101,7 @@ class MetricsLog:
         if self.path.exists():  # lines after the checkpoint we resume from will be written again
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last_step]
             write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        self.warned: set[str] = set()
         self.seconds: deque[float] = deque(maxlen=20)  # of the latest updates
         self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(run_dir / "tensorboard", purge_step=last_step + 1)
@@ -120,6 +122,16 @@ class MetricsLog:
 
     def text(self, tag: str, text: str, step: int) -> None:
         self.board.add_text(tag, text, step)
+
+    def histogram(self, tag: str, values: Tensor, step: int) -> None:
+        self.board.add_histogram(tag, values, step)
+
+    def warn(self, kind: str, message: str, step: int) -> None:
+        """On the console the first time; in TensorBoard always."""
+        if kind not in self.warned:
+            say(f"warning: {message}")
+        self.warned.add(kind)
+        self.board.add_text(f"warning/{kind}", message, step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """TensorBoard only: evaluations have files of their own."""

@@ -76,13 +76,16 @@ def digests(paths: Sequence[str]) -> dict[str, str]:
 
 
 def rewind(run_dir: Path, step: int) -> None:
-    """Removes what a run wrote after `step`, from where it continues: checkpoints, evaluations, the final summary.
+    """Removes what a run wrote after `step`, from where it continues: checkpoints, evaluations, token dumps, the summary.
 
     For a run that goes on from an older checkpoint they are an abandoned future; damaged checkpoints go with them.
     Checkpoints go first: stopped half-way, the run still continues from `step`.
     """
     checkpoint.remove_after(run_dir, step)
     (run_dir / "summary.json").unlink(missing_ok=True)
+    for tokens in (run_dir / "tokens").glob("step_*.jsonl"):
+        if int(tokens.stem.removeprefix("step_")) > step:
+            tokens.unlink()
     for folder in (run_dir / "eval").glob("step_*"):
         if int(folder.name.removeprefix("step_")) > step:
             shutil.rmtree(folder)

@@ -111,7 +111,8 @@ def train_step(
             total_loss += divergence.item()
         if one_pass:
             joined, _ = _gathered(columns, needs | {"weights", "forward_share"})
-            weights = TokenWeights(weights=joined.pop("weights"), forward_share=joined.pop("forward_share"))
+            share = joined.pop("forward_share")
+            weights = TokenWeights(weights=joined.pop("weights"), forward_share=share if share.any() else None)
             stats = TokenStats(vocab_size=vocab_size, step=step, **joined)
             total_weight = weights.weights.double().sum().item()
         total_loss = distributed.sum_number(total_loss) / total_weight if total_weight else 0.0

@@ -19,17 +19,18 @@ from typing import Any
 import torch
 import transformers
 
-from opd import checkpoint, evaluate, grading, models, plan, run_folder
+from opd import checkpoint, dump, evaluate, grading, models, plan, run_folder
 from opd.batch import make_micro_batches
 from opd.cli import InputError, Interrupted, RunError, main, parser, say
 from opd.config import Config, load_config
 from opd.data import Prompt, Rollout, count_steps, prompts_of_step, read_problems, read_training_prompts
 from opd.engine import TorchEngine, pick_device
-from opd.hooks import TokenStats, TokenWeighter, UniformWeighter
+from opd.hooks import Observer, RunningWeighter, TokenWeighter, UniformWeighter
 from opd.metrics import MetricsLog, Progress, Stopwatch, duration, peak_memory_gb, write_whole
 from opd.models import LanguageModel
 from opd.rollout import Decoding, sample
-from opd.step import pair_stats, train_step
+from opd.seeds import generator
+from opd.step import StepResult, pair_stats, train_step
 
 DIAGNOSTICS = {  # TokenStats field -> metric, the mean over response tokens
     "student_entropy": "student/entropy",
@@ -49,6 +50,7 @@ class Parts:
     teacher: LanguageModel
     engine: TorchEngine
     weighter: TokenWeighter
+    observer: Observer | None
     prompts: list[Prompt]
     vocab_size: int
     run_dir: Path
@@ -62,6 +64,7 @@ def run(
     weighter: TokenWeighter | None = None,
     sections: Mapping[str, Any] | None = None,
     resume: str = "auto",
+    observer: Observer | None = None,
 ) -> Path:
     """Trains, or continues, the run of a configuration; returns its folder.
 
@@ -70,6 +73,7 @@ def run(
         sections: extension sections (name -> dataclass) that made the weighter; recorded and compared on resume.
         resume: "auto" continues an existing run folder of the same configuration; "none" refuses an existing one;
             else the path of one of its checkpoints to continue from.
+        observer: further diagnostics and columns of token dumps; changes nothing.
     Raises:
         InputError: something in the configuration cannot be used; nothing was written.
         RunError: loss or gradient are not finite, or a checkpoint cannot be written.
@@ -120,11 +124,13 @@ def run(
     if start:
         step = checkpoint.step_of(start)
         checkpoint.load_optimizer(start, engine)
+        if isinstance(weighter, RunningWeighter):
+            weighter.load_state(checkpoint.load_weighter(start))
         say(f"{run_dir}: continuing after step {step} of {total_steps}")
     run_folder.rewind(run_dir, step)
     log = MetricsLog(run_dir, total_steps, step)
     stop, grader = Stop(), grading.Grader()
-    parts = Parts(config, student, teacher, engine, weighter, prompts, vocab_size, run_dir, log, grader, stop)
+    parts = Parts(config, student, teacher, engine, weighter, observer, prompts, vocab_size, run_dir, log, grader, stop)
 
     def measure(name: str, lm: LanguageModel) -> None:
         if benchmarks:
@@ -136,7 +142,8 @@ def run(
 
     def save() -> None:
         log.flush()  # no checkpoint without the metrics that lead to it
-        checkpoint.save(run_dir, step, student, engine, config.checkpoint.keep)
+        memory = weighter.state() if isinstance(weighter, RunningWeighter) else {}
+        checkpoint.save(run_dir, step, student, engine, memory, config.checkpoint.keep)
 
     try:
         with stop:
@@ -188,13 +195,18 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     micro_batches = make_micro_batches(
         rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], config.rollout.truncated
     )
-    diagnose = _due(step, config.log.diagnostics_every)
+    diagnose, write_dump = _due(step, config.log.diagnostics_every), _due(step, config.log.token_dump_every)
+    measure: frozenset[str] = frozenset()
+    if diagnose:
+        measure |= frozenset(DIAGNOSTICS) | (parts.observer.needs if parts.observer else frozenset())
+    if write_dump:
+        measure |= dump.STATS | dump.TOP5 | (parts.observer.column_needs if parts.observer else frozenset())
     try:
         with Progress(f"scoring and update of step {step}", 3 * len(micro_batches), "micro-batches") as progress:
             result = train_step(
                 student=student, teacher=parts.teacher, engine=parts.engine, micro_batches=micro_batches,
                 weighter=parts.weighter, loss=config.loss, vocab_size=parts.vocab_size, step=step, seed=config.seed,
-                measure=frozenset(DIAGNOSTICS) if diagnose else frozenset(), progress=progress.advance,
+                measure=measure, progress=progress.advance,
             )  # fmt: skip
     except FloatingPointError as error:
         raise RunError(_dump_offenders(parts, step, rollouts, str(error))) from error
@@ -204,10 +216,16 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
         "time/step": time.perf_counter() - begin, "memory/peak_gb": peak_memory_gb(student.device),
     }  # fmt: skip
     if diagnose:
-        metrics.update(_diagnostics(result.stats))
+        metrics.update(_diagnose(parts, result))
         for i, (sampled, text) in enumerate(list(zip(rollouts, texts, strict=True))[: config.log.samples]):
             prompt = student.tokenizer.decode(sampled.prompt.token_ids)
             parts.log.text(f"rollout/{i}", f"```\n{prompt}{text}\n```\nreference: `{sampled.prompt.answer}`", step)
+    if write_dump:
+        random = generator(config.seed, "dump", step)
+        columns = parts.observer.columns(result.stats, result.weights, random) if parts.observer else {}
+        path = parts.run_dir / "tokens" / f"step_{step:06d}.jsonl"
+        shown = rollouts[: config.log.token_dump_rollouts]
+        dump.write(path, shown, result.stats, result.weights, columns, student.tokenizer)
     return metrics
 
 
@@ -240,9 +258,18 @@ def _rollout_metrics(rollouts: list[Rollout], texts: list[str], grader: grading.
     return metrics
 
 
-def _diagnostics(stats: TokenStats) -> dict[str, float]:
-    columns = {name: vars(stats)[name] for name in DIAGNOSTICS}
-    return {DIAGNOSTICS[name]: column.mean().item() for name, column in columns.items() if len(column)}
+def _diagnose(parts: Parts, result: StepResult) -> dict[str, float]:
+    """Means of the statistics, and what the observer sees; its histograms go to TensorBoard, its warnings to the console."""
+    columns = {name: vars(result.stats)[name] for name in DIAGNOSTICS}
+    found = {DIAGNOSTICS[name]: column.mean().item() for name, column in columns.items() if len(column)}
+    if parts.observer is None or not len(result.stats.position):
+        return found
+    diagnosis = parts.observer.diagnose(result.stats, result.weights)
+    for name, column in diagnosis.histograms.items():
+        parts.log.histogram(name, column, result.stats.step)
+    for kind, message in diagnosis.warnings.items():
+        parts.log.warn(kind, f"step {result.stats.step}: {message}", result.stats.step)
+    return found | diagnosis.scalars
 
 
 def _dump_offenders(parts: Parts, step: int, rollouts: list[Rollout], reason: str) -> str:
@@ -306,10 +333,16 @@ class Stop:
             raise Interrupted(self.signum)
 
 
-def start(config: Config, weighter: TokenWeighter, sections: Mapping[str, Any], options: argparse.Namespace) -> None:
+def start(
+    config: Config,
+    weighter: TokenWeighter,
+    sections: Mapping[str, Any],
+    options: argparse.Namespace,
+    observer: Observer | None = None,
+) -> None:
     """The training commands behind their arguments: prints the run folder, or with --dry-run what would be done."""
     if not options.dry_run:
-        print(run(config, weighter, sections, options.resume))
+        print(run(config, weighter, sections, options.resume, observer))
         return
     device = pick_device(config.engine)
     models.check_paths(config)

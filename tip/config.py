@@ -45,8 +45,7 @@ class TipConfig:
             "Whose values normalise an axis (clips, minimum and maximum, percentiles, means). update: all response tokens of "
             "the update, over all micro-batches and ranks. micro_batch: those of its micro-batch; then the selection depends "
             "on optim.micro_batch_tokens. running: an exponential average of the quantiles of earlier updates, so that the "
-            "student's body runs once per update instead of twice; where the budget is the whole update, the threshold is "
-            "such a quantile too, and the retained share follows with a delay."
+            "student's body runs once per update instead of twice; needs budget per_rollout."
         ),
     ] = "update"
     running_decay: Annotated[

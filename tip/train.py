@@ -7,13 +7,15 @@ from opd.cli import main
 from opd.config import load_config
 from opd.train import start, train_parser
 from tip.config import SECTIONS
+from tip.diagnostics import TipObserver
 from tip.weighter import TipWeighter
 
 
 def command(arguments: list[str]) -> None:
     options = train_parser("python -m tip.train", "On-policy distillation on selected tokens.").parse_args(arguments)
     config, sections = load_config(options.config, options.overrides, SECTIONS)
-    start(config, TipWeighter(sections["tip"]), sections, options)
+    weighter = TipWeighter(sections["tip"])
+    start(config, weighter, sections, options, TipObserver(weighter))
 
 
 if __name__ == "__main__":

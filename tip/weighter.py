@@ -60,8 +60,6 @@ class TipWeighter:
             return score.float()
         if self.rule.mechanic == "sample":
             return select.sample(score, stats.sequence_id, retention, generator, self.budget).float()
-        if self.one_pass and self.budget == "per_update":  # the share of the update that will lie above
-            return (score.double() > self.memory["score"].quantile(1 - retention)).float()
         return select.top(score, stats.sequence_id, retention, self.budget).float()
 
     @property
@@ -74,7 +72,6 @@ class TipWeighter:
             return {}
         metrics = self._metrics(stats, weights)
         columns = {name: column for name, column in vars(stats).items() if name in self.needs and column.ndim == 1}
-        columns["score"] = self.scores(stats)[0]
         for name, column in columns.items():
             if len(column):
                 new = Spread.of(column).on_grid()
@@ -114,9 +111,10 @@ def _check(config: TipConfig) -> None:
         raise InputError(f"tip: quadrant_divergence is {config.quadrant_divergence}, expected a quantile in [0, 1].")
     if not config.quadrants:
         raise InputError("tip: quadrants is empty, expected some of 1, 2, 3, 4.")
-    budget = config.budget or RULES[config.rule].budget
-    if config.scope == "running" and RULES[config.rule].mechanic == "sample" and budget == "per_update":
+    rule = RULES[config.rule]
+    if config.scope == "running" and rule.mechanic != "weights" and (config.budget or rule.budget) == "per_update":
         raise InputError(
-            f"tip: rule {config.rule!r} draws tokens, and with scope 'running' it sees one rollout at a time, so it cannot "
-            "draw from the whole update. Set tip.budget=per_rollout, or tip.scope=update."
+            f"tip: scope 'running' weighs one rollout at a time, and rule {config.rule!r} keeps a share of the whole update "
+            "(a threshold from earlier updates was tried: it misses the share by up to half). Set tip.budget=per_rollout, "
+            "or tip.scope=update."
         )

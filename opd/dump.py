@@ -1,0 +1,76 @@
+"""Token dumps: everything known about every token of some rollouts of an update, one JSON object per rollout.
+
+    {"step", "sequence_id", "id", "vocab_size", "prompt", "answer", "response", "token_ids": [n], "tokens": [n texts],
+     "weight": [n], "forward_share": [n], <TokenStats field>: [n], ..., <observer's column>: [n], ...,
+     "student_top5": [n lists of [text, probability]], "teacher_top5": ...}
+
+n is the number of *counted* tokens of the response. Numbers are rounded to six digits; entropies and divergences in nats.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opd.data import Rollout
+from opd.hooks import TokenStats, TokenWeights
+from opd.metrics import write_whole
+
+TOP5 = frozenset(f"{who}_top5_{what}" for who in ("student", "teacher") for what in ("ids", "logprobs"))
+STATS = frozenset({
+    "student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "total_variation", "student_logprob",
+    "teacher_logprob",
+})  # fmt: skip
+
+
+def write(
+    path: Path,
+    rollouts: Sequence[Rollout],
+    stats: TokenStats,
+    weights: TokenWeights,
+    columns: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Writes the dump of these rollouts, whole or not at all.
+
+    Args:
+        stats: of the whole update, with the fields STATS and TOP5.
+        columns: further columns by name, (N,) like the statistics.
+    """
+    text_of: dict[int, str] = {}
+
+    def text(token: int) -> str:
+        return text_of.setdefault(token, tokenizer.decode([token]))
+
+    lines = []
+    for rollout in rollouts:
+        rows = (stats.sequence_id == rollout.sequence_id).nonzero().squeeze(1)
+        mine = stats.rows(rows)
+        ids = list(rollout.response_ids[: len(rows)])
+        record = {
+            "step": stats.step, "sequence_id": rollout.sequence_id, "id": rollout.prompt.id, "vocab_size": stats.vocab_size,
+            "prompt": tokenizer.decode(rollout.prompt.token_ids), "answer": rollout.prompt.answer,
+            "response": tokenizer.decode(rollout.response_ids), "token_ids": ids, "tokens": [text(i) for i in ids],
+            "weight": _numbers(weights.weights[rows]),
+        }  # fmt: skip
+        if weights.forward_share is not None:
+            record["forward_share"] = _numbers(weights.forward_share[rows])
+        record |= {name: _numbers(vars(mine)[name]) for name in sorted(STATS)}
+        record |= {name: _numbers(column[rows]) for name, column in columns.items()}
+        for who in ("student", "teacher"):
+            likeliest, logprobs = vars(mine)[f"{who}_top5_ids"], vars(mine)[f"{who}_top5_logprobs"]
+            record[f"{who}_top5"] = [
+                [[text(i), round(p, 6)] for i, p in zip(ids_of_token, ps, strict=True)]
+                for ids_of_token, ps in zip(likeliest.tolist(), logprobs.exp().tolist(), strict=True)
+            ]
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(lines))
+
+
+def _numbers(column: Tensor) -> list[float] | list[int]:
+    if column.is_floating_point():
+        return [float(f"{value:.6g}") for value in column.tolist()]
+    return column.int().tolist()
