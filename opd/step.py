@@ -169,6 +169,20 @@ def pair_stats(
     return _stats_of(own, states, heads, batch, loss, needs)
 
 
+def score_update(
+    student: LanguageModel, teacher: LanguageModel, micro_batches: Sequence[MicroBatch], vocab_size: int, loss: Loss,
+    needs: frozenset[str], step: int, progress: Callable[[int, int], None] = lambda batches, tokens: None,
+) -> TokenStats:  # fmt: skip
+    """What a weighter would see of these micro-batches; nothing is trained."""
+    columns = []
+    for number, batch in enumerate(micro_batches):
+        found = pair_stats(student, teacher, batch, vocab_size, loss, needs)
+        columns.append(_names_of_rows(batch, number) | found)
+        progress(1, len(batch.token_ids))
+    joined, _ = _gathered(columns, needs)
+    return TokenStats(vocab_size=vocab_size, step=step, **joined)
+
+
 def _weigh_rollouts(
     weighter: RunningWeighter, column: dict[str, Tensor], vocab_size: int, step: int, seed: int
 ) -> tuple[Tensor, Tensor]:

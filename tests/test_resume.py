@@ -25,16 +25,19 @@ from opd.config import load_config
 from opd.step import train_step
 from opd.train import run
 from tip.config import SECTIONS, TipConfig
+from tip.diagnostics import TipObserver
 from tip.weighter import TipWeighter
 
 SETTINGS = ("optim.steps=8", "optim.warmup_steps=2", "eval.k=1", "eval.limit=16", "eval.every=3", "checkpoint.every=2",
-            "checkpoint.keep=2", "log.diagnostics_every=4", "tip.rule=entropy_sampling")  # fmt: skip
+            "checkpoint.keep=2", "log.diagnostics_every=4", "log.token_dump_every=3", "tip.rule=soft_or_sampling",
+            "tip.scope=running")  # fmt: skip
 
 
 def train(out, *more, resume="auto"):
     texts = [f"output_dir={out}", "run_name=run", *SETTINGS, *more]
     config, sections = load_config("configs/tiny.json", texts, SECTIONS)
-    return run(config, TipWeighter(sections["tip"]), sections, resume)
+    weighter = TipWeighter(sections["tip"])
+    return run(config, weighter, sections, resume, TipObserver(weighter))
 
 
 def forked(out, prepare=lambda: None, resume="auto"):
@@ -70,10 +73,10 @@ def fingerprint(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, 9))  # no step twice, none lost
     found = {"rows": [{k: v for k, v in r.items() if not k.startswith(("time/", "memory/"))} for r in rows]}
-    for path in sorted((folder / "eval").rglob("*.jsonl")):
+    for path in sorted([*(folder / "eval").rglob("*.jsonl"), *(folder / "tokens").glob("*.jsonl")]):
         found[str(path.relative_to(folder))] = path.read_bytes()
     last = folder / "checkpoints" / "step_000008"
-    for name in ("model", "optimizer"):
+    for name in ("model", "optimizer", "weighter"):
         tensors = load_file(last / f"{name}.safetensors")
         found[name] = {k: (v.dtype, v.numpy().tobytes()) for k, v in tensors.items()}
     assert (folder / "checkpoints" / "latest").read_text() == "step_000008\n"
@@ -241,9 +244,7 @@ def test_a_write_that_fails_stops_the_run_and_leaves_the_earlier_checkpoints(tin
 def test_continuing_from_an_older_checkpoint_by_name(whole, tmp_path):
     finish(tmp_path)
     folder: Path = tmp_path / "run"
-    texts = [f"output_dir={tmp_path}", "run_name=run", *SETTINGS]
-    config, sections = load_config("configs/tiny.json", texts, SECTIONS)
-    run(config, TipWeighter(sections["tip"]), sections, str(folder / "checkpoints" / "step_000006"))
+    train(tmp_path, resume=str(folder / "checkpoints" / "step_000006"))
     assert fingerprint(folder) == whole[0]
 
 
@@ -269,7 +270,7 @@ def test_a_saved_student_gives_the_logits_of_the_one_in_memory(tiny_pair, tmp_pa
     engine = engine_for(lm)
     train_step(student=lm, teacher=random_lm(4, name="teacher"), engine=engine, micro_batches=one_each(random_rollouts(lm)),
                weighter=TipWeighter(TipConfig()), loss=LOSS, vocab_size=35, step=1, seed=0)  # fmt: skip
-    saved = checkpoint.save(tmp_path, 1, lm, engine, 1)
+    saved = checkpoint.save(tmp_path, 1, lm, engine, {}, 1)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(

@@ -14,6 +14,7 @@ from opd.hooks import TokenWeights
 from opd.step import train_step
 from tip.config import TipConfig
 from tip.rules import RULES
+from tip.scores import Spread
 from tip.weighter import TipWeighter
 
 
@@ -35,6 +36,11 @@ class Nothing:
 
 
 def weighter_of(name):
+    if name.startswith("running "):  # it has seen an update before
+        weighter = TipWeighter(TipConfig(rule=name.removeprefix("running "), retention=0.4, scope="running"))
+        spread = Spread(torch.linspace(0, 2, 1001, dtype=torch.float64))
+        weighter.memory = {"student_entropy": spread, "reverse_kl": spread}
+        return weighter
     return {"one rank": OnlyTheFirstRank(), "nothing": Nothing()}.get(name) or TipWeighter(
         TipConfig(rule=name, retention=0.4)
     )
@@ -44,6 +50,7 @@ def update(name, mine):
     """One update on the rollouts whose sequence id `mine` accepts."""
     torch.set_num_threads(1)
     student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
+    weighter = weighter_of(name)
     rollouts = [r for r in random_rollouts(student, count=7) if mine(r.sequence_id)]
     engine = engine_for(student, "optim.warmup_steps=0", "optim.lr=1e-2")
     gradients, original = [], torch.nn.utils.clip_grad_norm_
@@ -53,10 +60,12 @@ def update(name, mine):
     try:
         result = train_step(
             student=student, teacher=teacher, engine=engine, micro_batches=make_micro_batches(rollouts, 40, 0, "keep"),
-            weighter=weighter_of(name), loss=LOSS, vocab_size=35, step=1, seed=0)  # fmt: skip
+            weighter=weighter, loss=LOSS, vocab_size=35, step=1, seed=0)  # fmt: skip
     finally:
         torch.nn.utils.clip_grad_norm_ = original
     weights = torch.cat([p.detach().flatten() for p in student.model.parameters()])
+    if name.startswith("running "):  # what was learnt is the same everywhere
+        weights = torch.cat([weights, *(s.points.float() for s in weighter.memory.values())])
     ids = torch.stack([result.stats.sequence_id, result.stats.position])
     return result.loss, result.weights.weights, ids, gradients[0] if gradients else None, weights
 
@@ -68,7 +77,7 @@ def work(rank, names, folder):
     dist.destroy_process_group()
 
 
-NAMES = ["one rank", "nothing", *sorted(RULES)]
+NAMES = ["one rank", "nothing", *sorted(RULES), "running soft_or", "running soft_or_sampling"]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -85,12 +86,17 @@ class TipObserver:
 
 
 def keep_by_every_rule(
-    stats: TokenStats, config: TipConfig, retentions: tuple[float, ...], generator: torch.Generator
+    stats: TokenStats,
+    config: TipConfig,
+    retentions: tuple[float, ...],
+    generator: torch.Generator,
+    names: Iterable[str] = RULES,
 ) -> dict[str, Tensor]:
-    """`<rule>@<retention>` -> (N,) bool, for every rule with the other settings of `config`; `<rule>` where the retention
-    changes nothing."""
+    """`<rule>@<retention>` -> (N,) bool, for every named rule with the other settings of `config`; `<rule>` where the
+    retention changes nothing."""
     found = {}
-    for name, rule in RULES.items():
+    for name in names:
+        rule = RULES[name]
         for retention in retentions if rule.mechanic != "weights" else (1.0,):
             one = dataclasses.replace(
                 config, rule=name, retention=retention, retention_end=None, retention_steps=None, scope="update"

@@ -54,7 +54,7 @@ def table(runs: list[Run]) -> str:
     parts = [_accuracy_block(name, runs) for name in runs[0].summary["eval"]["step_0"] or {}]
     parts.append(
         "cost: seconds per phase, sum over all updates, and peak memory of the process\n\n"
-        + _grid(
+        + grid(
             ("", *PHASES, "whole updates", "evaluations", "peak GiB", "run folder"), [_cost_row(run) for run in runs]
         )
     )
@@ -74,7 +74,7 @@ def _accuracy_block(name: str, runs: list[Run]) -> str:
         f"{name}: accuracy in % over {start['problems']} problems, +- standard error over problems; reverse KL to the "
         "teacher in nats per token of the sampled responses"
     )
-    return f"{about}\n\n{_grid(header, rows)}"
+    return f"{about}\n\n{grid(header, rows)}"
 
 
 def _accuracy_cells(figures: dict) -> tuple[str, str, str]:
@@ -147,7 +147,7 @@ def _start(run: Run) -> dict[str, object]:
     return shared
 
 
-def _grid(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def grid(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     line = lambda row: "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"  # noqa: E731
     return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])

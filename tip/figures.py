@@ -1,0 +1,103 @@
+"""Figures: PNG and SVG, legible in grey (line styles and markers differ, not only colours), axes with units."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+matplotlib.rcParams.update(
+    {"svg.hashsalt": "tip", "savefig.dpi": 150, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
+)
+import numpy as np  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+COLOURS = ("#0b3c5d", "#d1495b", "#328cc1", "#7a9e1f", "#8e44ad", "#e08e0b", "#444444", "#2a9d8f", "#b5651d", "#999999")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = "osD^vPX*<>hpd"
+
+
+def save(figure: Figure, folder: Path, name: str, caption: str) -> None:
+    """Writes folder/name.png and .svg, each whole or not at all, with the caption below the plot."""
+    figure.text(0.01, -0.01, caption, va="top", fontsize=7, wrap=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "svg"):
+        temporary = folder / f".{name}.tmp.{kind}"
+        figure.savefig(temporary, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else {})
+        os.replace(temporary, folder / f"{name}.{kind}")
+    plt.close(figure)
+
+
+def style(number: int) -> dict[str, object]:
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 4,
+        "linewidth": 1.3,
+    }
+
+
+def lines(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], x_label: str, y_label: str
+) -> Figure:
+    """One panel per title; in it one line per label, (x values, y values). The same label looks alike everywhere."""
+    labels = list(dict.fromkeys(label for found in panels.values() for label in found))
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.3 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
+        for label, (x, y) in found.items():
+            axis.plot(x, y, label=label, **style(labels.index(label)))
+        axis.set(title=title, xlabel=x_label, ylabel=y_label)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", fontsize=7)
+    return figure
+
+
+def heat_map(matrix: np.ndarray, labels: Sequence[str], title: str) -> Figure:
+    """A square matrix of numbers in [0, 1], written into its cells."""
+    size = 1.6 + 0.42 * len(labels)
+    figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    image = axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1)
+    axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
+    axis.set_yticks(range(len(labels)), labels, fontsize=7)
+    axis.grid(False)
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            axis.text(
+                j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white" if value > 0.6 else "black"
+            )
+    axis.set_title(title)
+    figure.colorbar(image, ax=axis, shrink=0.8)
+    return figure
+
+
+def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: tuple[float, float]) -> Figure:
+    """Token density over entropy and divergence, with the quadrants' borders (TIP's Figure 2, from real tokens)."""
+    figure, axis = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
+    floor = max(float(np.quantile(d[d > 0], 0.01)) if (d > 0).any() else 1e-8, 1e-8)
+    shown = np.maximum(d, floor)
+    drawn = axis.hexbin(h, shown, gridsize=45, yscale="log", bins="log", cmap="Greys", mincnt=1)
+    axis.axvline(thresholds[0], color="#d1495b", linestyle="--", linewidth=1.2)
+    axis.axhline(max(thresholds[1], floor), color="#d1495b", linestyle="--", linewidth=1.2)
+    total = d.sum()
+    for name, inside, place in (
+        ("Q1", (h > thresholds[0]) & (d > thresholds[1]), (0.98, 0.97)),
+        ("Q2", (h > thresholds[0]) & (d <= thresholds[1]), (0.98, 0.03)),
+        ("Q3", (h <= thresholds[0]) & (d > thresholds[1]), (0.02, 0.97)),
+        ("Q4", (h <= thresholds[0]) & (d <= thresholds[1]), (0.02, 0.03)),
+    ):
+        mass = 100 * d[inside].sum() / total if total > 0 else 0.0
+        text = f"{name}: {100 * inside.mean():.1f} % of tokens\n{mass:.1f} % of divergence"
+        axis.text(
+            *place, text, transform=axis.transAxes, fontsize=7, ha="left" if place[0] < 0.5 else "right",
+            va="top" if place[1] > 0.5 else "bottom", bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
+        )  # fmt: skip
+    axis.set(xlabel="student entropy h = H / ln V", ylabel="divergence d = KL(student || teacher), nats (log)")
+    figure.colorbar(drawn, ax=axis, label="tokens")
+    return figure
