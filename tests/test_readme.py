@@ -1,17 +1,28 @@
 """What the README says runs."""
 
+import json
 import re
 from pathlib import Path
+
+import pytest
+
+from tip.rules import RULES
 
 README = Path("README.md")
 
 
-def test_the_example_of_the_patch_point_runs(tiny_pair, tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+@pytest.mark.parametrize("name", ["sure", "confused"])
+def test_the_examples_of_the_patch_point_run(name, tiny_pair, tmp_path):
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if f'"run_name={name}"' in c]
     settings = ["optim.steps=2", "optim.warmup_steps=0", "eval.limit=4", "eval.k=1", f"output_dir={tmp_path}"]
-    small = ", ".join(f'"{s}"' for s in ["run_name=confused", *settings])
-    exec(compile(code.replace('"run_name=confused"', small), "README.md", "exec"), {})
-    assert (tmp_path / "confused" / "summary.json").exists()
+    small = ", ".join(f'"{s}"' for s in [f"run_name={name}", *settings])
+    try:
+        exec(compile(code.replace(f'"run_name={name}"', small), "README.md", "exec"), {})
+    finally:
+        RULES.pop("sure_and_apart", None)
+    assert (tmp_path / name / "summary.json").exists()
+    rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert all((0.4 < row["tokens/kept"] / row["tokens/response"] <= 0.5) == (name == "sure") for row in rows)
 
 
 def test_every_file_it_names_exists():

@@ -20,6 +20,7 @@ from opd.train import run
 from tip import report
 from tip import train as tip_train
 from tip.config import SECTIONS
+from tip.diagnostics import TipObserver
 from tip.weighter import TipWeighter
 
 SMALL = ("optim.steps=4", "optim.warmup_steps=1", "eval.k=1", "eval.limit=8", "eval.every=2",
@@ -31,7 +32,8 @@ def start(out, name, *overrides, tip=(), resume="auto"):
     if not tip:
         return run(load_config("configs/tiny.json", texts)[0], resume=resume)
     config, sections = load_config("configs/tiny.json", [*texts, *tip], SECTIONS)
-    return run(config, TipWeighter(sections["tip"]), sections, resume)
+    weighter = TipWeighter(sections["tip"])
+    return run(config, weighter, sections, resume, TipObserver(weighter))
 
 
 def rows(folder):
@@ -74,6 +76,12 @@ def test_arms_start_alike_and_soft_or_keeps_half_of_the_tokens_and_most_of_the_d
     assert all(r["tokens/kept"] == r["tokens/response"] for r in baseline)
     assert all(0.45 < r["tip/retained"] <= 0.5 and r["tip/mass_covered"] > 0.85 for r in soft_or)
     assert "tip/mass_covered" not in baseline[0] and baseline[9]["divergence/reverse_kl"] > 0  # diagnostics on step 10
+
+
+def test_scoring_and_selection_take_at_most_a_quarter_of_a_step(arms):
+    found = [r for r in rows(arms[1]) if "student/entropy" not in r]  # diagnostics off
+    assert len(found) == 54
+    assert sum(r["time/score"] for r in found) <= 0.25 * sum(r["time/step"] for r in found)
 
 
 def test_the_report_compares_them(arms, tmp_path):
