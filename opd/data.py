@@ -51,7 +51,7 @@ def read_problems(path: str | Path, prompt_field: str, answer_field: str | None)
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        near = " The embedded pair's files are made by: python -m data.tiny.build" if "tiny" in str(path) else ""
+        near = " Made by: python -m data.tiny.build [--task addition]" if "tiny" in str(path) else ""
         raise InputError(
             f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.{near}"
         ) from None

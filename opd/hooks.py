@@ -103,6 +103,7 @@ class RunningWeighter(TokenWeighter, Protocol):
 
     While `one_pass` holds, `__call__` gets the rows of one rollout at a time, and the student's body runs once per
     update instead of twice; the `metrics` of these answers are not used. What it remembers is saved with checkpoints.
+    The sum of weights is known at the end then, so the gradient is divided after it is summed: the same to rounding.
     """
 
     @property

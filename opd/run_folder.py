@@ -68,7 +68,7 @@ def digests(paths: Sequence[str]) -> dict[str, str]:
         try:
             found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         except OSError as error:
-            hint = " The embedded pair's files are made by: python -m data.tiny.build" if "tiny" in path else ""
+            hint = " Made by: python -m data.tiny.build [--task addition]" if "tiny" in path else ""
             raise InputError(
                 f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.{hint}"
             ) from None

@@ -185,8 +185,8 @@ def score_update(
 
 def _weigh_rollouts(
     weighter: RunningWeighter, column: dict[str, Tensor], vocab_size: int, step: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Weights and forward shares (n,) of a micro-batch, rollout by rollout, added to its columns.
+) -> tuple[Tensor, Tensor | None]:
+    """Weights and forward shares (n,) of a micro-batch, rollout by rollout, added to its columns; no shares: None.
 
     A generator for each rollout, so that what is drawn does not depend on micro-batches or ranks.
     """
@@ -202,7 +202,7 @@ def _weigh_rollouts(
         if answer.forward_share is not None:
             share[rows] = answer.forward_share.float()
     column.update(weights=weight, forward_share=share)
-    return weight, share
+    return weight, share if share.any() else None
 
 
 def _gathered(columns: Sequence[dict[str, Tensor]], names: frozenset[str]) -> tuple[dict[str, Tensor], Tensor]:

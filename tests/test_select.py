@@ -200,7 +200,7 @@ def test_divergence_clip_by_hand():
 
 
 def test_equal_values_normalise_to_zero():
-    for how in ("minmax", "quantile"):
+    for how in ("minmax", "quantile", "rank"):
         assert scores.normalise(torch.full((4,), 3.0), Spread.of(torch.full((4,), 3.0)), how).tolist() == [0] * 4
         assert scores.normalise(torch.zeros(0), Spread.of(torch.zeros(0)), how).tolist() == []
 
@@ -312,6 +312,12 @@ def test_quadrants_by_hand():
 
 def test_equal_to_the_threshold_is_low():
     assert taxonomy.quadrants(torch.full((3,), 0.5), torch.full((3,), 1.0), (0.5, 1.0)).quadrant.tolist() == [4, 4, 4]
+
+
+def test_equal_values_are_low_whatever_their_mean_rounds_to():
+    for n in (3, 10, 1000):
+        same = stats(torch.full((n,), 0.3), torch.full((n,), 0.7), torch.zeros(n).long(), torch.arange(n))
+        assert set(taxonomy.of(Axes(same, TipConfig())).quadrant.tolist()) == {4}
 
 
 def test_the_axes_are_cut_before_the_thresholds():

@@ -106,8 +106,10 @@ def test_the_brute_force_oracle_finds_the_gradients_of_single_tokens():
     student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
     batches = make_micro_batches(random_rollouts(student, count=4), 60, 0, "keep")
     fresh = make_micro_batches(random_rollouts(student, count=3, seed=5), 60, 0, "keep")
-    rows, gradients, target = analyze.oracle(student, teacher, batches, fresh, 35, tiny_config(), 12)
-    assert rows.shape == (12, 2) and gradients.shape == (12, target.shape[0])
+    rows, gradients, target = analyze.oracle(student, teacher, batches, fresh, 35, tiny_config(), 20)
+    counts = {i: sum(i == j for b in batches for j in b.sequence_id.tolist()) for i in range(4)}
+    assert gradients.shape == (len(rows), target.shape[0]) and 4 < len(rows) <= 20
+    assert all(rows[:, 0].tolist().count(i) == counts[i] for i in rows[:, 0].unique().tolist())  # whole rollouts
     # the target again: mean reverse KL from whole logits, plain autograd
     total, count = 0.0, 0
     for batch in fresh:

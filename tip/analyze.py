@@ -10,6 +10,7 @@ against the oracle weight of a token, by brute force.
 
 import dataclasses
 import json
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -50,15 +51,20 @@ COVERED = {  # TokenStats field -> what it is called
     "reverse_kl_energy": "gradient energy of reverse KL",
     "forward_kl_energy": "gradient energy of forward KL",
 }
-NEEDS = BOTH.union(COVERED, *(rule.needs for rule in RULES.values()))
-SMALL_STUDENT = 2_000_000  # parameters, up to which single-token gradients are taken by default
+GRADIENTS = 2**30  # bytes of single-token gradients held at once
+SMALL_STUDENT = 2_000_000  # parameters, up to which they are taken by default
+
+
+def needs() -> frozenset[str]:
+    """TokenStats fields of all rules, and those that are summed."""
+    return BOTH.union(COVERED, *(rule.needs for rule in RULES.values()))
 
 
 def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
     """Taxonomy, retained share, covered mass and energy, and overlap of every rule on these tokens.
 
     Args:
-        stats: with the fields NEEDS.
+        stats: with the fields needs().
     """
     axes = Axes(stats, config)
     quadrants = taxonomy.of(axes)
@@ -124,8 +130,10 @@ def oracle(
     With L the mean divergence of the tokens of `fresh` and g_t the parameter gradient of token t's divergence: the
     weight of steepest descent is <grad L, g_t> / |g_t|^2 up to a constant, and what it gains is <grad L, g_t>^2 / |g_t|^2.
 
+    Whole rollouts are taken in a seeded random order until the next would exceed `tokens`.
+
     Returns:
-        sequence_id and position of the first `tokens` tokens of `batches` (K, 2), their g_t (K, P) and grad L (P,); float32.
+        sequence_id and position of these tokens (K, 2), their g_t (K, P) and grad L (P,); float32.
     """
     parameters = list(student.model.parameters())
     heads = head_of(student.model, vocab_size), head_of(teacher.model, vocab_size)
@@ -151,41 +159,54 @@ def oracle(
         target += gradient(divergence(own, states), again=False)
     target /= sum(len(batch.token_ids) for batch in fresh)
 
-    names, gradients = [], []
-    with Progress("single-token gradients", tokens, "tokens") as progress:
+    lengths = {
+        i: n
+        for b in batches
+        for i, n in zip(*(x.tolist() for x in b.sequence_id.unique(return_counts=True)), strict=True)
+    }
+    ids = list(lengths)
+    order = [ids[i] for i in torch.randperm(len(ids), generator=generator(config.seed, "oracle order")).tolist()]
+    taken = [i for i, so_far in zip(order, accumulate(lengths[i] for i in order), strict=True) if so_far <= tokens]
+    count = sum(lengths[i] for i in taken)
+    names, gradients = [], torch.empty(count, len(target))
+    with Progress("single-token gradients", count, "tokens") as progress:
         for batch in batches:
-            keep = torch.arange(min(len(batch.token_ids), tokens - len(gradients)))
+            keep = torch.isin(batch.sequence_id, torch.tensor(taken)).nonzero().squeeze(1)
             if not len(keep):
-                break
+                continue
             own, states = losses(batch, keep)
             for row in range(len(keep)):
-                gradients.append(gradient(divergence(own[row : row + 1], states[row : row + 1]), again=True).cpu())
+                g = gradient(divergence(own[row : row + 1], states[row : row + 1]), again=True)
+                gradients[len(names)] = g
+                names.append((int(batch.sequence_id[keep[row]]), int(batch.position[keep[row]])))
                 progress.advance(1, 1)
-            names.append(torch.stack([batch.sequence_id[keep], batch.position[keep]], 1))
-    return torch.cat(names), torch.stack(gradients), target.cpu()
+    return torch.tensor(names).view(-1, 2), gradients, target.cpu()
 
 
 def against_oracle(
-    stats: TokenStats, config: TipConfig, seed: int, gradients: Tensor, target: Tensor
+    stats: TokenStats, config: TipConfig, seed: int, names: Tensor, gradients: Tensor, target: Tensor
 ) -> dict[str, Any]:
-    """Every rule against the oracle, on the tokens of `stats` with gradients (K, P) in the same order.
+    """Every rule against the oracle, on the tokens `names` (K, 2) with gradients (K, P); selected among all of `stats`.
 
     `score_weight` and `score_gain` are Spearman correlations of the rule's score with the oracle weight and with what
     that weight gains; `cosine` is that of the selection's mean gradient with the fresh batch's.
     """
-    along = gradients.double() @ target.double()
-    squared = gradients.double().square().sum(1).clamp(min=1e-300)
-    weight, gain = along / squared, along.clamp(min=0).square() / squared
+    place = {
+        pair: row for row, pair in enumerate(zip(stats.sequence_id.tolist(), stats.position.tolist(), strict=True))
+    }
+    rows = torch.tensor([place[i, t] for i, t in names.tolist()], dtype=torch.int64)
+    along, squared = (gradients @ target).double(), torch.linalg.vector_norm(gradients, dim=1).double().square()
+    weight, gain = (x / squared.clamp(min=1e-300) for x in (along, along.clamp(min=0).square()))
 
     def cosine(selected: Tensor) -> float:
-        mean = selected.float() @ gradients
+        mean = selected[rows].float() @ gradients
         scale = (mean.norm() * target.norm()).item()
         return (mean @ target).item() / scale if scale > 0 else 0.0
 
     axes, found = Axes(stats, config), {}
     draws = [keep_by_every_rule(stats, config, RETENTIONS, generator(seed, "oracle", i)) for i in range(DRAWS)]
     for name, rule in RULES.items():
-        score = rule.score(stats, axes)
+        score = rule.score(stats, axes)[rows]
         constant = bool((score == score[0]).all())
         found[name] = {
             "score_weight": None if constant else _spearman(score, weight),
@@ -196,7 +217,8 @@ def against_oracle(
                 if label.partition("@")[0] == name
             },
         }
-    return {"tokens": len(stats.position), "cosine_of_all": cosine(torch.ones(len(along))), "rules": found}
+    everything = torch.ones(len(stats.position), dtype=torch.bool)
+    return {"tokens": len(rows), "cosine_of_all": cosine(everything), "rules": found}
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:
@@ -288,26 +310,32 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
         evaluate.check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
     models.check_prompt_ids(prompts, teacher)
     TipWeighter(tip)  # refuses settings that do not go together
+    if tip.scope != "update":
+        raise InputError(f"tip.scope is {tip.scope!r}: an analysis has one batch and no past. Leave it at 'update'.")
+    if 2 * prompts_wanted > len(prompts):
+        raise InputError(
+            f"--prompts is {prompts_wanted} and data.train has {len(prompts)} prompts: expected at most half."
+        )
+    parameters = sum(p.numel() for p in student.model.parameters())
     if oracle_tokens is None:
-        oracle_tokens = 1024 if sum(p.numel() for p in student.model.parameters()) <= SMALL_STUDENT else 0
+        oracle_tokens = 1024 if parameters <= SMALL_STUDENT else 0
+    oracle_tokens = min(oracle_tokens, GRADIENTS // (4 * parameters))
     halves = [prompts_of_step(prompts, i, prompts_wanted, config.data.shuffle, config.seed) for i in (1, 2)]
-    batches = _rollouts(config, student, halves[0], "analysed", vocab_size)
-    with Progress("scoring", len(batches), "micro-batches") as progress:
-        stats = score_update(student, teacher, batches, vocab_size, config.loss, NEEDS, 1, progress.advance)
-    if not len(stats.position):
+    batches, fresh = (
+        _rollouts(config, student, h, part, vocab_size) for h, part in zip(halves, ("a", "b"), strict=True)
+    )
+    if not batches or not fresh:
         raise InputError(
             f"no response token counts with rollout.truncated = {config.rollout.truncated!r}. Set it to 'keep'."
         )
+    with Progress("scoring", len(batches), "micro-batches") as progress:
+        stats = score_update(student, teacher, batches, vocab_size, config.loss, needs(), 1, progress.advance)
     result = {"command": command, "config": dataclasses.asdict(config), "tip": dataclasses.asdict(tip)}
     result |= analyse(stats, tip, config.seed) | {"oracle": None}
     if oracle_tokens:
-        fresh = _rollouts(config, student, halves[1], "fresh", vocab_size)
-        rows, gradients, target = oracle(student, teacher, batches, fresh, vocab_size, config, oracle_tokens)
-        order = [i for i, _ in sorted(enumerate(rows.tolist()), key=lambda pair: pair[1])]
-        inside = torch.zeros(len(stats.position), dtype=torch.bool)
-        for sequence, position in rows.tolist():
-            inside |= (stats.sequence_id == sequence) & (stats.position == position)
-        result["oracle"] = against_oracle(stats.rows(inside), tip, config.seed, gradients[order], target)
+        names, gradients, target = oracle(student, teacher, batches, fresh, vocab_size, config, oracle_tokens)
+        if len(names):
+            result["oracle"] = against_oracle(stats, tip, config.seed, names, gradients, target)
     out.mkdir(parents=True, exist_ok=True)
     text = table(result)
     write_whole(out / "analysis.json", json.dumps(result, indent=1) + "\n")

@@ -87,6 +87,14 @@ class TipConfig:
     quadrants: Annotated[tuple[Quadrant, ...], doc("What rule quadrant keeps, for example [1, 3].")] = (1, 3)
     product_alpha: Annotated[float, doc("Exponent of entropy in rule product.", ge=0)] = 1.0
     product_gamma: Annotated[float, doc("Exponent of JSD / ln 2 in rule product.", ge=0)] = 1.0
+    mixture: Annotated[
+        Literal["none", "total_variation"] | None,
+        doc(
+            "Share of forward KL in a token's loss. none: the configured divergence alone; total_variation: the token's total "
+            "variation, so that a confident mistake, where the gradient of reverse KL vanishes, is still learnt from. null: "
+            "as the rule's source does (eopd, aopd and total_variation have one)."
+        ),
+    ] = None
     aggregation: Annotated[
         Literal["token_mean", "rollout_mean"],
         doc(

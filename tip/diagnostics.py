@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd.hooks import Diagnosis, TokenStats, TokenWeights
-from tip import select, taxonomy
+from tip import select
 from tip.config import TipConfig
 from tip.rules import BOTH, RULES
 from tip.scores import Axes, Spread
@@ -46,19 +46,25 @@ class TipObserver:
         scalars["tip/divergence_max_over_p99"] = max_over_p99(d)
         for decile, share in enumerate(kept_by_decile(h, kept)):
             scalars[f"tip/kept_by_entropy_decile_{decile}"] = share
-        histograms = {"tip/entropy": h, "tip/divergence": d, "tip/score": self.weighter.scores(stats)[0]}
+        histograms = {"tip/entropy": h, "tip/divergence": d, "tip/score": self.weighter.look_back(stats)[0]}
         if kept.any():
             histograms["tip/divergence_kept"] = d[kept]
         return Diagnosis(scalars=scalars, histograms=histograms, warnings=self._warnings(kept, axes, scalars))
 
     def columns(self, stats: TokenStats, weights: TokenWeights, generator: torch.Generator) -> dict[str, Tensor]:
-        """Quadrant, score, and for every rule whether it would keep the token: `keep/<rule>@<retention>`."""
-        found = {
-            "quadrant": taxonomy.of(Axes(stats, self.weighter.config)).quadrant,
-            "score": self.weighter.scores(stats)[0].double(),
+        """Quadrant and score as the update was weighed, and whether each rule would keep the token: `keep/<rule>@<retention>`.
+
+        The run's own rule at its own retention: what it did keep. The others: one draw where they sample, scope update.
+        """
+        config = self.weighter.config
+        score, found = self.weighter.look_back(stats)
+        kept = keep_by_every_rule(stats, config, RETENTIONS, generator)
+        own = next((n for n in (f"{config.rule}@{config.retention_at(stats.step):g}", config.rule) if n in kept), None)
+        if own:
+            kept[own] = weights.weights > 0
+        return {"quadrant": found.quadrant, "score": score.double()} | {
+            f"keep/{n}": column for n, column in kept.items()
         }
-        kept = keep_by_every_rule(stats, self.weighter.config, RETENTIONS, generator)
-        return found | {f"keep/{name}": column for name, column in kept.items()}
 
     def _warnings(self, kept: Tensor, axes: Axes, scalars: dict[str, float]) -> dict[str, str]:
         d, config = axes.stats.reverse_kl.double(), self.weighter.config
@@ -71,16 +77,17 @@ class TipObserver:
             )
         ratio = scalars["tip/divergence_max_over_p99"]
         squeezable = config.normalization == "minmax" and config.divergence_clip_quantile is None
-        if ratio > SQUEEZED and squeezable and "soft_or" in config.rule:
+        if ratio > SQUEEZED and squeezable and self.weighter.needs >= BOTH:
             found["squeezed"] = (
                 f"the largest divergence is {ratio:.0f} times its 99th percentile, so min-max normalisation squeezes nearly "
                 "all tokens to 0 on that axis and entropy decides. Set tip.normalization=quantile."
             )
-        at_h, median = axes.thresholds()[0], axes.h.median().item()
-        if at_h <= median:
+        at_h, median = self.weighter.look_back(axes.stats)[1].threshold_entropy, axes.h.median().item()
+        if at_h < median * (1 - 1e-9):  # equal values: equal, whatever a mean rounds to
             found["low_entropy_cut"] = (
-                f"tokens count as low-entropy up to h = {at_h:.4g}, at or below the median {median:.4g}. Confident mistakes "
-                "usually lie above the median, so Q3 misses them: raise tip.quadrant_entropy, or use the mean."
+                f"tokens count as low-entropy up to h = {at_h:.4g}, below the median {median:.4g}. Confident mistakes usually "
+                "lie above the median, so Q3 misses them: set tip.quadrant_threshold=quantile with tip.quadrant_entropy at "
+                "0.75 or so."
             )
         return found
 
@@ -120,11 +127,9 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def max_over_p99(d: Tensor) -> float:
-    """How far the largest value lies beyond the 99th percentile; 1 when there is no divergence, inf when p99 is 0."""
+    """How far the largest value lies beyond the 99th percentile, at most 1e9; 1 when there is no divergence at all."""
     largest, p99 = d.max().item(), Spread.of(d).quantile(0.99)
-    if p99 > 0:
-        return largest / p99
-    return math.inf if largest > 0 else 1.0
+    return min(largest / p99, 1e9) if p99 > 0 else 1e9 if largest > 0 else 1.0
 
 
 def kept_by_decile(h: Tensor, kept: Tensor) -> list[float]:

@@ -36,6 +36,11 @@ class Spread:
     def of(cls, values: Tensor) -> "Spread":
         return cls(values.double().sort().values)
 
+    @property
+    def mean(self) -> float:
+        """Within the points also after rounding, so that nothing lies above the mean of equal values."""
+        return self.points.mean().clamp(self.points[0], self.points[-1]).item() if len(self.points) else math.nan
+
     def quantile(self, q: float) -> float:
         points = self.points.numpy()
         if not len(points):
@@ -43,8 +48,8 @@ class Spread:
         return float(np.interp(q * (len(points) - 1), np.arange(len(points)), points))
 
     def place(self, values: Tensor) -> Tensor:
-        """Rank in [0, 1]; equal values share the mean of their places."""
-        if len(self.points) < 2:
+        """Rank in [0, 1]; equal values share the mean of their places; 0 everywhere when all points are equal."""
+        if len(self.points) < 2 or self.points[0] == self.points[-1]:
             return torch.zeros(len(values), dtype=torch.float64)
         below, upto = (torch.searchsorted(self.points, values.double(), right=right) for right in (False, True))
         return ((below + upto - 1).double() / 2 / (len(self.points) - 1)).clamp(0, 1)
@@ -134,7 +139,7 @@ class Axes:
             return at_h, at_d
         h = self._clipped("student_entropy", self.config.entropy_clip_quantile)[1]
         d = self._clipped("reverse_kl", self.config.divergence_clip_quantile)[1]
-        high = (h.points.mean().item(), d.points.mean().item())
+        high = h.mean, d.mean
         if how == "quantile":
             high = h.quantile(at_h), d.quantile(at_d)
         return high[0] / math.log(self.stats.vocab_size), high[1]

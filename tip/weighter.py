@@ -1,5 +1,8 @@
 """TipWeighter: a rule behind opd's patch point."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -7,7 +10,7 @@ from opd.cli import InputError
 from opd.hooks import TokenStats, TokenWeights
 from tip import select, taxonomy
 from tip.config import TipConfig
-from tip.rules import RULES
+from tip.rules import BOTH, RULES, total_variation
 from tip.scores import Axes, Spread
 
 
@@ -24,9 +27,15 @@ class TipWeighter:
         _check(config)
         self.config = config
         self.rule = RULES[config.rule]
+        if config.mixture == "none":
+            self.rule = replace(self.rule, forward_share=None)
+        elif config.mixture == "total_variation":
+            needs = self.rule.needs | {"total_variation"}
+            self.rule = replace(self.rule, needs=needs, forward_share=total_variation)
         self.needs = self.rule.needs
         self.budget = config.budget or self.rule.budget
-        self.memory: dict[str, Spread] = {}  # scope running: column -> exponential average of its quantiles
+        self.memory: dict[str, Spread] | None = None  # scope running: column -> exponential average of its quantiles
+        self.learnt_from: dict[str, Spread] | None = None  # the memory that the latest update was weighed with
 
     def __call__(self, stats: TokenStats, generator: torch.Generator) -> TokenWeights:
         score, share = self.scores(stats)
@@ -40,19 +49,43 @@ class TipWeighter:
 
     def scores(self, stats: TokenStats) -> tuple[Tensor, Tensor | None]:
         """The rule's score and share of forward KL, each (N,), normalised within the configured scope."""
-        if self.config.scope != "micro_batch":
-            axes = Axes(stats, self.config, self.memory)
-            share = self.rule.forward_share
-            return self.rule.score(stats, axes), None if share is None else share(stats, axes)
-        score = torch.zeros(len(stats.position), dtype=torch.float64)
-        share = None if self.rule.forward_share is None else torch.zeros(len(stats.position))
-        for number in stats.micro_batch.unique():
-            rows = stats.micro_batch == number
+        share = self.rule.forward_share
+        return (
+            self._by_scope(stats, self.memory, self.rule.score),
+            None if share is None else self._by_scope(stats, self.memory, share),
+        )
+
+    def look_back(self, stats: TokenStats) -> tuple[Tensor, taxonomy.Quadrants]:
+        """Scores and quadrants of the update just weighed, as it was weighed: before anything was learnt from it.
+
+        Needs student_entropy and reverse_kl. Thresholds are those of the scope too: per micro-batch (reported is their mean
+        over tokens), or of earlier updates where the rule remembers both axes.
+        """
+        memory = self.learnt_from
+        score = self._by_scope(stats, memory, self.rule.score)
+        if memory is not None and not set(BOTH) <= set(memory):
+            memory = None  # the rule does not read both axes, so only the update itself knows where they lie
+        quadrant = self._by_scope(stats, memory, lambda _, axes: taxonomy.of(axes).quadrant)
+        at = [
+            self._by_scope(
+                stats, memory, lambda s, axes, i=i: torch.full((len(s.position),), axes.thresholds()[i]).double()
+            )
+            for i in (0, 1)
+        ]
+        return score, taxonomy.Quadrants(quadrant, at[0].mean().item(), at[1].mean().item())
+
+    def _by_scope(
+        self, stats: TokenStats, memory: Mapping[str, Spread] | None, function: Callable[[TokenStats, Axes], Tensor]
+    ) -> Tensor:
+        """A function of statistics and axes, (N,), with the axes of the configured scope."""
+        if self.config.scope != "micro_batch" or not len(stats.position):
+            return function(stats, Axes(stats, self.config, memory))
+        parts = [(stats.micro_batch == number).nonzero().squeeze(1) for number in stats.micro_batch.unique()]
+        values = []
+        for rows in parts:
             axes = Axes(stats.rows(rows), self.config)
-            score[rows] = self.rule.score(axes.stats, axes).double()
-            if share is not None:
-                share[rows] = self.rule.forward_share(axes.stats, axes).float()
-        return score, share
+            values.append(function(axes.stats, axes))
+        return torch.cat(values)[torch.cat(parts).argsort()]
 
     def _select(self, score: Tensor, stats: TokenStats, generator: torch.Generator) -> Tensor:
         retention = self.config.retention_at(stats.step)
@@ -64,34 +97,37 @@ class TipWeighter:
 
     @property
     def one_pass(self) -> bool:
-        return len(self.memory) > 0
+        return self.memory is not None
 
     def learn(self, stats: TokenStats, weights: TokenWeights) -> dict[str, float]:
         """Folds the update's quantiles into the running ones (scope running only); returns the update's metrics."""
         if self.config.scope != "running":
             return {}
+        columns = {name: vars(stats)[name] for name in sorted(self.needs)}
+        new = {
+            name: Spread.of(column).on_grid() for name, column in columns.items() if column.ndim == 1 and len(column)
+        }
+        self.learnt_from = self.memory
         metrics = self._metrics(stats, weights)
-        columns = {name: column for name, column in vars(stats).items() if name in self.needs and column.ndim == 1}
-        for name, column in columns.items():
-            if len(column):
-                new = Spread.of(column).on_grid()
-                old = self.memory.get(name, new)
-                self.memory[name] = old.blended(new, self.config.running_decay)
+        if new:
+            old = self.memory or new
+            self.memory = {name: old[name].blended(new[name], self.config.running_decay) for name in new}
         return metrics
 
     def state(self) -> dict[str, Tensor]:
-        return {name: spread.points for name, spread in self.memory.items()}
+        return {name: spread.points for name, spread in (self.memory or {}).items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.memory = {name: Spread(points) for name, points in state.items()}
+        self.memory = {name: Spread(points) for name, points in state.items()} or None
 
     def _metrics(self, stats: TokenStats, answer: TokenWeights) -> dict[str, float]:
         kept = answer.weights > 0
         metrics = {"tip/retained": kept.double().mean().item() if len(kept) else 0.0}
-        if answer.forward_share is not None and kept.any():
-            metrics["tip/forward_share"] = answer.forward_share[kept].double().mean().item()
+        if self.rule.forward_share is not None and kept.any():
+            share = answer.forward_share
+            metrics["tip/forward_share"] = 0.0 if share is None else share[kept].double().mean().item()
         if stats.student_entropy is not None and stats.reverse_kl is not None and len(kept):
-            metrics.update(taxonomy.describe(taxonomy.of(Axes(stats, self.config)), stats.reverse_kl, kept))
+            metrics.update(taxonomy.describe(self.look_back(stats)[1], stats.reverse_kl, kept))
         return metrics
 
 

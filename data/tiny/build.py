@@ -1,4 +1,6 @@
-"""Builds the embedded pair on a CPU: `python -m data.tiny.build` writes outputs/tiny/{teacher,student,*.jsonl}.
+"""Builds an embedded pair on a CPU: `python -m data.tiny.build` writes outputs/tiny/{teacher,student,*.jsonl}.
+
+`--task addition` makes the second one, in outputs/tiny_addition; `student(pair, seed)` another student of the same pair.
 
 The recipe (this folder's source, the seed, and the library versions that change its result) is hashed; a folder made
 by the same recipe is left alone. Built under a temporary name and renamed, so that it is there whole or not at all.
@@ -12,15 +14,17 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import transformers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from data.tiny import task
+from data.tiny import addition, task
 from opd.cli import InputError, main, say
 
 TRAIN_PROBLEMS, TEST_PROBLEMS = 8192, 512
@@ -40,21 +44,43 @@ class Recipe:
     warmup: int = 30
 
 
-TEACHER = Recipe(task.TEACHER, layers=3, hidden=96, steps=320, lr=4e-3)
-STUDENT = Recipe(task.STUDENT, layers=2, hidden=64, steps=400, lr=5e-3)
+@dataclass(frozen=True)
+class Pair:
+    """A task (a module like data.tiny.task) and how its two models are made."""
+
+    task: ModuleType
+    teacher: Recipe
+    student: Recipe
 
 
-def fingerprint(seed: int) -> str:
+PAIRS = {
+    "chain": Pair(
+        task,
+        Recipe(task.TEACHER, layers=3, hidden=96, steps=320, lr=4e-3),
+        Recipe(task.STUDENT, layers=2, hidden=64, steps=400, lr=5e-3),
+    ),
+    "addition": Pair(
+        addition,
+        Recipe(addition.TEACHER, layers=3, hidden=96, steps=320, lr=4e-3),
+        Recipe(addition.STUDENT, layers=2, hidden=64, steps=400, lr=5e-3),
+    ),
+}
+
+
+def fingerprint(name: str, seed: int) -> str:
     """Hash of everything that decides the result."""
-    text = "".join(Path(__file__).parent.joinpath(name).read_text() for name in ("task.py", "build.py"))
-    return hashlib.sha256(f"{text}{seed}{torch.__version__}{transformers.__version__}".encode()).hexdigest()
+    files = ("task.py", "addition.py", "build.py") if name == "addition" else ("task.py", "build.py")
+    text = "".join(Path(__file__).parent.joinpath(file).read_text() for file in files)
+    return hashlib.sha256(f"{text}{name}{seed}{torch.__version__}{transformers.__version__}".encode()).hexdigest()
 
 
-def train_model(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+def train_model(
+    name: str, task: ModuleType, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Qwen3ForCausalLM:
     """Trains one model from nothing on fresh problems: next-token cross entropy on the response tokens."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    end = tokenizer.convert_tokens_to_ids(task.END)
+    end, pad = tokenizer.convert_tokens_to_ids(task.END), tokenizer.pad_token_id
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -85,7 +111,7 @@ def train_model(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, s
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
     for _ in tqdm(range(recipe.steps), desc=f"tiny {name}", unit="step", disable=not sys.stderr.isatty()):
-        rows, prompt_length = [], 0
+        rows, prompt_length = [], 0  # all prompts of a task are of one length
         for _ in range(recipe.batch):
             problem = task.problem(rng)
             prompt = tokenizer.apply_chat_template(
@@ -94,9 +120,10 @@ def train_model(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, s
             prompt_length = len(prompt)
             text = task.response(problem, recipe.speaker, rng)
             rows.append(prompt + tokenizer.encode(text, add_special_tokens=False) + [end])
-        ids = torch.tensor(rows)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, pad)
+        targets = ids[:, prompt_length:]
         logits = model(input_ids=ids, use_cache=False).logits[:, prompt_length - 1 : -1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, prompt_length:].flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -106,7 +133,7 @@ def train_model(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, s
     return model.eval()
 
 
-def write_problems(path: Path, count: int, seed: int, without: set[str]) -> set[str]:
+def write_problems(path: Path, task: ModuleType, count: int, seed: int, without: set[str]) -> set[str]:
     """Writes `count` different problems that are not in `without`, one JSON object a line; returns their texts."""
     rng, texts = random.Random(seed), {}
     while len(texts) < count:
@@ -120,9 +147,9 @@ def write_problems(path: Path, count: int, seed: int, without: set[str]) -> set[
     return set(texts)
 
 
-def build(out: Path, seed: int = 0) -> Path:
+def build(out: Path, seed: int = 0, name: str = "chain") -> Path:
     """Makes the pair in `out` unless the same recipe already did. Returns `out`."""
-    mark = fingerprint(seed)
+    mark = fingerprint(name, seed)
     recorded = out / "recipe.json"
     if recorded.exists() and json.loads(recorded.read_text())["fingerprint"] == mark:
         say(f"embedded pair: {out} is current")
@@ -130,6 +157,53 @@ def build(out: Path, seed: int = 0) -> Path:
     if out.exists() and not recorded.exists():
         raise InputError(f"--out {out}: it exists and holds no embedded pair. Choose a folder that does not exist.")
     say(f"embedded pair: training teacher and student into {out} (one to two minutes of one core)")
+    pair = PAIRS[name]
+
+    def make(folder: Path) -> None:
+        _save(
+            train_model("teacher", pair.task, pair.teacher, pair.task.tokenizer(), seed * 2), pair, folder / "teacher"
+        )
+        _save(
+            train_model("student", pair.task, pair.student, pair.task.tokenizer(), seed * 2 + 1),
+            pair,
+            folder / "student",
+        )
+        test = write_problems(folder / "test.jsonl", pair.task, TEST_PROBLEMS, TEST_SEED, set())
+        write_problems(folder / "train.jsonl", pair.task, TRAIN_PROBLEMS, TRAIN_SEED, test)
+        recipe = {
+            "fingerprint": mark, "task": name, "seed": seed, "teacher": asdict(pair.teacher), "student": asdict(pair.student),
+        }  # fmt: skip
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+
+    _made_whole(out, make)
+    return out
+
+
+def student(pair_folder: Path, seed: int) -> Path:
+    """Another student of an embedded pair, made with another seed; returns its folder, which is made unless it is there."""
+    recorded = json.loads((pair_folder / "recipe.json").read_text())
+    if seed == recorded["seed"]:
+        return pair_folder / "student"
+    out = pair_folder / "students" / f"seed_{seed}"
+    if not out.exists():
+        say(f"embedded pair: training the student of seed {seed} into {out} (about half a minute of one core)")
+        pair = PAIRS[recorded["task"]]
+        _made_whole(
+            out,
+            lambda f: _save(
+                train_model("student", pair.task, pair.student, pair.task.tokenizer(), seed * 2 + 1), pair, f
+            ),
+        )
+    return out
+
+
+def _save(model: Qwen3ForCausalLM, pair: Pair, folder: Path) -> None:
+    model.save_pretrained(folder)
+    pair.task.tokenizer().save_pretrained(folder)
+
+
+def _made_whole(out: Path, make: Callable[[Path], None]) -> None:
+    """Fills a folder under a temporary name, on one thread, and renames it; an old `out` is replaced."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -138,29 +212,22 @@ def build(out: Path, seed: int = 0) -> Path:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # kernels this small get slower, not faster, with more threads
     try:
-        tokenizer = task.tokenizer()
-        for name, recipe, offset in (("teacher", TEACHER, 0), ("student", STUDENT, 1)):
-            model = train_model(name, recipe, tokenizer, seed * 2 + offset)
-            model.save_pretrained(temporary / name)
-            tokenizer.save_pretrained(temporary / name)
-        test = write_problems(temporary / "test.jsonl", TEST_PROBLEMS, TEST_SEED, set())
-        write_problems(temporary / "train.jsonl", TRAIN_PROBLEMS, TRAIN_SEED, test)
-        recipe = {"fingerprint": mark, "seed": seed, "teacher": asdict(TEACHER), "student": asdict(STUDENT)}
-        (temporary / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        make(temporary)
         shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
     finally:
         torch.set_num_threads(threads)
         shutil.rmtree(temporary, ignore_errors=True)
-    return out
 
 
 def command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.tiny.build", description="Build the embedded pair.")
-    parser.add_argument("--out", type=Path, default=Path("outputs/tiny"))
+    parser = argparse.ArgumentParser(prog="python -m data.tiny.build", description="Build an embedded pair.")
+    parser.add_argument("--task", choices=PAIRS, default="chain")
+    parser.add_argument("--out", type=Path, help="default: outputs/tiny, or outputs/tiny_addition")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    print(build(options.out, options.seed))
+    default = Path("outputs") / ("tiny" if options.task == "chain" else f"tiny_{options.task}")
+    print(build(options.out or default, options.seed, options.task))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,252 @@
+"""A table of the paper as one command: arms x seeds -> runs -> table.
+
+    python -m tip.reproduce --table 5 --config configs/tiny.json --seeds 0,1,2 [--jobs 2] [--set KEY=VALUE ...]
+
+A table is data (configs/tables/): its arms are settings of a pair file. A run lies in
+`<output_dir>/<run_name>-reproduce/seed_<n>/<arm>` and serves every table that has the arm. Finished runs are found and
+left alone, stopped ones continue, a failed one is reported and the others go on. All arms of a seed run in one
+process and share the evaluations of the step-0 student and the teacher. On an embedded pair a seed is a new student
+and a new stream of prompts; on others it is a new stream. The results are made by tip.results from the run folders.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from data.tiny import build
+from opd.cli import InputError, Interrupted, RunError, main, parser, say
+from opd.config import ROOT, Config, load_config, read_json_object
+from opd.train import dry_run
+from opd.train import run as train
+from tip import results
+from tip.config import SECTIONS
+from tip.diagnostics import TipObserver
+from tip.rules import RULES
+from tip.weighter import TipWeighter
+
+TABLES = ROOT / "configs" / "tables"
+DEEPPLANNING = {"table7", "figure4"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    settings: dict[str, Any]  # KEY -> VALUE of --set
+
+    @property
+    def label(self) -> str:
+        """`soft_or 0.2 normalization=quantile`: rule, retention where the rule has one, whatever else it sets."""
+        rest = {k.rpartition(".")[2]: v for k, v in self.settings.items() if k not in ("tip.rule", "tip.retention")}
+        rule = self.settings["tip.rule"]
+        words = [rule, "1.0" if rule == "all" else f"{self.settings['tip.retention']:g}" if self.selects else ""]
+        return " ".join([*filter(None, words), *(f"{k}={v}" for k, v in rest.items())])
+
+    @property
+    def selects(self) -> bool:
+        return RULES[self.settings["tip.rule"]].mechanic != "weights"
+
+    @property
+    def slug(self) -> str:
+        return self.label.replace(" ", "-").replace("=", "-")
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str  # of its file: "table5"
+    title: str
+    paper: str | None  # the paper's table with values for these arms (data/paper/tables.json)
+    baselines: tuple[str, ...]  # labels of the arms that others are compared with
+    every_evaluation: bool  # a block for each evaluated step, else for the last alone
+    panels: tuple[tuple[str, tuple[Arm, ...]], ...]
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [arm for _, arms in self.panels for arm in arms]
+
+
+def read_table(name: str) -> Table:
+    """Reads configs/tables/<name>.json. Raises InputError when there is none, or when it is not one."""
+    path = TABLES / f"{name}.json"
+    if not path.exists():
+        raise InputError(
+            f"there is no table {name!r}; there are {', '.join(sorted(p.stem for p in TABLES.glob('*.json')))}."
+        )
+    values = read_json_object(path)
+    try:
+        panels = tuple((p["title"], tuple(Arm(a) for a in p["arms"])) for p in values.pop("panels"))
+        table = Table(name=name, panels=panels, **values | {"baselines": tuple(values["baselines"])})
+        labels = [arm.label for arm in table.arms]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a table ({error}). See the other files of its folder.") from None
+    if len(set(labels)) < len(labels) or not set(table.baselines) <= set(labels):
+        raise InputError(f"{path}: an arm stands twice, or one of baselines {list(table.baselines)} is no arm.")
+    return table
+
+
+def arm_config(path: str, overrides: list[str], arm: Arm, seed: int) -> tuple[Config, dict[str, Any]]:
+    """The configuration of one run. Raises InputError for an override of what the arms decide."""
+    fixed = {"seed", "run_name", *arm.settings}
+    for text in overrides:
+        if text.partition("=")[0] in fixed:
+            raise InputError(f"--set {text}: the arms and seeds of a table set {text.partition('=')[0]}. Leave it out.")
+    base, _ = load_config(path, overrides, SECTIONS)
+    settings = {k: json.dumps(v) for k, v in arm.settings.items()} | {
+        "seed": str(seed),
+        "output_dir": str(_root(base) / f"seed_{seed}"),
+        "run_name": arm.slug,
+        "student.path": str(student_of(base, seed)),
+    }
+    return load_config(path, [*overrides, *(f"{k}={v}" for k, v in settings.items())], SECTIONS)
+
+
+def student_of(config: Config, seed: int) -> str | Path:
+    """An embedded pair has a student for every seed."""
+    pair = Path(config.student.path).parent
+    return build.student(pair, seed) if (pair / "recipe.json").exists() else config.student.path
+
+
+def run_seed(table: Table, path: str, overrides: list[str], seed: int) -> int:
+    """Runs the arms of one seed one after another; returns how many failed (their traceback lies beside the run)."""
+    failed = 0
+    for arm in table.arms:
+        config, sections = arm_config(path, overrides, arm, seed)
+        report = config.run_dir.with_name(f"{arm.slug}.failed.txt")
+        report.unlink(missing_ok=True)
+        try:
+            weighter = TipWeighter(sections["tip"])
+            shared = config.run_dir.parent
+            train(config, weighter, sections, "auto", TipObserver(weighter), shared)
+            print(f"seed {seed}: {arm.label} is done", flush=True)
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:  # whatever it is, the other arms go on
+            failed += 1
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(traceback.format_exc())
+            print(f"seed {seed}: {arm.label} FAILED ({error}); see {report}", flush=True)
+    return failed
+
+
+def _root(config: Config) -> Path:
+    return Path(config.output_dir) / f"{config.run_name}-reproduce"
+
+
+def _in_processes(arguments: list[str], seeds: list[int], jobs: int, logs: Path) -> int:
+    """One process per seed, `jobs` at a time; their progress lines go to our stderr, the rest to a log per seed."""
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, running, failed = list(seeds), {}, 0
+    stopped = 0
+
+    def forward(signum: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = signum
+        for child in running.values():
+            child.send_signal(signum)
+
+    def read(child: subprocess.Popen) -> None:
+        for line in child.stdout:
+            say(line.rstrip())
+
+    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while running or (waiting and not stopped):
+            while waiting and len(running) < jobs and not stopped:
+                seed = waiting.pop(0)
+                with (logs / f"seed_{seed}.log").open("a") as log:
+                    child = subprocess.Popen(
+                        [sys.executable, "-m", "tip.reproduce", *arguments, "--only-seed", str(seed)],
+                        stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                    )  # fmt: skip
+                threading.Thread(target=read, args=(child,), daemon=True).start()
+                running[seed] = child
+                say(f"seed {seed}: started; log in {logs / f'seed_{seed}.log'}")
+            for seed, child in list(running.items()):
+                try:
+                    code = child.wait(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    continue
+                del running[seed]
+                if code and not stopped:
+                    failed += 1
+                    say(f"seed {seed}: ended with exit code {code}; see {logs / f'seed_{seed}.log'}")
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    if stopped:
+        raise Interrupted(stopped)
+    return failed
+
+
+def deepplanning() -> str:
+    """The paper's values of Table 7 and Figure 4, and why there are none of ours."""
+    facts = results.paper()["deepplanning"]
+    rows = [(name.replace("_", " "), *(f"{mean:.1f} +- {pm:.2f}" for mean, pm in facts[name]))
+            for name in ("teacher_qwen3_14b", "teacher_qwen3_32b")]  # fmt: skip
+    return (
+        "Table 7 and Figure 4 of the paper need the DeepPlanning benchmark, whose environment is not part of this project: "
+        "nothing is run, and no other task's numbers are shown under this name. The paper's values "
+        f"({facts['metric']}):\n\n{results.grid(('', *facts['columns']), rows)}"
+    )
+
+
+def command(arguments: list[str]) -> None:
+    transformers.logging.disable_progress_bar()
+    cli = parser("python -m tip.reproduce", "Runs the arms of a table of the paper over seeds, then writes the table.")
+    which = cli.add_mutually_exclusive_group(required=True)
+    which.add_argument("--table", metavar="N", help="3, 4, 5, 6, 7, 8, main or rules (a file of configs/tables)")
+    which.add_argument("--figure", metavar="N", help="1, 3 or 4")
+    cli.add_argument("--seeds", default="0", metavar="0,1,2", help="default 0")
+    cli.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds at a time, each in a process of its own")
+    cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")
+    cli.add_argument("--only-seed", type=int, metavar="N", help="run this seed's arms here and write no table")
+    options = cli.parse_args(arguments)
+    name = f"figure{options.figure}" if options.figure else options.table
+    name = f"table{name}" if name.isdigit() else name
+    if name in DEEPPLANNING:
+        print(deepplanning())
+        return
+    table = read_table(name)
+    try:
+        seeds = [int(text) for text in options.seeds.split(",")]
+    except ValueError:
+        raise InputError(f"--seeds {options.seeds}: expected whole numbers with commas, for example 0,1,2.") from None
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0 or options.jobs < 1:
+        raise InputError(f"--seeds {options.seeds} --jobs {options.jobs}: expected different seeds >= 0 and jobs >= 1.")
+    base, _ = load_config(options.config, options.overrides, SECTIONS)
+    for arm in table.arms:  # what is wrong with the settings is said before anything runs
+        settings = [f"{key}={json.dumps(value)}" for key, value in arm.settings.items()]
+        TipWeighter(load_config(options.config, [*options.overrides, *settings], SECTIONS)[1]["tip"])
+    if options.dry_run:
+        say(f"{table.title}: {len(table.arms)} arms x {len(seeds)} seeds: {', '.join(a.label for a in table.arms)}")
+        dry_run(*arm_config(options.config, options.overrides, table.arms[0], seeds[0]))
+        return
+    if options.only_seed is not None:
+        if run_seed(table, options.config, options.overrides, options.only_seed):
+            raise RunError("not every arm finished")
+        return
+    root = _root(base)
+    if options.jobs == 1 or len(seeds) == 1:
+        failed = sum(run_seed(table, options.config, options.overrides, seed) for seed in seeds)
+    else:
+        for seed in seeds:  # before the processes race for it
+            student_of(base, seed)
+        failed = _in_processes(arguments, seeds, options.jobs, root / "logs")
+    out = root / name
+    found = results.collect(table, root, seeds, Path(options.config).stem)
+    found["command"] = " ".join(["python -m tip.reproduce", *arguments])
+    results.write(found, out)
+    print((out / "table.md").read_text())
+    say(f"{out}: table.md, .csv, .json, figures and report.html")
+    if failed:
+        raise RunError(f"{failed} of the runs failed; the table says which. Give the same command to try them again.")
+
+
+if __name__ == "__main__":
+    main(command)
