@@ -66,13 +66,14 @@ class TipWeighter:
         if memory is not None and not set(BOTH) <= set(memory):
             memory = None  # the rule does not read both axes, so only the update itself knows where they lie
         quadrant = self._by_scope(stats, memory, lambda _, axes: taxonomy.of(axes).quadrant)
-        at = [
-            self._by_scope(
-                stats, memory, lambda s, axes, i=i: torch.full((len(s.position),), axes.thresholds()[i]).double()
-            )
-            for i in (0, 1)
-        ]
-        return score, taxonomy.Quadrants(quadrant, at[0].mean().item(), at[1].mean().item())
+
+        def threshold(which: int) -> float:
+            def column(stats: TokenStats, axes: Axes) -> Tensor:
+                return torch.full((len(stats.position),), axes.thresholds()[which], dtype=torch.float64)
+
+            return self._by_scope(stats, memory, column).mean().item()
+
+        return score, taxonomy.Quadrants(quadrant, threshold(0), threshold(1))
 
     def _by_scope(
         self, stats: TokenStats, memory: Mapping[str, Spread] | None, function: Callable[[TokenStats, Axes], Tensor]
