@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -52,10 +52,23 @@ class Stopwatch:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak since the start, in GiB: allocated by torch on a GPU; resident size of the process on a CPU."""
+    """Peak since the last reset, in GiB: allocated by torch on a GPU; resident size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """From now on `peak_memory_gb` is the peak since now; where the system cannot do that, since the process began."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark of resident memory
 
 
 class Progress:
@@ -127,9 +140,11 @@ class MetricsLog:
         self.board.add_histogram(tag, values, step)
 
     def warn(self, kind: str, message: str, step: int) -> None:
-        """On the console the first time; in TensorBoard always."""
+        """On the console the first time; in warnings.jsonl and TensorBoard always."""
         if kind not in self.warned:
             say(f"warning: {message}")
+        with (self.path.with_name("warnings.jsonl")).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "kind": kind, "message": message}) + "\n")
         self.warned.add(kind)
         self.board.add_text(f"warning/{kind}", message, step)
 

@@ -61,6 +61,15 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
     return checkpoint.newest(run_dir)
 
 
+def alike(shared: Path, identity: Mapping[str, Any]) -> Path:
+    """The folder below `shared` for runs that agree in all that decides how their step-0 models evaluate."""
+    config = identity["config"]
+    same = {key: config[key] for key in ("student", "teacher", "data", "rollout", "eval", "engine", "seed")}
+    same |= {key: identity[key] for key in ("benchmarks", "grader", "files")}
+    same["loss"] = config["loss"]["chunk_bytes"]  # of the reverse KL that an evaluation measures, to the last bit
+    return shared / f"start_{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
 def digests(paths: Sequence[str]) -> dict[str, str]:
     """SHA-256 of the problem files: other problems under the same name make another run. Raises InputError."""
     found = {}
@@ -83,6 +92,10 @@ def rewind(run_dir: Path, step: int) -> None:
     """
     checkpoint.remove_after(run_dir, step)
     (run_dir / "summary.json").unlink(missing_ok=True)
+    warnings = run_dir / "warnings.jsonl"
+    if warnings.exists():
+        lines = warnings.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_whole(warnings, "".join(line for line in lines if json.loads(line)["step"] <= step))
     for tokens in (run_dir / "tokens").glob("step_*.jsonl"):
         if int(tokens.stem.removeprefix("step_")) > step:
             tokens.unlink()

@@ -8,6 +8,7 @@ stopped continues from its newest checkpoint exactly as if it had not been.
 
 import argparse
 import json
+import shutil
 import signal
 import statistics
 import time
@@ -26,7 +27,7 @@ from opd.config import Config, load_config
 from opd.data import Prompt, Rollout, count_steps, prompts_of_step, read_problems, read_training_prompts
 from opd.engine import TorchEngine, pick_device
 from opd.hooks import Observer, RunningWeighter, TokenWeighter, UniformWeighter
-from opd.metrics import MetricsLog, Progress, Stopwatch, duration, peak_memory_gb, write_whole
+from opd.metrics import MetricsLog, Progress, Stopwatch, duration, peak_memory_gb, reset_peak_memory, write_whole
 from opd.models import LanguageModel
 from opd.rollout import Decoding, sample
 from opd.seeds import generator
@@ -65,6 +66,7 @@ def run(
     sections: Mapping[str, Any] | None = None,
     resume: str = "auto",
     observer: Observer | None = None,
+    shared: Path | None = None,
 ) -> Path:
     """Trains, or continues, the run of a configuration; returns its folder.
 
@@ -74,6 +76,8 @@ def run(
         resume: "auto" continues an existing run folder of the same configuration; "none" refuses an existing one;
             else the path of one of its checkpoints to continue from.
         observer: further diagnostics and columns of token dumps; changes nothing.
+        shared: folder in which runs that start alike keep the evaluations of teacher and step-0 student, made by whoever
+            comes first.
     Raises:
         InputError: something in the configuration cannot be used; nothing was written.
         RunError: loss or gradient are not finite, or a checkpoint cannot be written.
@@ -98,6 +102,7 @@ def run(
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every chunk of logits once more
     device = pick_device(config.engine)
+    reset_peak_memory(device)
     student_section = replace(config.student, path=str(start), revision=None) if start else config.student
     student = models.load(student_section, device, "student")
     teacher = models.load(config.teacher, device, "teacher")
@@ -134,9 +139,15 @@ def run(
 
     def measure(name: str, lm: LanguageModel) -> None:
         if benchmarks:
-            found = evaluate.evaluate(
-                lm, teacher, benchmarks, config, vocab_size, run_dir / "eval" / name, grader, stop.check
+            own = run_dir / "eval" / name
+            folder = (
+                own
+                if shared is None or name not in ("teacher", "step_000000")
+                else run_folder.alike(shared, identity) / name
             )
+            found = evaluate.evaluate(lm, teacher, benchmarks, config, vocab_size, folder, grader, stop.check)
+            if folder != own:
+                shutil.copytree(folder, own, dirs_exist_ok=True)
             log.scalars(evaluate.scalars(found, "teacher" if lm is teacher else "eval"), step)
             say(f"{name}: {evaluate.line(found)}")
 
@@ -343,7 +354,12 @@ def start(
     """The training commands behind their arguments: prints the run folder, or with --dry-run what would be done."""
     if not options.dry_run:
         print(run(config, weighter, sections, options.resume, observer))
-        return
+    else:
+        dry_run(config, sections)
+
+
+def dry_run(config: Config, sections: Mapping[str, Any]) -> None:
+    """Prints the resolved configuration, memory, hours and command line; starts nothing."""
     device = pick_device(config.engine)
     models.check_paths(config)
     sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")

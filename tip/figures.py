@@ -101,3 +101,63 @@ def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: tuple[float, float]) 
     axis.set(xlabel="student entropy h = H / ln V", ylabel="divergence d = KL(student || teacher), nats (log)")
     figure.colorbar(drawn, ax=axis, label="tokens")
     return figure
+
+
+def bars(
+    panels: Mapping[str, Sequence[tuple[str, float, float | None, float | None]]], x_label: str, line: str
+) -> Figure:
+    """Horizontal bars, a panel per title: (label, value, standard error, the paper's value), and a dashed line at the bar
+    of the label `line`."""
+    longest = max(len(found) for found in panels.values())
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(1.8 + 4.2 * len(panels), 1.2 + 0.27 * longest),
+        squeeze=False,
+        layout="constrained",
+        sharey=True,
+    )
+    for axis, (title, found) in zip(axes.flat, panels.items(), strict=True):
+        places = np.arange(len(found))[::-1]
+        values = [value for _, value, _, _ in found]
+        errors = [error or 0.0 for _, _, error, _ in found]
+        axis.barh(places, values, xerr=errors, color="#bbbbbb", edgecolor="#333333", linewidth=0.6, capsize=2)
+        marked = [(place, mark) for place, (_, _, _, mark) in zip(places, found, strict=True) if mark is not None]
+        if marked:
+            axis.plot([m for _, m in marked], [p for p, _ in marked], "D", color="#d1495b", markersize=5, label="paper")
+            axis.legend(fontsize=7)
+        for place, value in zip(places, values, strict=True):
+            axis.text(value, place, f" {value:.1f}", va="center", fontsize=7)
+        at = next((value for label, value, _, _ in found if label == line), None)
+        if at is not None:
+            axis.axvline(at, linestyle="--", color="#d1495b", linewidth=1)
+        axis.set_yticks(places, [label for label, _, _, _ in found], fontsize=7)
+        axis.set(title=title, xlabel=x_label)
+        axis.margins(x=0.12)
+    return figure
+
+
+def qualitative(rows: Sequence[Mapping[str, object]]) -> Figure:
+    """The paper's panel B.5: a row per token with its context, numbers, and the five likeliest tokens of both models.
+
+    Args:
+        rows: quadrant, before (text), token, entropy (nats), forward_kl (nats), score, student and teacher ((text, probability)
+            five times).
+    """
+    figure, axes = plt.subplots(len(rows), 3, figsize=(11, 1.55 * len(rows)), squeeze=False, layout="constrained")
+    for (about, *charts), row in zip(axes, rows, strict=True):
+        about.axis("off")
+        text = (
+            f"{row['quadrant']}   ...{row['before']} [{row['token']}]\n\nentropy {row['entropy']:.3f} nats\n"
+            f"forward KL {row['forward_kl']:.3f} nats\nscore {row['score']:.3f}"
+        )
+        about.text(0, 0.95, text.replace("$", r"\$"), va="top", fontsize=7, family="monospace", wrap=True)
+        for axis, who in zip(charts, ("student", "teacher"), strict=True):
+            found = list(row[who])
+            places = np.arange(len(found))[::-1]
+            axis.barh(places, [p for _, p in found], color="#888888" if who == "student" else "#333333")
+            axis.set_yticks(places, [label.replace("$", r"\$") for label, _ in found], fontsize=7, family="monospace")
+            axis.set_xlim(0, 1)
+            axis.set_title(f"{who}: five likeliest, probability", fontsize=7)
+            axis.tick_params(axis="x", labelsize=6)
+    return figure

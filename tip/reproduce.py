@@ -26,7 +26,7 @@ from opd.cli import InputError, Interrupted, RunError, main, parser, say
 from opd.config import ROOT, Config, load_config, read_json_object
 from opd.train import dry_run
 from opd.train import run as train
-from tip import results
+from tip import page, report, results
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
 from tip.rules import RULES
@@ -192,7 +192,7 @@ def deepplanning() -> str:
     return (
         "Table 7 and Figure 4 of the paper need the DeepPlanning benchmark, whose environment is not part of this project: "
         "nothing is run, and no other task's numbers are shown under this name. The paper's values "
-        f"({facts['metric']}):\n\n{results.grid(('', *facts['columns']), rows)}"
+        f"({facts['metric']}):\n\n{report.grid(('', *facts['columns']), rows)}"
     )
 
 
@@ -242,6 +242,8 @@ def command(arguments: list[str]) -> None:
     found = results.collect(table, root, seeds, Path(options.config).stem)
     found["command"] = " ".join(["python -m tip.reproduce", *arguments])
     results.write(found, out)
+    if found["arms"]:
+        page.write(found, out)
     print((out / "table.md").read_text())
     say(f"{out}: table.md, .csv, .json, figures and report.html")
     if failed:
