@@ -37,7 +37,7 @@ from opd.teacher import score as teacher_states
 from tip import figures, taxonomy
 from tip.config import SECTIONS, TipConfig
 from tip.diagnostics import correlation, jaccard, keep_by_every_rule, kept_by_decile, max_over_p99
-from tip.report import grid
+from tip.grid import grid
 from tip.rules import BOTH, RULES
 from tip.scores import Axes, Spread
 from tip.weighter import TipWeighter

@@ -52,7 +52,8 @@ def lines(
         axis.set_visible(False)
     for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
         for label, (x, y) in found.items():
-            axis.plot(x, y, label=label, **style(labels.index(label)))
+            every = max(1, len(x) // 12)  # markers on long curves would hide them
+            axis.plot(x, y, label=label, markevery=every, **style(labels.index(label)))
         axis.set(title=title, xlabel=x_label, ylabel=y_label)
     handles, names = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=7)
@@ -126,8 +127,8 @@ def bars(
         if marked:
             axis.plot([m for _, m in marked], [p for p, _ in marked], "D", color="#d1495b", markersize=5, label="paper")
             axis.legend(fontsize=7)
-        for place, value in zip(places, values, strict=True):
-            axis.text(value, place, f" {value:.1f}", va="center", fontsize=7)
+        for place, value, error in zip(places, values, errors, strict=True):
+            axis.text(value + error, place, f" {value:.1f}", va="center", fontsize=7)
         at = next((value for label, value, _, _ in found if label == line), None)
         if at is not None:
             axis.axvline(at, linestyle="--", color="#d1495b", linewidth=1)

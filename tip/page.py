@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from opd.metrics import write_whole
+from opd.metrics import read_metrics, write_whole
 from tip import figures, results
 
 MANY = 9  # lines in one plot
@@ -33,7 +33,10 @@ def write(result: dict[str, Any], out: Path) -> None:
 def draw(result: dict[str, Any], out: Path) -> dict[str, str]:
     """Figures as PNG and SVG in `out`; returns name -> caption, in the order of the page."""
     seeds = result["seeds"]
-    caption = f"{result['title']}; pair {result['pair']}, n = {len(seeds)} seeds ({', '.join(map(str, seeds))}), commit {result['git_commit']}"
+    names = ", ".join(map(str, seeds))
+    caption = (
+        f"{result['title']}; pair {result['pair']}, n = {len(seeds)} seeds ({names}), commit {result['git_commit']}"
+    )
     drawn: dict[str, str] = {}
 
     def save(figure: figures.Figure, name: str, text: str) -> None:
@@ -52,7 +55,7 @@ def draw(result: dict[str, Any], out: Path) -> dict[str, str]:
     if any(arm["retained"] < 1 for arm in result["arms"].values()):
         save(
             figures.lines(_against_retention(result, accuracy, metric), "tokens kept, share", ""), "retention",
-            f"Retention against accuracy ({sampled}, %), covered divergence, peak memory and time.{marks}",
+            f"Retention against accuracy ({sampled}, %), covered divergence, peak memory (on a CPU: of the process) and time.{marks}",
         )  # fmt: skip
     shown = _shown(result)
     save(
@@ -68,8 +71,8 @@ def draw(result: dict[str, Any], out: Path) -> dict[str, str]:
     if all(x for panel in quadrants.values() for x, _ in panel.values()):
         save(figures.lines(quadrants, "update", "share"), "quadrants_while_training", "Quadrants while training.")
     dumps = _dumps(result, shown[0])
-    if dumps:
-        _from_dumps(dumps, save)
+    if dumps and "quadrant" in dumps[0]:
+        _from_dumps(dumps, _thresholds(result, shown[0], dumps[0]["step"]), save)
     return drawn
 
 
@@ -180,7 +183,15 @@ def _dumps(result: dict[str, Any], label: str) -> list[dict[str, Any]]:
     return [] if path is None else [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def _from_dumps(dumps: list[dict[str, Any]], save: Any) -> None:
+def _thresholds(result: dict[str, Any], label: str, step: int) -> tuple[float, float] | None:
+    """Of the quadrants at an update of an arm's first seed, if they were logged."""
+    rows = read_metrics(Path(next(iter(result["folders"][label].values()))))
+    row = next(r for r in rows if r["step"] == step)
+    names = ("tip/threshold_entropy", "tip/threshold_divergence")
+    return (row[names[0]], row[names[1]]) if set(names) <= set(row) else None
+
+
+def _from_dumps(dumps: list[dict[str, Any]], thresholds: tuple[float, float] | None, save: Any) -> None:
     """The quadrant map, the overlap of rules and the qualitative panel."""
     log_v, step = math.log(dumps[0]["vocab_size"]), dumps[0]["step"]
     about = f"Update {step}, {len(dumps)} rollouts, {sum(len(row['token_ids']) for row in dumps)} tokens."
@@ -188,10 +199,9 @@ def _from_dumps(dumps: list[dict[str, Any]], save: Any) -> None:
     def column(name: str) -> np.ndarray:
         return np.array([value for row in dumps for value in row[name]])
 
-    h, d, quadrant = column("student_entropy") / log_v, column("reverse_kl"), column("quadrant")
-    low_h, low_d = h[np.isin(quadrant, (3, 4))], d[np.isin(quadrant, (2, 4))]
-    thresholds = (float(low_h.max()) if len(low_h) else 0.0), (float(low_d.max()) if len(low_d) else 0.0)
-    save(figures.quadrant_map(h, d, thresholds), "quadrants", f"Token density; dashed: highest low values. {about}")
+    h, d = column("student_entropy") / log_v, column("reverse_kl")
+    if thresholds is not None:
+        save(figures.quadrant_map(h, d, thresholds), "quadrants", f"Token density; dashed: the thresholds. {about}")
     keeps = {name.removeprefix("keep/"): column(name).astype(bool) for name in dumps[0] if name.endswith("@0.2")}
     if keeps:
         matrix = np.array([[(a & b).sum() / max((a | b).sum(), 1) for b in keeps.values()] for a in keeps.values()])
@@ -249,9 +259,10 @@ def _html_of(markdown: str) -> str:
             cells = [
                 [cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|-")
             ]
+            tags = ["th", *["td"] * (len(cells) - 1)]
             rows = [
-                f"<tr>{''.join(f'<{tag}>{c}</{tag}>' for c in row)}</tr>"
-                for row, tag in zip(cells, ["th"] + ["td"] * len(cells))
+                f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in row)}</tr>"
+                for row, tag in zip(cells, tags, strict=True)
             ]
             parts.append(f"<table>{''.join(rows)}</table>")
         elif block.startswith("- "):

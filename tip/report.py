@@ -1,4 +1,4 @@
-"""One table of several runs: accuracy before and after, what was kept, what it cost.
+"""One table of several runs: accuracy before and after, what was kept, what it cost; with --out also figures and a page.
 
     python -m tip.report outputs/tiny-all outputs/tiny-soft_or-0.5 [--out DIR]
 
@@ -14,6 +14,9 @@ from pathlib import Path
 from opd.cli import InputError, main
 from opd.evaluate import GREEDY, percent
 from opd.metrics import write_whole
+from opd.run_folder import command_line
+from tip import page, results
+from tip.grid import grid
 
 PHASES = ("rollout", "teacher", "score", "update")
 
@@ -147,16 +150,10 @@ def _start(run: Run) -> dict[str, object]:
     return shared
 
 
-def grid(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    line = lambda row: "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"  # noqa: E731
-    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
-
-
 def command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tip.report", description="One table of finished runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/table.md")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write table.md, figures and report.html there")
     parser.add_argument("--example", action="store_true", help="also one problem's responses before and after")
     options = parser.parse_args(arguments)
     runs = [read_run(folder) for folder in options.runs]
@@ -164,6 +161,7 @@ def command(arguments: list[str]) -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         write_whole(options.out / "table.md", text + "\n")
+        page.write(results.of_runs(runs) | {"command": command_line()}, options.out)
     print(text)
 
 

@@ -26,9 +26,10 @@ from opd.cli import InputError, Interrupted, RunError, main, parser, say
 from opd.config import ROOT, Config, load_config, read_json_object
 from opd.train import dry_run
 from opd.train import run as train
-from tip import page, report, results
+from tip import page, results
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
+from tip.grid import grid
 from tip.rules import RULES
 from tip.weighter import TipWeighter
 
@@ -192,7 +193,7 @@ def deepplanning() -> str:
     return (
         "Table 7 and Figure 4 of the paper need the DeepPlanning benchmark, whose environment is not part of this project: "
         "nothing is run, and no other task's numbers are shown under this name. The paper's values "
-        f"({facts['metric']}):\n\n{report.grid(('', *facts['columns']), rows)}"
+        f"({facts['metric']}):\n\n{grid(('', *facts['columns']), rows)}"
     )
 
 
@@ -235,11 +236,9 @@ def command(arguments: list[str]) -> None:
     if options.jobs == 1 or len(seeds) == 1:
         failed = sum(run_seed(table, options.config, options.overrides, seed) for seed in seeds)
     else:
-        for seed in seeds:  # before the processes race for it
-            student_of(base, seed)
         failed = _in_processes(arguments, seeds, options.jobs, root / "logs")
     out = root / name
-    found = results.collect(table, root, seeds, Path(options.config).stem)
+    found = results.of_table(table, root, seeds, Path(options.config).stem)
     found["command"] = " ".join(["python -m tip.reproduce", *arguments])
     results.write(found, out)
     if found["arms"]:

@@ -22,9 +22,10 @@ import torch
 from opd.compare import per_problem
 from opd.config import ROOT
 from opd.metrics import read_metrics, write_whole
-from tip.report import grid
+from tip.grid import grid
 
 if TYPE_CHECKING:
+    from tip.report import Run
     from tip.reproduce import Table
 
 METRICS = {"greedy": "greedy", "mean_at_k": "mean@k"}
@@ -53,24 +54,50 @@ def paired_interval(differences: list[np.ndarray], level: float = 0.95, seed: in
     return float(low), float(high)
 
 
-def collect(table: "Table", root: Path, seeds: list[int], pair: str) -> dict[str, Any]:
-    """Everything of a table as plain data. Runs that are missing or failed are named with the reason.
+def of_table(table: "Table", root: Path, seeds: list[int], pair: str) -> dict[str, Any]:
+    """Everything of a table as plain data; `root` holds seed_<n>/<arm>, `pair` is the name of the pair file."""
+    facts = paper()["tables"][table.paper]["pairs"].get(pair, {}) if table.paper else {}
+    return collect(
+        name=table.name, title=table.title, pair=pair, seeds=seeds, baselines=list(table.baselines),
+        every_evaluation=table.every_evaluation, facts=facts,
+        panels=[{"title": title, "arms": [arm.label for arm in panel]} for title, panel in table.panels],
+        settings={arm.label: arm.settings for arm in table.arms},
+        arms={arm.label: {seed: root / f"seed_{seed}" / arm.slug for seed in seeds} for arm in table.arms},
+    )  # fmt: skip
+
+
+def of_runs(runs: list["Run"]) -> dict[str, Any]:
+    """The same of any finished runs that start alike: one panel, compared with the first."""
+    label = {run.folder: run.label for run in runs}
+    arms: dict[str, dict[int, Path]] = {}
+    for run in runs:
+        taken = run.config["seed"] in arms.get(label[run.folder], {})
+        arms.setdefault(run.folder.name if taken else label[run.folder], {})[run.config["seed"]] = run.folder
+    settings = {run.label: {f"tip.{k}": run.config["tip"][k] for k in ("rule", "retention")} if "tip" in run.config else {}
+                for run in runs}  # fmt: skip
+    return collect(
+        name="runs", title="Runs", pair=runs[0].config["run_name"], seeds=sorted({run.config["seed"] for run in runs}),
+        baselines=[next(iter(arms))], every_evaluation=False, facts={}, panels=[{"title": "runs", "arms": list(arms)}],
+        settings={name: settings.get(name, {}) for name in arms}, arms=arms,
+    )  # fmt: skip
+
+
+def collect(
+    *, name: str, title: str, pair: str, seeds: list[int], baselines: list[str], every_evaluation: bool, facts: dict[str, Any],
+    panels: list[dict[str, Any]], settings: dict[str, Any], arms: dict[str, dict[int, Path]],
+) -> dict[str, Any]:  # fmt: skip
+    """Reads the run folders of arms (label -> seed -> folder). What is missing or failed is named with the reason.
 
     Args:
-        root: holds seed_<n>/<arm>.
-        pair: name of the pair file, under which the paper's values are kept.
+        facts: benchmark -> label -> [mean, +-] of the paper, where the pair is one of its.
     """
-    facts = paper()["tables"].get(table.paper or "", {"pairs": {}})["pairs"].get(pair, {})
-    arms = {arm.label: {seed: root / f"seed_{seed}" / arm.slug for seed in seeds} for arm in table.arms}
     done = {
         label: {s: f for s, f in folders.items() if (f / "summary.json").exists()} for label, folders in arms.items()
     }
     result = {
-        "table": table.name, "title": table.title, "pair": pair, "seeds": seeds, "baselines": list(table.baselines),
-        "every_evaluation": table.every_evaluation, "machine": machine(), "paper_pair": bool(facts),
-        "panels": [{"title": title, "arms": [arm.label for arm in panel]} for title, panel in table.panels],
-        "settings": {arm.label: arm.settings for arm in table.arms},
-        "folders": {label: {str(s): str(f) for s, f in found.items()} for label, found in done.items()},
+        "table": name, "title": title, "pair": pair, "seeds": seeds, "baselines": baselines,
+        "every_evaluation": every_evaluation, "machine": machine(), "paper_pair": bool(facts), "panels": panels,
+        "settings": settings, "folders": {label: {str(s): str(f) for s, f in found.items()} for label, found in done.items()},
         "missing": {
             label: {str(s): _reason(f) for s, f in folders.items() if s not in done[label]}
             for label, folders in arms.items() if len(done[label]) < len(folders)
@@ -95,7 +122,7 @@ def collect(table: "Table", root: Path, seeds: list[int], pair: str) -> dict[str
     result["arms"] = {label: _arm(found, facts, label) for label, found in done.items() if found}
     for label, found in result["arms"].items():
         found["differences"] = {
-            base: _differences(done[base], done[label]) for base in table.baselines if base != label and done.get(base)
+            base: _differences(done[base], done[label]) for base in baselines if base != label and done.get(base)
         }
     compared = [steps for arm in result["arms"].values() for steps in arm["differences"].values()]
     result["comparisons"] = sum(
@@ -222,11 +249,12 @@ def markdown(result: dict[str, Any]) -> str:
             parts.append(f"## {name} after update {step}")
             for panel in result["panels"]:
                 parts.append(f"{panel['title']}\n\n" + _panel(result, panel["arms"], name, step))
+    chance = result["comparisons"] // 20
     parts.append(
         'Accuracy in %: mean over seeds +- standard error over seeds (standard error over samples). "-": not measured. '
-        f"Differences in points, paired by seed and problem, with a 95 % bootstrap interval over seeds and problems and the number "
-        f"of seeds on which the arm is better; {result['comparisons']} such differences are in table.json, so about "
-        f"{result['comparisons'] // 20} intervals would miss 0 by chance alone if nothing differed."
+        "Differences in points, paired by seed and problem, with a 95 % bootstrap interval over seeds and problems, and the "
+        f"number of seeds on which the arm is better. table.json holds {result['comparisons']} such differences"
+        + (f"; if nothing differed, some {chance} of their intervals would miss 0 all the same." if chance else ".")
         + (" One seed: an interval says nothing about another training." if len(seeds) == 1 else "")
     )
     parts += [text for text in (_missing(result), _warning_lines(result)) if text]
@@ -302,7 +330,8 @@ def accuracy(found: dict[str, Any] | None) -> str:
 def difference(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
-    return f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}] {found['wins']}/{found['seeds']}"
+    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {found['wins']}/{found['seeds']}"
 
 
 def _missing(result: dict[str, Any]) -> str:
