@@ -55,7 +55,7 @@ def draw(result: dict[str, Any], out: Path) -> dict[str, str]:
     if any(arm["retained"] < 1 for arm in result["arms"].values()):
         save(
             figures.lines(_against_retention(result, accuracy, metric), "tokens kept, share", ""), "retention",
-            f"Retention against accuracy ({sampled}, %), covered divergence, peak memory (on a CPU: of the process) and time.{marks}",
+            f"Retention against accuracy ({sampled}, %), covered divergence, peak memory and time.{marks}",
         )  # fmt: skip
     shown = _shown(result)
     save(

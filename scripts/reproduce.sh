@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# A table or figure of the paper: bash scripts/reproduce.sh --table 5 [CONFIG] [--seeds 0,1,2] [--jobs 2] [--set KEY=VALUE ...]
+# No CONFIG: the embedded tiny pair.
+set -euo pipefail
+what=("$1" "$2"); shift 2
+config="configs/tiny.json"
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then config="$(realpath "$1")"; shift; fi
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh
+source .venv/bin/activate
+if [ "$(basename "$config" .json)" = tiny ]; then python -m data.tiny.build >/dev/null; fi
+exec python -m tip.reproduce "${what[@]}" --config "$config" "$@"
