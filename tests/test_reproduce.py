@@ -1,0 +1,113 @@
+"""Tables as data, their statistics, and a small reproduction from command to page."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.tiny import addition, build
+from opd.cli import InputError
+from opd.grading import extract
+from tip import page, reproduce, results
+
+TABLES = sorted(path.stem for path in Path("configs/tables").glob("*.json"))
+SMALL = ["--set", "optim.steps=2", "--set", "optim.warmup_steps=0", "--set", "eval.limit=6", "--set", "eval.k=1",
+         "--set", "log.token_dump_every=2", "--set", "log.diagnostics_every=2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_has_its_arms_the_random_control_and_the_papers_values(name):
+    table = reproduce.read_table(name)
+    labels = [arm.label for arm in table.arms]
+    assert len({arm.slug for arm in table.arms}) == len(labels) and "all 1.0" in labels
+    retentions = {arm.settings["tip.retention"] for arm in table.arms if arm.selects}
+    assert {f"random {r:g}" for r in retentions} <= set(labels)
+    if table.paper:
+        for pair in results.paper()["tables"][table.paper]["pairs"].values():
+            wanted = set(pair["math500"]) & set(labels)
+            assert len(wanted) >= 2 and (name in ("main", "table6") or wanted == set(pair["math500"]))
+
+
+def test_the_papers_values_are_the_papers():
+    facts = results.paper()["tables"]
+    assert facts["5"]["pairs"]["qwen3_8b_to_4b"]["math500"]["soft_or 0.5"] == [79.1, 0.8]
+    assert facts["8"]["pairs"]["qwen3_8b_to_4b"]["aime25"]["divergence 0.1"] == [15.3, 1.1]
+
+
+def test_the_paired_interval_draws_seeds_and_problems():
+    rng = np.random.default_rng(0)
+    alike = [rng.normal(0.1, 0.01, 200) for _ in range(4)]
+    low, high = results.paired_interval(alike)
+    assert 0.09 < low < 0.1 < high < 0.11
+    apart = [np.full(50, value) for value in (0.0, 0.2, 0.4, 0.6)]  # no spread over problems, much over seeds
+    low, high = results.paired_interval(apart)
+    assert low < 0.15 and high > 0.45
+
+
+def test_deepplanning_shows_the_papers_values_and_nothing_else(capsys):
+    reproduce.command(["--table", "7", "--config", "configs/tiny.json"])
+    text = capsys.readouterr().out
+    assert "not part of this project" in text and "12.6 +- 0.07" in text
+
+
+@pytest.mark.parametrize("options,message", [
+    (["--table", "9"], "there is no table 'table9'"), (["--table", "main", "--seeds", "0,x"], "whole numbers"),
+    (["--table", "main", "--set", "tip.rule=q3"], "Leave it out"), (["--table", "main", "--seeds", "0,0"], "different seeds"),
+])  # fmt: skip
+def test_bad_input_is_named(options, message, tiny_pair):
+    with pytest.raises(InputError, match=message):
+        reproduce.command(["--config", "configs/tiny.json", "--dry-run", *options])
+
+
+def test_a_small_reproduction_and_the_same_again(tiny_pair, tmp_path, capsys):
+    command = ["--table", "main", "--config", "configs/tiny.json", *SMALL, "--set", f"output_dir={tmp_path}"]
+    reproduce.command(command)
+    out = tmp_path / "tiny-reproduce" / "main"
+    first = (out / "table.json").read_text()
+    found = json.loads(first)
+    assert set(found["arms"]) == {"all 1.0", "soft_or 0.5", "random 0.5"} and not found["missing"]
+    seed = tmp_path / "tiny-reproduce" / "seed_0"
+    for arm in ("all-1.0", "soft_or-0.5"):  # one step-0 evaluation serves all arms
+        assert (seed / arm / "eval" / "step_000000" / "summary.json").read_bytes() == next(
+            seed.glob("start_*/step_000000/summary.json")
+        ).read_bytes()
+    assert (out / "table.csv").read_text().count("\n") == 7  # three arms, greedy and sampled
+    text = (out / "report.html").read_text()
+    assert "<script" not in text and text.count("data:image/png") >= 5
+    (seed / "soft_or-0.5" / "summary.json").unlink()  # as if it had been stopped before its end
+    reproduce.command(command)
+    assert (out / "table.json").read_text() == first
+
+
+def test_text_in_the_page_is_escaped():
+    assert "<b>" not in page._html_of("| <b>a |\n|---|\n| <b> |\n\n- <b>\n\n# <b>")
+
+
+def test_a_failed_arm_is_reported_and_the_others_go_on(tiny_pair, tmp_path, monkeypatch, capsys):
+    real = reproduce.train
+
+    def failing(config, *rest):
+        if "soft_or" in config.run_name:
+            raise OSError("the disk is gone")
+        return real(config, *rest)
+
+    monkeypatch.setattr(reproduce, "train", failing)
+    with pytest.raises(reproduce.RunError, match="1 of the runs failed"):
+        reproduce.command(
+            ["--table", "main", "--config", "configs/tiny.json", *SMALL, "--set", f"output_dir={tmp_path}"]
+        )
+    text = (tmp_path / "tiny-reproduce" / "main" / "table.md").read_text()
+    assert "soft_or 0.5, seed 0: OSError: the disk is gone" in text and "random 0.5" in text
+
+
+def test_the_second_task(tmp_path):
+    import random
+
+    rng, wrong, total = random.Random(0), 0, 2000
+    for _ in range(total):
+        text = addition.problem(rng)
+        assert extract(addition.response(text, addition.TEACHER, rng)) == str(addition.answer(text))
+        wrong += extract(addition.response(text, addition.STUDENT, rng)) != str(addition.answer(text))
+    assert 0.35 < wrong / total < 0.65
+    assert set(build.PAIRS) == {"chain", "addition"}
