@@ -2,7 +2,9 @@
 
 import json
 import random
+from dataclasses import replace
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
@@ -71,17 +73,21 @@ def test_the_folder_is_a_pair_of_plain_checkpoints(tiny_pair):
     assert all(r["answer"] == str(task.answer(r["problem"])) for r in train + test)
 
 
-def test_building_is_deterministic_and_happens_once(monkeypatch, tmp_path):
-    short = {"steps": 3, "batch": 4}
-    for name in ("TEACHER", "STUDENT"):
-        monkeypatch.setattr(build, name, build.Recipe(**{**vars(getattr(build, name)), **short}))
+@pytest.mark.parametrize("name", ["chain", "addition"])
+def test_building_is_deterministic_and_happens_once(name, monkeypatch, tmp_path):
+    pair = build.PAIRS[name]
+    recipes = {who: replace(recipe, steps=3, batch=4) for who, recipe in vars(pair).items() if who != "task"}
+    monkeypatch.setitem(build.PAIRS, name, replace(pair, **recipes))
     for folder in (tmp_path / "a", tmp_path / "b"):
-        build.build(folder)
+        build.build(folder, name=name)
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert files and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     stamp = (tmp_path / "a" / "recipe.json").stat().st_mtime_ns
-    build.build(tmp_path / "a")
+    other = build.student(tmp_path / "a", 7)
+    assert (other / "model.safetensors").read_bytes() != (tmp_path / "a" / "student" / "model.safetensors").read_bytes()
+    assert build.student(tmp_path / "a", 7) == other and build.student(tmp_path / "a", 0) == tmp_path / "a" / "student"
+    build.build(tmp_path / "a", name=name)
     assert (tmp_path / "a" / "recipe.json").stat().st_mtime_ns == stamp
-    build.build(tmp_path / "a", seed=1)  # another recipe: rebuilt
+    build.build(tmp_path / "a", seed=1, name=name)  # another recipe: rebuilt
     assert (tmp_path / "a" / "recipe.json").stat().st_mtime_ns != stamp
     assert not list(tmp_path.glob(".*")) and torch.get_num_threads() == 1
