@@ -13,7 +13,10 @@ if [ -z "${given:-}" ]; then
   echo "No CONFIG given: running the embedded tiny pair, a constructed testbed, on the CPU." >&2
   echo "The paper's pair, on a GPU: bash scripts/run_math500_soft_or.sh configs/qwen3_8b_to_4b.json" >&2
 fi
-if [ "$name" = tiny ]; then python -m data.tiny.build >/dev/null; fi
+case "$name" in
+  tiny) python -m data.tiny.build >/dev/null ;;
+  tiny_addition) python -m data.tiny.build --task addition >/dev/null ;;
+esac
 all=(python -m tip.train --config "$config" "$@" --set run_name="$name-all" --set tip.rule=all)
 soft_or=(python -m tip.train --config "$config" --set tip.retention=0.5 "$@" --set run_name="$name-soft_or" --set tip.rule=soft_or)
 for word in "$@"; do if [ "$word" = --dry-run ]; then "${all[@]}"; "${soft_or[@]}"; exit; fi; done

@@ -226,7 +226,8 @@ def command(arguments: list[str]) -> None:
         TipWeighter(load_config(options.config, [*options.overrides, *settings], SECTIONS)[1]["tip"])
     if options.dry_run:
         say(f"{table.title}: {len(table.arms)} arms x {len(seeds)} seeds: {', '.join(a.label for a in table.arms)}")
-        dry_run(*arm_config(options.config, options.overrides, table.arms[0], seeds[0]))
+        first = [f"{key}={json.dumps(value)}" for key, value in table.arms[0].settings.items()]
+        dry_run(*load_config(options.config, [*options.overrides, *first], SECTIONS))
         return
     if options.only_seed is not None:
         if run_seed(table, options.config, options.overrides, options.only_seed):
