@@ -92,11 +92,7 @@ def read_table(name: str) -> Table:
 
 
 def arm_config(path: str, overrides: list[str], arm: Arm, seed: int) -> tuple[Config, dict[str, Any]]:
-    """The configuration of one run. Raises InputError for an override of what the arms decide."""
-    fixed = {"seed", "run_name", *arm.settings}
-    for text in overrides:
-        if text.partition("=")[0] in fixed:
-            raise InputError(f"--set {text}: the arms and seeds of a table set {text.partition('=')[0]}. Leave it out.")
+    """The configuration of one run."""
     base, _ = load_config(path, overrides, SECTIONS)
     settings = {k: json.dumps(v) for k, v in arm.settings.items()} | {
         "seed": str(seed),
@@ -221,6 +217,10 @@ def command(arguments: list[str]) -> None:
     if len(set(seeds)) < len(seeds) or min(seeds) < 0 or options.jobs < 1:
         raise InputError(f"--seeds {options.seeds} --jobs {options.jobs}: expected different seeds >= 0 and jobs >= 1.")
     base, _ = load_config(options.config, options.overrides, SECTIONS)
+    fixed = {"seed", "run_name"}.union(*(arm.settings for arm in table.arms))
+    for text in options.overrides:
+        if (key := text.partition("=")[0]) in fixed:
+            raise InputError(f"--set {text}: the arms and seeds of a table set {key}. Leave it out.")
     for arm in table.arms:  # what is wrong with the settings is said before anything runs
         settings = [f"{key}={json.dumps(value)}" for key, value in arm.settings.items()]
         TipWeighter(load_config(options.config, [*options.overrides, *settings], SECTIONS)[1]["tip"])
