@@ -80,6 +80,17 @@ def test_a_small_reproduction_and_the_same_again(tiny_pair, tmp_path, capsys):
     assert (out / "table.json").read_text() == first
 
 
+def test_a_curve_over_retention_starts_at_all_tokens_under_its_own_loss():
+    table = reproduce.read_table("rules")
+    settings = {arm.label: arm.settings for arm in table.arms}
+    found = page._families({"settings": settings, "arms": settings})
+    mixed = "mixture=total_variation"
+    assert found["q3"] == ["all 1.0", "q3 0.2", "q3 0.1"]
+    assert found[f"q3 {mixed}"] == [f"all 1.0 {mixed}", f"q3 0.2 {mixed}", f"q3 0.1 {mixed}"]
+    assert found["total_variation"] == [f"all 1.0 {mixed}", "total_variation 0.2", "total_variation 0.1"]
+    assert found["total_variation mixture=none"][0] == "all 1.0" and not any(f.startswith("all") for f in found)
+
+
 def test_text_in_the_page_is_escaped():
     assert "<b>" not in page._html_of("| <b>a |\n|---|\n| <b> |\n\n- <b>\n\n# <b>")
 

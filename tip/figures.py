@@ -134,7 +134,7 @@ def bars(
             axis.axvline(at, linestyle="--", color="#d1495b", linewidth=1)
         axis.set_yticks(places, [label for label, _, _, _ in found], fontsize=7)
         axis.set(title=title, xlabel=x_label)
-        axis.margins(x=0.12)
+        axis.margins(x=0.12, y=0.02)
     return figure
 
 

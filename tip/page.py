@@ -48,6 +48,7 @@ def draw(result: dict[str, Any], out: Path) -> dict[str, str]:
         return drawn
     sampled = f"mean@{next(iter(accuracy.values()))['k']}" if metric == "mean_at_k" else "greedy"
     marks = " Diamonds: the paper's values." if result["paper_pair"] else ""
+    memory = f" {results.CPU_MEMORY}" if result["machine"].endswith("no GPU") else ""
     save(
         figures.bars(_bars(result, accuracy, metric), f"accuracy ({sampled}), %", result["baselines"][0]), "accuracy",
         f"Accuracy after the last update; bars: standard error over seeds; dashed: {result['baselines'][0]}.{marks}",
@@ -55,7 +56,7 @@ def draw(result: dict[str, Any], out: Path) -> dict[str, str]:
     if any(arm["retained"] < 1 for arm in result["arms"].values()):
         save(
             figures.lines(_against_retention(result, accuracy, metric), "tokens kept, share", ""), "retention",
-            f"Retention against accuracy ({sampled}, %), covered divergence, peak memory and time.{marks}",
+            f"Retention against accuracy ({sampled}, %), covered divergence, peak memory, time.{memory}{marks}",
         )  # fmt: skip
     shown = _shown(result)
     save(
@@ -106,19 +107,24 @@ def _bars(
 
 
 def _families(result: dict[str, Any]) -> dict[str, list[str]]:
-    """Rule with its other settings -> labels, by falling retention; every family starts at all tokens."""
+    """Rule with its other settings -> labels, by falling retention, from all tokens under the same loss where they are."""
+    settings = {label: found for label, found in result["settings"].items() if label in result["arms"]}
+    whole = {_loss(found): [label] for label, found in settings.items() if found.get("tip.rule") == "all"}
     families: dict[str, list[str]] = {}
-    for label, settings in result["settings"].items():
-        if label in result["arms"] and "tip.retention" in settings:
-            rest = [
-                f"{k.rpartition('.')[2]}={v}" for k, v in settings.items() if k not in ("tip.rule", "tip.retention")
-            ]
-            families.setdefault(" ".join([settings["tip.rule"], *rest]), []).append(label)
-    whole = ["all 1.0"] if "all 1.0" in result["arms"] else []
+    for label, found in settings.items():
+        if "tip.retention" in found and found["tip.rule"] != "all":
+            rest = [f"{k.rpartition('.')[2]}={v}" for k, v in found.items() if k not in ("tip.rule", "tip.retention")]
+            families.setdefault(" ".join([found["tip.rule"], *rest]), []).append(label)
     return {
-        family: whole + sorted(labels, key=lambda label: -result["settings"][label]["tip.retention"])
+        family: whole.get(_loss(settings[labels[0]]), []) + sorted(labels, key=lambda a: -settings[a]["tip.retention"])
         for family, labels in families.items()
     }
+
+
+def _loss(settings: dict[str, Any]) -> tuple[str | None, str]:
+    """What decides an arm's loss: the divergence it sets, and its mixture (the rule's own where it sets none)."""
+    own = "total_variation" if settings.get("tip.rule") == "total_variation" else "none"
+    return settings.get("loss.divergence"), settings.get("tip.mixture") or own
 
 
 def _against_retention(result: dict[str, Any], benchmarks: dict[str, Any], metric: str) -> dict[str, Any]:

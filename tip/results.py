@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 METRICS = {"greedy": "greedy", "mean_at_k": "mean@k"}
 RESAMPLES = 4000
+CPU_MEMORY = "On a CPU peak memory is the process's, with the evaluations it ran: it does not compare rules."
 
 
 def paper() -> dict[str, Any]:
@@ -256,6 +257,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"number of seeds on which the arm is better. table.json holds {result['comparisons']} such differences"
         + (f"; if nothing differed, some {chance} of their intervals would miss 0 all the same." if chance else ".")
         + (" One seed: an interval says nothing about another training." if len(seeds) == 1 else "")
+        + (f" {CPU_MEMORY}" if result["machine"].endswith("no GPU") else "")
     )
     parts += [text for text in (_missing(result), _warning_lines(result)) if text]
     return "\n\n".join(parts) + "\n"
