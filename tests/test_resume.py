@@ -19,7 +19,7 @@ from helpers import LOSS, engine_for, one_each, random_lm, random_rollouts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from opd import checkpoint, metrics
+from opd import checkpoint, metrics, run_folder
 from opd.cli import Interrupted, RunError
 from opd.config import load_config
 from opd.step import train_step
@@ -276,3 +276,14 @@ def test_a_saved_student_gives_the_logits_of_the_one_in_memory(tiny_pair, tmp_pa
         assert torch.equal(
             AutoModelForCausalLM.from_pretrained(saved)(input_ids=ids).logits, lm.model(input_ids=ids).logits
         )
+
+
+def test_going_back_forgets_later_warnings_and_dumps(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    for step in (2, 4):
+        (tmp_path / "tokens" / f"step_{step:06d}.jsonl").write_text("{}\n")
+    rows = [json.dumps({"step": step, "kind": "little_mass", "message": "m"}) + "\n" for step in (1, 3, 4)]
+    (tmp_path / "warnings.jsonl").write_text("".join(rows))
+    run_folder.rewind(tmp_path, 3)
+    assert (tmp_path / "warnings.jsonl").read_text() == "".join(rows[:2])
+    assert [p.name for p in (tmp_path / "tokens").iterdir()] == ["step_000002.jsonl"]

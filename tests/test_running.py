@@ -91,6 +91,19 @@ def test_one_pass_does_not_depend_on_micro_batches_or_order(rule):
         assert relative(other_gradient, gradient) < 2e-6
 
 
+def test_rollouts_draw_independently_in_one_pass():
+    """Two rollouts of equal length and equal scores: the same draw twice would be one random number used twice."""
+    weighter = TipWeighter(TipConfig(rule="entropy_sampling", retention=0.5, scope="running"))
+    student, teacher = random_lm(1), random_lm(2, name="teacher")
+    engine = engine_for(student, "optim.warmup_steps=0")
+    one = random_rollouts(student, count=1, response=(12, 12))[0]
+    twins = one_each([dataclasses.replace(one, sequence_id=i) for i in range(6)])
+    update(student, teacher, engine, twins, weighter, 1)
+    result = update(student, teacher, engine, twins, weighter, 2)
+    drawn = {tuple(result.weights.weights[result.stats.sequence_id == i].tolist()) for i in range(6)}
+    assert len(drawn) > 3
+
+
 def test_an_update_that_keeps_nothing_in_one_pass_changes_nothing():
     weighter = TipWeighter(TipConfig(rule="soft_or", retention=0.5, scope="running"))
     student, teacher = random_lm(1), random_lm(2, name="teacher")
