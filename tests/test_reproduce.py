@@ -1,6 +1,10 @@
 """Tables as data, their statistics, and a small reproduction from command to page."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +57,8 @@ def test_deepplanning_shows_the_papers_values_and_nothing_else(capsys):
 
 @pytest.mark.parametrize("options,message", [
     (["--table", "9"], "there is no table 'table9'"), (["--table", "main", "--seeds", "0,x"], "whole numbers"),
-    (["--table", "main", "--set", "tip.rule=q3"], "Leave it out"), (["--table", "main", "--seeds", "0,0"], "different seeds"),
+    (["--table", "main", "--set", "tip.rule=q3"], "Leave it out"), (["--table", "main", "--arms", "q3 0.2"], "has no arm 'q3 0.2'"),
+    (["--table", "main", "--seeds", "0,0"], "different seeds"),
 ])  # fmt: skip
 def test_bad_input_is_named(options, message, tiny_pair):
     with pytest.raises(InputError, match=message):
@@ -93,6 +98,36 @@ def test_a_curve_over_retention_starts_at_all_tokens_under_its_own_loss():
 
 def test_text_in_the_page_is_escaped():
     assert "<b>" not in page._html_of("| <b>a |\n|---|\n| <b> |\n\n- <b>\n\n# <b>")
+
+
+def test_chosen_arms_come_with_the_baseline():
+    table = reproduce.only(reproduce.read_table("table5"), ["soft_or 0.2"])
+    assert [arm.label for arm in table.arms] == ["all 1.0", "soft_or 0.2"] and len(table.panels) == 1
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_seeds_and_the_same_command_ends_like_an_unbroken_one(tiny_pair, tmp_path):
+    command = [sys.executable, "-m", "tip.reproduce", "--table", "main", "--config", "configs/tiny.json", "--seeds", "0,1",
+               "--jobs", "2", "--arms", "soft_or 0.5", "--set", "optim.steps=12", "--set", "eval.limit=16", "--set", "eval.k=1",
+               "--set"]  # fmt: skip
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    with (tmp_path / "log").open("w") as log:
+        child = subprocess.Popen([*command, f"output_dir={broken}"], stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
+        while "all 1.0 is done" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 128 + signal.SIGTERM
+    assert not (broken / "tiny-reproduce" / "main").exists()
+    for out in (broken, whole):
+        subprocess.run([*command, f"output_dir={out}"], check=True, capture_output=True)
+    tables = []
+    for out in (broken, whole):
+        found = json.loads((out / "tiny-reproduce" / "main" / "table.json").read_text())
+        assert not found["missing"]
+        tables.append({label: [arm["retained"], arm["mass_covered"], arm["evaluations"], arm["differences"]]
+                       for label, arm in found["arms"].items()})  # fmt: skip
+    assert tables[0] == tables[1]
 
 
 def test_a_failed_arm_is_reported_and_the_others_go_on(tiny_pair, tmp_path, monkeypatch, capsys):

@@ -300,11 +300,11 @@ def test_an_example_is_one_problem_before_and_after(small):
 
 
 def test_the_main_script_handles_its_arguments(tiny_pair):
-    command = ["bash", "scripts/run_math500_soft_or.sh", "configs/tiny.json", "--dry-run", "--set", "run_name=mine"]
+    command = ["bash", "scripts/run_math500_soft_or.sh", "configs/tiny.json", "--dry-run", "--set", "output_dir=mine"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "plan of outputs/tiny-all" in result.stdout and "plan of outputs/tiny-soft_or" in result.stdout
-    assert result.stdout.count("nothing was started") == 2
+    assert "3 arms x 1 seeds: all 1.0, soft_or 0.5, random 0.5" in result.stderr
+    assert "plan of mine/tiny:" in result.stdout and result.stdout.count("nothing was started") == 1
 
 
 def test_held_out_prompts_are_evaluated_beside_the_benchmarks(tiny_pair, tmp_path):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,16 @@ def read_table(name: str) -> Table:
     if len(set(labels)) < len(labels) or not set(table.baselines) <= set(labels):
         raise InputError(f"{path}: an arm stands twice, or one of baselines {list(table.baselines)} is no arm.")
     return table
+
+
+def only(table: Table, labels: list[str]) -> Table:
+    """The table with these arms and its baselines alone. Raises InputError for a label that it does not have."""
+    known = [arm.label for arm in table.arms]
+    if unknown := [label for label in labels if label not in known]:
+        raise InputError(f"--arms: {table.name} has no arm {unknown[0]!r}; its arms are {', '.join(known)}.")
+    wanted = {*labels, *table.baselines}
+    panels = ((title, tuple(arm for arm in arms if arm.label in wanted)) for title, arms in table.panels)
+    return replace(table, panels=tuple((title, arms) for title, arms in panels if arms))
 
 
 def arm_config(path: str, overrides: list[str], arm: Arm, seed: int) -> tuple[Config, dict[str, Any]]:
@@ -201,6 +211,7 @@ def command(arguments: list[str]) -> None:
     which.add_argument("--figure", metavar="N", help="1, 3 or 4")
     cli.add_argument("--seeds", default="0", metavar="0,1,2", help="default 0")
     cli.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds at a time, each in a process of its own")
+    cli.add_argument("--arms", metavar="A,B", help="only these arms, by the labels of --dry-run, and the baselines")
     cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")
     cli.add_argument("--only-seed", type=int, metavar="N", help="run this seed's arms here and write no table")
     options = cli.parse_args(arguments)
@@ -210,6 +221,8 @@ def command(arguments: list[str]) -> None:
         print(deepplanning())
         return
     table = read_table(name)
+    if options.arms:
+        table = only(table, options.arms.split(","))
     try:
         seeds = [int(text) for text in options.seeds.split(",")]
     except ValueError:
