@@ -12,6 +12,7 @@ matplotlib.rcParams.update(
 )
 import numpy as np  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 COLOURS = ("#0b3c5d", "#d1495b", "#328cc1", "#7a9e1f", "#8e44ad", "#e08e0b", "#444444", "#2a9d8f", "#b5651d", "#999999")
@@ -83,7 +84,9 @@ def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: tuple[float, float]) 
     figure, axis = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
     floor = max(float(np.quantile(d[d > 0], 0.01)) if (d > 0).any() else 1e-8, 1e-8)
     shown = np.maximum(d, floor)
-    drawn = axis.hexbin(h, shown, gridsize=45, yscale="log", bins="log", cmap="Greys", mincnt=1)
+    visible = LogNorm(vmin=0.2)  # a single token is grey, not white: those far out are the ones that matter
+    drawn = axis.hexbin(h, shown, gridsize=45, yscale="log", norm=visible, cmap="Greys", mincnt=1)
+    axis.set_ylim(shown.min() / 8, shown.max() * 8)  # room for the corners' texts
     axis.axvline(thresholds[0], color="#d1495b", linestyle="--", linewidth=1.2)
     axis.axhline(max(thresholds[1], floor), color="#d1495b", linestyle="--", linewidth=1.2)
     total = d.sum()
