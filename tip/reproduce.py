@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def student_of(config: Config, seed: int) -> str | Path:
     return build.student(pair, seed) if (pair / "recipe.json").exists() else config.student.path
 
 
-def run_seed(table: Table, path: str, overrides: list[str], seed: int) -> int:
+def run_seed(table: Table, path: str, overrides: list[str], seed: int, tell: Callable[[str], None] = say) -> int:
     """Runs the arms of one seed one after another; returns how many failed (their traceback lies beside the run)."""
     failed = 0
     for arm in table.arms:
@@ -130,14 +131,14 @@ def run_seed(table: Table, path: str, overrides: list[str], seed: int) -> int:
             weighter = TipWeighter(sections["tip"])
             shared = config.run_dir.parent
             train(config, weighter, sections, "auto", TipObserver(weighter), shared)
-            print(f"seed {seed}: {arm.label} is done", flush=True)
+            tell(f"seed {seed}: {arm.label} is done")
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:  # whatever it is, the other arms go on
             failed += 1
             report.parent.mkdir(parents=True, exist_ok=True)
             report.write_text(traceback.format_exc())
-            print(f"seed {seed}: {arm.label} FAILED ({error}); see {report}", flush=True)
+            tell(f"seed {seed}: {arm.label} FAILED ({error}); see {report}")
     return failed
 
 
@@ -243,7 +244,7 @@ def command(arguments: list[str]) -> None:
         dry_run(*load_config(options.config, [*options.overrides, *first], SECTIONS))
         return
     if options.only_seed is not None:
-        if run_seed(table, options.config, options.overrides, options.only_seed):
+        if run_seed(table, options.config, options.overrides, options.only_seed, lambda text: print(text, flush=True)):
             raise RunError("not every arm finished")
         return
     root = _root(base)
