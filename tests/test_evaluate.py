@@ -203,9 +203,12 @@ def test_the_main_job_on_prepared_data(math_problems, tiny_llama, tmp_path):
                             capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (
-        "math500: accuracy" in result.stdout and "aime24: accuracy" in result.stdout and "soft_or 0.5" in result.stdout
+        all(f"## {name} after update 2" in result.stdout for name in ("math500", "aime24"))
+        and "soft_or 0.5" in result.stdout
     )
-    rows = [json.loads(line) for line in (tmp_path / "qwen3_8b_to_4b-all/metrics.jsonl").read_text().splitlines()]
+    assert "paper" not in result.stdout  # the file is of a paper pair, the models are not
+    folder = tmp_path / "qwen3_8b_to_4b-reproduce/seed_0/all-1.0"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and "rollout/accuracy" in rows[0]
 
 

@@ -1,6 +1,7 @@
 """Tables as data, their statistics, and a small reproduction from command to page."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from data.tiny import addition, build
 from opd.cli import InputError
+from opd.config import load_config
 from opd.grading import extract
 from tip import page, reproduce, results
 
@@ -108,8 +110,8 @@ def test_chosen_arms_come_with_the_baseline():
 @pytest.mark.slow
 def test_a_signal_stops_all_seeds_and_the_same_command_ends_like_an_unbroken_one(tiny_pair, tmp_path):
     command = [sys.executable, "-m", "tip.reproduce", "--table", "main", "--config", "configs/tiny.json", "--seeds", "0,1",
-               "--jobs", "2", "--arms", "soft_or 0.5", "--set", "optim.steps=12", "--set", "eval.limit=16", "--set", "eval.k=1",
-               "--set"]  # fmt: skip
+               "--jobs", "2", "--arms", "soft_or 0.5", "--set", "optim.steps=8", "--set", "eval.limit=8", "--set", "eval.k=1",
+               "--set", f"student.path={shutil.copytree(tiny_pair / 'student', tmp_path / 'copy')}", "--set"]  # fmt: skip
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     with (tmp_path / "log").open("w") as log:
         child = subprocess.Popen([*command, f"output_dir={broken}"], stdout=log, stderr=log)
@@ -128,6 +130,14 @@ def test_a_signal_stops_all_seeds_and_the_same_command_ends_like_an_unbroken_one
         tables.append({label: [arm["retained"], arm["mass_covered"], arm["evaluations"], arm["differences"]]
                        for label, arm in found["arms"].items()})  # fmt: skip
     assert tables[0] == tables[1]
+
+
+def test_the_papers_values_stand_beside_the_papers_pair_alone(tmp_path):
+    table, pair = reproduce.read_table("table5"), "qwen3_8b_to_4b"
+    models = [load_config(f"configs/{pair}.json")[0].student.path, load_config(f"configs/{pair}.json")[0].teacher.path]
+    assert results.of_table(table, tmp_path, [0], pair, tuple(models))["paper_pair"]
+    assert not results.of_table(table, tmp_path, [0], pair, ("mine", models[1]))["paper_pair"]
+    assert not results.of_table(table, tmp_path, [0], "tiny", tuple(models))["paper_pair"]
 
 
 def test_a_failed_arm_is_reported_and_the_others_go_on(tiny_pair, tmp_path, monkeypatch, capsys):

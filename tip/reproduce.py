@@ -253,7 +253,8 @@ def command(arguments: list[str]) -> None:
     else:
         failed = _in_processes(arguments, seeds, options.jobs, root / "logs")
     out = root / name
-    found = results.of_table(table, root, seeds, Path(options.config).stem)
+    models = base.student.path, base.teacher.path
+    found = results.of_table(table, root, seeds, Path(options.config).stem, models)
     found["command"] = " ".join(["python -m tip.reproduce", *arguments])
     results.write(found, out)
     if found["arms"]:

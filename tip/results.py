@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from opd.compare import per_problem
-from opd.config import ROOT
+from opd.config import ROOT, read_json_object
 from opd.metrics import read_metrics, write_whole
 from tip.grid import grid
 
@@ -55,9 +55,18 @@ def paired_interval(differences: list[np.ndarray], level: float = 0.95, seed: in
     return float(low), float(high)
 
 
-def of_table(table: "Table", root: Path, seeds: list[int], pair: str) -> dict[str, Any]:
-    """Everything of a table as plain data; `root` holds seed_<n>/<arm>, `pair` is the name of the pair file."""
+def of_table(table: "Table", root: Path, seeds: list[int], pair: str, models: tuple[str, str]) -> dict[str, Any]:
+    """Everything of a table as plain data.
+
+    Args:
+        root: holds seed_<n>/<arm>.
+        pair: name of the pair file.
+        models: paths of student and teacher; the paper's values are shown only where they are those of its pair file.
+    """
     facts = paper()["tables"][table.paper]["pairs"].get(pair, {}) if table.paper else {}
+    if facts:
+        shipped = read_json_object(ROOT / "configs" / f"{pair}.json")
+        facts = facts if models == (shipped["student"]["path"], shipped["teacher"]["path"]) else {}
     return collect(
         name=table.name, title=table.title, pair=pair, seeds=seeds, baselines=list(table.baselines),
         every_evaluation=table.every_evaluation, facts=facts,
