@@ -75,6 +75,24 @@ def make_micro_batches(rollouts: Sequence[Rollout], max_tokens: int, pad_id: int
     return [_collate(group, counted, pad_id) for group in groups]
 
 
+def share_of_rank(rollouts: Sequence[Rollout], rank: int, ranks: int) -> list[Rollout]:
+    """This rank's part of an update: every rank gets as many rollouts and about as many tokens, whoever sampled them.
+
+    Dealt longest first, forwards and then backwards (0 1 2 2 1 0 0 ...), so that micro-batches of the same number, which
+    wait for each other, are also of about the same length.
+    """
+    order = sorted(rollouts, key=lambda r: (-len(r.prompt.token_ids) - len(r.response_ids), r.sequence_id))
+    rounds = range(-(-len(order) // ranks))
+    places = (n * ranks + (rank if n % 2 == 0 else ranks - 1 - rank) for n in rounds)
+    return [order[place] for place in places if place < len(order)]
+
+
+def empty_micro_batch(pad_id: int) -> MicroBatch:
+    """One padded token and nothing to predict, for a rank that has to run a model although it has no tokens left."""
+    none = torch.zeros(0, dtype=torch.long)
+    return MicroBatch(torch.full((1, 1), pad_id), torch.ones(1, 1, dtype=torch.long), none, none, none, none, none)
+
+
 def _collate(group: Sequence[Rollout], counted: dict[int, int], pad_id: int) -> MicroBatch:
     sequences = [r.prompt.token_ids + r.response_ids for r in group]
     input_ids = torch.full((len(group), max(map(len, sequences))), pad_id)

@@ -3,7 +3,7 @@
 `checkpoints/step_000020/` holds the student in Hugging Face format (safetensors, float32, tokenizer beside it), the
 optimizer's moments and what a running weighter remembers (safetensors), trainer.json, and manifest.json with size and
 SHA-256 of every file. It is written under a temporary name, flushed to disk, then renamed; `latest` names the newest
-one. Nothing is ever unpickled.
+one. Nothing is ever unpickled. It is the same whatever number of processes wrote it, so any number continues from it.
 """
 
 import hashlib
@@ -11,14 +11,16 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opd import distributed
 from opd.cli import RunError, say
-from opd.engine import TorchEngine
+from opd.engine import DeepSpeedEngine, TorchEngine
 from opd.metrics import write_whole
 from opd.models import LanguageModel
 
@@ -34,18 +36,26 @@ def folder(run_dir: Path, step: int) -> Path:
 
 
 def save(
-    run_dir: Path, step: int, student: LanguageModel, engine: TorchEngine, memory: dict[str, Tensor], keep: int
+    run_dir: Path,
+    step: int,
+    student: LanguageModel,
+    engine: TorchEngine | DeepSpeedEngine,
+    memory: dict[str, Tensor],
+    keep: int,
 ) -> Path:
     """Writes the checkpoint of update `step`, points `latest` at it, and removes all but the newest `keep`.
 
-    `memory` is what the weighter remembers, if anything.
+    All ranks call it, the first one writes. `memory` is what the weighter remembers, if anything.
 
     Raises RunError, with the earlier checkpoints untouched, when there is no room or a write fails.
     """
     final = folder(run_dir, step)
     temporary = final.with_name(f".{final.name}.tmp")
-    optimizer = {name: value.detach().cpu().contiguous() for name, value in engine.state().items()}
-    needed = sum(v.nbytes for v in optimizer.values()) + sum(p.nbytes for p in student.model.parameters())
+    weights, moments = engine.weights(), engine.state()
+    if not distributed.is_first():
+        return final
+    optimizer = {name: value.detach().cpu().contiguous() for name, value in moments.items()}
+    needed = sum(v.nbytes for v in optimizer.values()) + sum(v.nbytes for v in weights.values())
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(".step_*"):  # of a process that was killed while it wrote
         shutil.rmtree(leftover)
@@ -56,12 +66,14 @@ def save(
             f"{free / 2**30:.2f} GiB free. Earlier checkpoints are intact; make room and start the same command again."
         )
     try:
-        student.model.save_pretrained(temporary)
+        student.model.save_pretrained(temporary, state_dict=weights)
         student.tokenizer.save_pretrained(temporary)
+        _say_float32(temporary / "config.json")
         save_file(optimizer, temporary / "optimizer.safetensors")
         if memory:
             save_file(memory, temporary / "weighter.safetensors")
-        (temporary / "trainer.json").write_text(json.dumps({"step": step}) + "\n")
+        trainer = {"step": step, "processes": distributed.world_size()}
+        (temporary / "trainer.json").write_text(json.dumps(trainer) + "\n")
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -118,15 +130,46 @@ def step_of(checkpoint: Path) -> int:
     return json.loads((checkpoint / "trainer.json").read_text())["step"]
 
 
-def load_optimizer(checkpoint: Path, engine: TorchEngine) -> None:
-    """The moments; the student itself is loaded from the folder like any Hugging Face checkpoint."""
-    engine.load_state(load_file(checkpoint / "optimizer.safetensors"))
+def processes_of(checkpoint: Path) -> int:
+    """How many processes wrote it."""
+    return json.loads((checkpoint / "trainer.json").read_text())["processes"]
+
+
+def load_optimizer(checkpoint: Path, engine: TorchEngine | DeepSpeedEngine) -> None:
+    """The moments; the student itself is loaded from the folder like any Hugging Face checkpoint.
+
+    An engine whose parameters are bfloat16 takes the float32 weights beneath them from here too.
+    """
+    engine.load(_Tensors([checkpoint / "optimizer.safetensors"]), _Tensors(checkpoint.glob("model*.safetensors")))
+
+
+class _Tensors(Mapping):
+    """Tensors of safetensors files by name, read when asked for: no process holds all of a large model's moments."""
+
+    def __init__(self, paths: Iterable[Path]):
+        files = [safe_open(path, framework="pt") for path in sorted(paths)]
+        self.file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file_of[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def __len__(self) -> int:
+        return len(self.file_of)
 
 
 def load_weighter(checkpoint: Path) -> dict[str, Tensor]:
     """What the weighter remembered; empty if it had learnt nothing."""
     path = checkpoint / "weighter.safetensors"
     return load_file(path) if path.exists() else {}
+
+
+def _say_float32(config: Path) -> None:
+    """Under DeepSpeed the student runs in bfloat16 and transformers writes that down, but the saved weights are float32."""
+    values = json.loads(config.read_text()) | {"dtype": "float32"}
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _all(run_dir: Path) -> list[Path]:

@@ -31,11 +31,13 @@ def main(command: Callable[[list[str]], None]) -> None:
     """Runs a command on `sys.argv[1:]` and exits: 0 done, 2 wrong input, 128 + signal when stopped, 1 anything else."""
     try:
         command(sys.argv[1:])
-    except InputError as error:
-        say(f"error: {error}")
+    except InputError as error:  # every process of a machine says the same
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RunError as error:
-        say(f"error: {error}")
+        who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"error: {who}{error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except Interrupted as stop:
         say(str(stop))
@@ -49,7 +51,9 @@ def main(command: Callable[[list[str]], None]) -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """On the console; of several processes the first alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):

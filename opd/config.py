@@ -57,6 +57,13 @@ class Teacher:
     revision: Annotated[str | None, doc("Hub commit or tag; null for a folder or the default branch.")]
     dtype: Annotated[Dtype, doc("Dtype of the teacher's weights and arithmetic.")]
     attn_implementation: Annotated[Attention, doc("Attention kernel of transformers.")]
+    placement: Annotated[
+        Literal["device", "sharded", "host"],
+        doc(
+            "Where its weights lie. device: whole on every process's device; sharded: split over the processes, gathered "
+            "layer by layer while it runs (ZeRO-3); host: that, in host memory. The latter two need engine.kind deepspeed."
+        ),
+    ]
 
 
 @strict
@@ -157,7 +164,19 @@ class Optim:
 class Engine:
     """What holds the weights and applies the update."""
 
-    kind: Annotated[Literal["torch"], doc("torch: one process, one device.")]
+    kind: Annotated[
+        Literal["torch", "deepspeed"],
+        doc(
+            "torch: one process, one device. deepspeed: one process per GPU, started by opd.launch, torchrun or deepspeed."
+        ),
+    ]
+    deepspeed: Annotated[
+        Text | None,
+        doc(
+            "Name of configs/deepspeed/NAME.json, or path of such a file: ZeRO stage and offload. null with kind torch. What "
+            "the pair file decides (optimizer, schedule, clipping, dtype, batch) has no place in it."
+        ),
+    ]
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda when there is one, else cpu.")]
     cpu_threads: Annotated[
         Count | None,
@@ -381,6 +400,16 @@ def _check(config: Config, where: str) -> None:
     require(
         not config.eval.k or len(config.eval.benchmarks) > 0,
         f"eval.k is {config.eval.k} without eval.benchmarks: name one, or set eval.k=null.",
+    )
+    require(
+        (config.engine.kind == "deepspeed") == (config.engine.deepspeed is not None),
+        f"engine.kind is {config.engine.kind!r} and engine.deepspeed is {config.engine.deepspeed!r}: the file belongs to kind "
+        '"deepspeed" and to it alone. For example --set engine.kind=deepspeed --set engine.deepspeed=zero2.',
+    )
+    require(
+        config.engine.kind == "deepspeed" or config.teacher.placement == "device",
+        f"teacher.placement is {config.teacher.placement!r} and engine.kind is 'torch': weights are split or kept in host "
+        'memory by ZeRO-3. Set engine.kind to "deepspeed", or teacher.placement to "device".',
     )
     if config.optim.steps is not None:
         require(

@@ -1,14 +1,36 @@
-"""What the training step needs from the other processes; in a single process each of these is the identity.
+"""What a run needs from its other processes; in a single process each of these is the identity.
 
 Statistics of all tokens meet on every rank, so that selection over the update is the same everywhere; gradients are
 *summed*, because every rank already divides by the global sum of weights. Every rank calls these, whatever it kept.
+What travels are tensors: nothing that comes from another process is unpickled.
 """
 
+import datetime
+import os
+import socket
 from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# A rank that waits for the slowest one's responses is not stuck. What ends a run whose process died is the launcher,
+# and gloo's closed connection, not this.
+PATIENCE = datetime.timedelta(hours=6)
+
+
+def start(device: torch.device) -> None:
+    """Joins the processes that a launcher started (RANK, WORLD_SIZE, ...); without a launcher, a group of one."""
+    if dist.is_initialized():
+        return
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics meet on the CPU
+    dist.init_process_group(backend, timeout=PATIENCE)
 
 
 def world_size() -> int:
@@ -17,6 +39,17 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_first() -> bool:
+    """The one process that writes files, evaluations' grades and the console."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))  # on the CPU; a barrier would ask for a GPU
 
 
 def gather_rows(columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], slice]:
@@ -57,8 +90,27 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def sum_number(value: float) -> float:
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def largest(value: float) -> float:
+    """The largest of all ranks' values."""
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def _reduced(value: float, operation: dist.ReduceOp) -> float:
     if world_size() == 1:
         return value
     total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total)
+    dist.all_reduce(total, op=operation)
     return total.item()
+
+
+def from_first(text: str) -> str:
+    """The first rank's text, everywhere."""
+    if world_size() == 1:
+        return text
+    raw = text.encode() if is_first() else b""
+    data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.zeros(0, dtype=torch.uint8)
+    joined, _ = gather_rows({"text": data})
+    return joined["text"].numpy().tobytes().decode()

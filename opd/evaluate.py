@@ -13,16 +13,19 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from opd import grading, models
-from opd.batch import make_micro_batches
+import torch
+
+from opd import distributed, grading, models
+from opd.batch import empty_micro_batch, make_micro_batches, share_of_rank
 from opd.cli import InputError, main, parser, say
 from opd.config import ROOT, Config, Count, Student, Teacher, Text, build, doc, load_config, read_json_object, strict
 from opd.data import Prompt, Rollout, make_prompts, read_problems
-from opd.engine import pick_device
+from opd.engine import load_teacher, pick_device
 from opd.metrics import Progress, write_whole
 from opd.models import LanguageModel
 from opd.rollout import Decoding, sample
@@ -131,9 +134,11 @@ def evaluate(
     vocab_size: int,
     out: Path,
     grader: grading.Grader,
-    stop: Callable[[], None] = lambda: None,
+    stop: Callable[[bool], None] = lambda together: None,
 ) -> dict[str, dict]:
-    """Evaluates on every benchmark unless `out` already holds the result; returns name -> figures.
+    """Evaluates on every benchmark unless `out` already holds the result; returns name -> figures, on the first rank.
+
+    The responses are shared out over all ranks; the first one writes and grades.
 
     A model is sampled over its own whole vocabulary, so that its accuracy does not depend on whom it is paired with.
     Responses are appended to `<name>.partial.jsonl` batch by batch, and a stopped evaluation continues from there; then
@@ -142,22 +147,27 @@ def evaluate(
     Args:
         teacher: for eval.reverse_kl; None, or the evaluated model itself: not measured.
         vocab_size: ids compared in eval.reverse_kl.
-        stop: called while responses are generated; may raise to leave early.
+        stop: called while responses are generated, with True where all ranks do; may raise to leave early.
     """
     summary_path = out / "summary.json"
-    if summary_path.exists():
-        return json.loads(summary_path.read_text())
-    out.mkdir(parents=True, exist_ok=True)
+    if known := distributed.from_first(summary_path.read_text() if summary_path.exists() else ""):
+        return json.loads(known)
+    first = distributed.is_first()
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
     summary = {}
     for loaded in benchmarks:
         begin = time.perf_counter()
         # over its own vocabulary, except for ids that the teacher who reads the responses could not embed
         vocab = len(lm.tokenizer) if teacher is None else min(len(lm.tokenizer), models.embeddable(teacher))
         numbered = _responses(lm, loaded, config, vocab, out / f"{loaded.name}.partial.jsonl", stop)
-        rows = _graded(lm, numbered, grader, loaded.benchmark.answer_lines)
+        columns = [{} for _ in numbered]
         if config.eval.reverse_kl and teacher is not None and teacher is not lm:
             columns = _reverse_kl(lm, teacher, [r for _, r in numbered], config, vocab_size, stop)
-            rows = [{**row, "reverse_kl": value} for row, value in zip(rows, columns, strict=True)]
+        if not first:
+            continue
+        rows = _graded(lm, numbered, grader, loaded.benchmark.answer_lines)
+        rows = [row | column for row, column in zip(rows, columns, strict=True)]
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         summary[loaded.name] = {
             **summarise(rows),
@@ -166,66 +176,73 @@ def evaluate(
             "seed": config.seed,
             "time/evaluation": time.perf_counter() - begin,
         }
-    write_whole(summary_path, json.dumps(summary, indent=1) + "\n")
-    for loaded in benchmarks:
-        (out / f"{loaded.name}.partial.jsonl").unlink(missing_ok=True)
+    if first:
+        write_whole(summary_path, json.dumps(summary, indent=1) + "\n")
+        for loaded in benchmarks:
+            (out / f"{loaded.name}.partial.jsonl").unlink(missing_ok=True)
     return summary
 
 
 def _responses(
-    lm: LanguageModel, loaded: LoadedBenchmark, config: Config, vocab: int, partial: Path, stop: Callable[[], None]
+    lm: LanguageModel, loaded: LoadedBenchmark, config: Config, vocab: int, partial: Path, stop: Callable[[bool], None]
 ) -> list[tuple[int, Rollout]]:
     """(sample number, response) of every problem, sample by sample; what `partial` holds is not generated again.
 
-    The unit is a batch of fixed content, so that a continued evaluation computes exactly what an unbroken one does.
+    The unit is a batch of fixed content for each process, so that a continued evaluation computes exactly what an unbroken
+    one of as many processes does.
     """
-    benchmark, size = loaded.benchmark, config.rollout.batch_size
+    benchmark, size = loaded.benchmark, config.rollout.batch_size * distributed.world_size()
     order = sorted(range(len(loaded.prompts)), key=lambda i: -len(loaded.prompts[i].token_ids))
     batches = [(n, order[i : i + size]) for n in loaded.numbers for i in range(0, len(order), size)]
-    done = _read_partial(partial, batches)
+    first = distributed.is_first()
+    lines = distributed.from_first(_read_partial(partial) if first else "").splitlines()
+    done = {(r["sample"], i): response for r in map(json.loads, lines)
+            for i, response in zip(r["problems"], r["responses"], strict=True)}  # fmt: skip
     found: dict[tuple[int, int], Rollout] = {}
     sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
     greedy = replace(sampled, temperature=0.0, top_p=1.0)
     with (
-        partial.open("a", encoding="utf-8") as file,
+        partial.open("a", encoding="utf-8") if first else nullcontext() as file,
         Progress(f"{lm.name} on {loaded.name}", len(batches) and len(order) * len(loaded.numbers)) as progress,
     ):
 
         def advance(responses: int, tokens: int) -> None:
             progress.advance(responses, tokens)
-            stop()
+            stop(False)
 
-        for place, (number, chosen) in enumerate(batches):
+        for number, chosen in batches:
             prompts = [loaded.prompts[i] for i in chosen]
-            if place in done:
-                rollouts = [Rollout(i, prompt, tuple(ids), reason)
-                            for i, prompt, (ids, reason) in zip(chosen, prompts, done[place], strict=True)]  # fmt: skip
+            if all((number, i) in done for i in chosen):
+                rollouts = [Rollout(i, prompt, tuple(done[number, i][0]), done[number, i][1])
+                            for i, prompt in zip(chosen, prompts, strict=True)]  # fmt: skip
                 progress.advance(len(rollouts), 0)
             else:
                 decoding = greedy if number == GREEDY else sampled
                 seeds = [(config.seed, "eval", loaded.name, p.id, number) for p in prompts]
-                rollouts = sample(lm, prompts, decoding, vocab, len(prompts), seeds, advance)
-                record = {"batch": place, "responses": [(r.response_ids, r.finish_reason) for r in rollouts]}
-                file.write(json.dumps(record) + "\n")
-                file.flush()
+                rollouts = sample(lm, prompts, decoding, vocab, config.rollout.batch_size, seeds, advance)
+                if file:
+                    responses = [(r.response_ids, r.finish_reason) for r in rollouts]
+                    file.write(json.dumps({"sample": number, "problems": chosen, "responses": responses}) + "\n")
+                    file.flush()
+                stop(True)
             found.update({(number, i): rollout for i, rollout in zip(chosen, rollouts, strict=True)})
     return [(number, found[number, i]) for number in loaded.numbers for i in range(len(order))]
 
 
-def _read_partial(path: Path, batches: Sequence[tuple[int, list[int]]]) -> dict[int, list]:
-    """Whole batches of an earlier, stopped evaluation; the file is cut back to them."""
-    done: dict[int, list] = {}
+def _read_partial(path: Path) -> str:
+    """The whole lines of an earlier, stopped evaluation; the file is cut back to them."""
+    kept = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 record = json.loads(line)
-                done[record["batch"]] = record["responses"]
+                if len(record["problems"]) == len(record["responses"]) and "sample" in record:
+                    kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the line that was being written
-        kept = "".join(json.dumps({"batch": b, "responses": r}) + "\n" for b, r in sorted(done.items()))
-        write_whole(path, kept)
-        say(f"{path.name}: {len(done)} of {len(batches)} batches are there")
-    return done
+        write_whole(path, "".join(kept))
+        say(f"{path.name}: {len(kept)} batches are there")
+    return "".join(kept)
 
 
 def _graded(
@@ -255,17 +272,24 @@ def _reverse_kl(
     rollouts: Sequence[Rollout],
     config: Config,
     vocab_size: int,
-    stop: Callable[[], None],
-) -> list[float]:
-    """Mean KL(student || teacher) over the tokens of each response, nats."""
+    stop: Callable[[bool], None],
+) -> list[dict[str, float]]:
+    """Per response {"reverse_kl": mean KL(student || teacher) over its tokens, nats}; the ranks share the work."""
     numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts)]
+    mine = share_of_rank(numbered, distributed.rank(), distributed.world_size())
+    batches = make_micro_batches(mine, config.optim.micro_batch_tokens, lm.eos_ids[0], "keep")
+    missing = int(distributed.largest(len(batches))) - len(batches)
+    columns = {"sequence_id": [torch.zeros(0, dtype=torch.long)], "reverse_kl": [torch.zeros(0)]}
+    for batch in [*batches, *[empty_micro_batch(lm.eos_ids[0])] * missing]:
+        found = pair_stats(lm, teacher, batch, vocab_size, config.loss, frozenset({"reverse_kl"}))
+        columns["sequence_id"].append(batch.sequence_id)
+        columns["reverse_kl"].append(found["reverse_kl"])
+        stop(True)
+    joined, _ = distributed.gather_rows({name: torch.cat(parts) for name, parts in columns.items()})
     sums = [0.0] * len(rollouts)
-    for batch in make_micro_batches(numbered, config.optim.micro_batch_tokens, lm.eos_ids[0], "keep"):
-        values = pair_stats(lm, teacher, batch, vocab_size, config.loss, frozenset({"reverse_kl"}))["reverse_kl"]
-        for i, value in zip(batch.sequence_id.tolist(), values.tolist(), strict=True):
-            sums[i] += value
-        stop()
-    return [total / len(rollout.response_ids) for total, rollout in zip(sums, rollouts, strict=True)]
+    for i, value in zip(joined["sequence_id"].tolist(), joined["reverse_kl"].tolist(), strict=True):
+        sums[i] += value
+    return [{"reverse_kl": total / len(r.response_ids)} for total, r in zip(sums, rollouts, strict=True)]
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, Any]:
@@ -385,21 +409,26 @@ def command(arguments: list[str]) -> None:
     )
     if options.model == config.teacher.path:
         section = config.teacher  # in its own dtype, as in training
-    lm = models.load(section, pick_device(config.engine), "model")
+    device = pick_device(config.engine)
+    if config.engine.kind == "deepspeed":
+        distributed.start(device)
+    lm = load_teacher(config, device, "model") if section is config.teacher else models.load(section, device, "model")
     limit = options.limit if options.limit is not None else config.eval.limit
     benchmarks = load_benchmarks(config, lm, limit)
     check_benchmarks(lm, benchmarks)
     parts = [part for part in Path(options.model).parts[-3:] if part != "checkpoints"]
     out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
-    _same_or_clear(out, options.model, config, benchmarks)
+    if distributed.is_first():
+        _same_or_clear(out, options.model, config, benchmarks)
     teacher, vocab_size = None, len(lm.tokenizer)
     if config.eval.reverse_kl:
-        teacher = models.load(config.teacher, lm.device, "teacher")
+        teacher = load_teacher(config, lm.device)
         vocab_size = models.shared_vocabulary(lm, teacher)
     with grading.Grader() as grader:
         summary = evaluate(lm, teacher, benchmarks, config, vocab_size, out, grader)
-    say(line(summary))
-    print(out / "summary.json")
+    if distributed.is_first():
+        say(line(summary))
+        print(out / "summary.json")
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from opd import distributed
 from opd.cli import say
 
 CONSOLE = (  # label, metric, format
@@ -78,7 +79,8 @@ class Progress:
         self.label, self.total, self.unit = label, total, unit
         self.done = self.tokens = 0
         self.begin = self.said = time.monotonic()
-        self.bar = tqdm(total=total, desc=label, unit=" " + unit, leave=False, disable=not sys.stderr.isatty())
+        visible = sys.stderr.isatty() and distributed.is_first()
+        self.bar = tqdm(total=total, desc=label, unit=" " + unit, leave=False, disable=not visible)
 
     def __enter__(self) -> "Progress":
         return self

@@ -4,10 +4,11 @@ Any Hugging Face causal LM will do whose logits are soft_cap * tanh(scale * (h W
 trust: on loading, the head found here is compared with the model's own logits, and a model that differs is refused.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,26 @@ DROPOUT_KEYS = (
 )
 
 
+class HeadScope(torch.nn.Module):
+    """Owns the LM head's parameters beside the model, so that work on them can be called like a module.
+
+    Under ZeRO-3 a parameter is whole only while a module that owns it runs, forward and backward; the fused loss runs
+    outside of the model's own output layer, so it needs a module of its own. Elsewhere this only calls.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        layer = model.get_output_embeddings()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, hidden: Tensor, work: Callable[[Tensor], Any]) -> Any:
+        return work(hidden)
+
+
+def _call(work: Callable[[], Any]) -> Any:
+    return work()
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A loaded model with what the trainer asks of it."""
@@ -42,6 +63,21 @@ class LanguageModel:
     eos_ids: tuple[int, ...]  # every id that ends a response
     compute_dtype: torch.dtype  # autocast when it is not the weights' dtype
     name: str  # "student" or "teacher", for messages
+    run: Callable[[Callable[[], Any]], Any] = _call  # whatever calls the model goes through it: DeepSpeed's forward
+    sharded: bool = False  # ZeRO-3: every forward is a collective, so all ranks make the same number of them
+    whole_head: Head | None = None  # of a sharded teacher: its LM head, kept whole
+    head_scope: HeadScope = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head_scope", HeadScope(self.model))
+
+    def head(self, vocab_size: int) -> Head:
+        """Its head, cut to the first ids. Of a sharded student only within a call of `head_scope`."""
+        return (
+            head_of(self.model, vocab_size)
+            if self.whole_head is None
+            else replace(self.whole_head, vocab_size=vocab_size)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -90,10 +126,13 @@ def check_paths(config: Config) -> None:
         _check_folder(section.path, f"{name}.path {section.path!r}")
 
 
-def load(section: Student | Teacher, device: torch.device, name: str) -> LanguageModel:
+def load(
+    section: Student | Teacher, device: torch.device, name: str, sharding: AbstractContextManager | None = None
+) -> LanguageModel:
     """Loads model and tokenizer of a config section: safetensors only, no remote code.
 
-    The student's weights are float32 whatever its compute dtype; the teacher's are in its dtype and frozen.
+    The student's weights are float32 whatever its compute dtype; the teacher's are in its dtype and frozen. With
+    `sharding` (opd.engine.sharding) each process gets its part of the weights, which cannot run before an engine has them.
     Raises InputError when folder, weights, tokenizer or architecture are not usable.
     """
     where = f"{name}.path {section.path!r}"
@@ -102,13 +141,16 @@ def load(section: Student | Teacher, device: torch.device, name: str) -> Languag
     weights_dtype = torch.float32 if isinstance(section, Student) else dtype
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            section.path,
-            revision=section.revision,
-            dtype=weights_dtype,
-            use_safetensors=True,
-            attn_implementation=section.attn_implementation,
-        ).to(device)
+        with sharding or nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                section.path,
+                revision=section.revision,
+                dtype=weights_dtype,
+                use_safetensors=True,
+                attn_implementation=section.attn_implementation,
+            )
+        if sharding is None:
+            model = model.to(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # what a broken checkpoint raises depends on what is broken, and on its architecture
@@ -135,7 +177,8 @@ def load(section: Student | Teacher, device: torch.device, name: str) -> Languag
     if not eos_ids:
         raise InputError(f"{where}: neither tokenizer, config.json nor generation_config.json names an EOS id.")
     found = LanguageModel(model, tokenizer, eos_ids, dtype, name)
-    _check_head(found, where)
+    if sharding is None:
+        check_head(found)
     return found
 
 
@@ -164,7 +207,7 @@ def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
             f"they take no part in the divergence ({size} shared ids)"
         )
     for model in (student, teacher):
-        rows = model.model.get_output_embeddings().weight.shape[0]
+        rows = model.model.get_output_embeddings().out_features
         if rows < size:
             raise InputError(f"the {model.name}'s head has {rows} rows, fewer than the {size} ids of its tokenizer.")
     return size
@@ -172,7 +215,7 @@ def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
 
 def embeddable(lm: LanguageModel) -> int:
     """How many ids the model can read."""
-    return lm.model.get_input_embeddings().weight.shape[0]
+    return lm.model.get_input_embeddings().num_embeddings
 
 
 def check_prompt_ids(prompts: Sequence[Prompt], teacher: LanguageModel) -> None:
@@ -238,25 +281,33 @@ def _refuse_dropout(model: PreTrainedModel, where: str) -> None:
 
 
 @torch.no_grad()
-def _check_head(lm: LanguageModel, where: str) -> None:
-    vocab = min(lm.model.get_output_embeddings().weight.shape[0], len(lm.tokenizer))
+def check_head(lm: LanguageModel) -> None:
+    """Compares the head found here with the model's own logits. Raises InputError when they differ."""
+    vocab = min(lm.model.get_output_embeddings().out_features, len(lm.tokenizer))
     ids = (torch.arange(8) * 7919 % vocab)[None].to(lm.device)
-    with lm.precision():
-        own = lm.model(input_ids=ids, use_cache=False).logits[0, :, :vocab].float()
-        states = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
-    head = head_of(lm.model, vocab)
-    logits = states @ head.weight[:vocab].float().T
-    if head.bias is not None:
-        logits += head.bias[:vocab].float()
-    logits *= head.scale
-    if head.soft_cap is not None:
-        logits = head.soft_cap * (logits / head.soft_cap).tanh()
+
+    def both() -> tuple[Tensor, Tensor]:
+        with lm.precision():
+            own = lm.model(input_ids=ids, use_cache=False).logits[0, :, :vocab].float()
+            states = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
+        return own, lm.head_scope(states, lambda states: _logits(states, lm.head(vocab)))
+
+    own, logits = lm.run(both)
     error = ((logits - own).norm() / own.norm()).item()
     if not error < (1e-4 if lm.compute_dtype == torch.float32 else 2e-2):
         raise InputError(
-            f"{where}: the logits of {type(lm.model).__name__} are not its final states times its head (relative "
-            f"difference {error:.2g}), so divergences computed from hidden states would be wrong. Not supported."
+            f"{lm.name}.path {lm.model.name_or_path!r}: the logits of {type(lm.model).__name__} are not its final states "
+            f"times its head (relative difference {error:.2g}), so divergences computed from hidden states would be wrong. "
+            "Not supported."
         )
+
+
+def _logits(states: Tensor, head: Head) -> Tensor:
+    logits = states @ head.weight[: head.size].float().T
+    if head.bias is not None:
+        logits += head.bias[: head.size].float()
+    logits *= head.scale
+    return logits if head.soft_cap is None else head.soft_cap * (logits / head.soft_cap).tanh()
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from opd import distributed
 from opd.data import Prompt, Rollout
 from opd.models import LanguageModel
 from opd.seeds import generator
@@ -40,26 +41,63 @@ def sample(
 ) -> list[Rollout]:
     """One response per prompt (repeat a prompt for several), in order; `sequence_id` is the place in `prompts`.
 
-    Raises FloatingPointError when logits are not finite.
+    Several processes share the work, and each gets all responses.
+
+    Raises FloatingPointError, on every rank, when logits are not finite.
 
     Args:
         vocab_size: only ids below are sampled, so never a padded vocabulary row.
-        batch_size: responses generated together; long prompts are batched with long ones.
+        batch_size: responses that a process generates together; long prompts are batched with long ones.
         seeds: per response, what seeds its randomness.
         progress: called after each generated position with 0 responses and the tokens it gave, and after each batch
-            with its responses and 0 tokens; may raise to stop.
+            with its responses and 0 tokens; may raise to stop where there is one process. Other processes' responses
+            are told at the end.
     """
+    ranks = distributed.world_size()
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
-    rollouts: dict[int, Rollout] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        responses = _generate(
-            lm, [prompts[i] for i in chosen], decoding, vocab_size, [seeds[i] for i in chosen], progress
-        )
-        for i, ids in zip(chosen, responses, strict=True):
-            rollouts[i] = Rollout(i, prompts[i], ids, "stop" if ids[-1] in lm.eos_ids else "length")
-        progress(len(responses), 0)
-    return [rollouts[i] for i in range(len(prompts))]
+    size = min(batch_size, -(-len(order) // ranks))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    mine = batches[distributed.rank() :: ranks]
+    # a model that is split over the ranks runs on all of them: who has no batch left repeats the first, for nothing
+    spare = -(-len(batches) // ranks) - len(mine) if lm.sharded else 0
+    found: dict[int, tuple[int, ...]] = {}
+    failed: FloatingPointError | None = None
+    for number, chosen in enumerate([*mine, *[batches[0]] * spare]):
+        try:
+            responses = _generate(
+                lm, [prompts[i] for i in chosen], decoding, vocab_size, [seeds[i] for i in chosen],
+                progress if number < len(mine) else lambda responses, tokens: None,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            failed = error
+            if not lm.sharded:
+                break
+            continue
+        if number < len(mine):
+            found.update(zip(chosen, responses, strict=True))
+            progress(len(responses), 0)
+    if distributed.largest(failed is not None):
+        raise failed or FloatingPointError("the model's logits are not finite on another process")
+    own = sum(map(len, found.values()))
+    responses = _of_all_ranks(found)
+    if ranks > 1:
+        progress(len(prompts) - len(found), sum(map(len, responses.values())) - own)
+    return [
+        Rollout(i, prompt, responses[i], "stop" if responses[i][-1] in lm.eos_ids else "length")
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _of_all_ranks(found: dict[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+    """Responses by place in the prompts, from whoever generated them."""
+    places = [place for place, ids in found.items() for _ in ids]
+    tokens = [token for ids in found.values() for token in ids]
+    columns = {"place": torch.tensor(places, dtype=torch.long), "token": torch.tensor(tokens, dtype=torch.long)}
+    joined, _ = distributed.gather_rows(columns)
+    responses: dict[int, list[int]] = {}
+    for place, token in zip(joined["place"].tolist(), joined["token"].tolist(), strict=True):
+        responses.setdefault(place, []).append(token)
+    return {place: tuple(ids) for place, ids in responses.items()}
 
 
 @torch.no_grad()
@@ -88,12 +126,17 @@ def _generate(
         eos_token_id=list(lm.eos_ids),
     )
     with _own_generation_config(lm, config), lm.precision():
-        output = lm.model.generate(
-            ids.to(lm.device),
-            attention_mask=mask.to(lm.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([sampler]),
+        output = lm.run(
+            lambda: lm.model.generate(
+                ids.to(lm.device),
+                attention_mask=mask.to(lm.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([sampler]),
+                synced_gpus=lm.sharded and distributed.world_size() > 1,  # until the last rank's responses have ended
+            )
         )
+    if not sampler.finite:
+        raise FloatingPointError("the model's logits are not finite")
     responses = []
     for row in output[:, longest:].tolist():
         end = next((t for t, token in enumerate(row) if token in lm.eos_ids), len(row) - 1)
@@ -126,6 +169,7 @@ class _InverseTransform(LogitsProcessor):
     ):
         self.decoding, self.vocab_size, self.progress = decoding, vocab_size, progress
         self.position = 0
+        self.finite, self.lockstep = True, lm.sharded
         self.eos = torch.tensor(lm.eos_ids, device=lm.device)
         self.running = torch.ones(len(seeds), dtype=torch.bool, device=lm.device)
         if decoding.temperature > 0:
@@ -136,7 +180,10 @@ class _InverseTransform(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores[:, : self.vocab_size].float()
         if not logits.amax(-1).isfinite().all():
-            raise FloatingPointError("the model's logits are not finite")
+            if not self.lockstep:
+                raise FloatingPointError("the model's logits are not finite")
+            self.finite = False  # the other ranks need this one's forward passes; said when the batch has ended
+            logits = torch.zeros_like(logits)
         if self.decoding.temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:

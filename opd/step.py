@@ -1,26 +1,28 @@
 """One update, from rollouts to optimizer step, with the patch point. Everything that is new about a run happens here.
 
-The loss of an update is one fraction, over all micro-batches: sum of weight * divergence / sum of weight. It is never
-a mean of means, so how the update is cut into micro-batches, padded or ordered does not change the gradient.
+The loss of an update is one fraction, over all micro-batches and ranks: sum of weight * divergence / sum of weight. It is
+never a mean of means, so how the update is cut into micro-batches, split over processes, padded or ordered does not
+change the gradient.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from opd import distributed
 from opd import teacher as teacher_scoring
-from opd.batch import MicroBatch
+from opd.batch import MicroBatch, empty_micro_batch
 from opd.config import Loss
-from opd.engine import TorchEngine
+from opd.engine import DeepSpeedEngine, TorchEngine
 from opd.hooks import RunningWeighter, TokenStats, TokenWeighter, TokenWeights
 from opd.loss import Head, divergence_sum, token_stats
 from opd.metrics import Stopwatch
-from opd.models import LanguageModel, head_of
+from opd.models import LanguageModel
 from opd.seeds import generator
 
 
@@ -36,7 +38,7 @@ def train_step(
     *,
     student: LanguageModel,
     teacher: LanguageModel,
-    engine: TorchEngine,
+    engine: TorchEngine | DeepSpeedEngine,
     micro_batches: Sequence[MicroBatch],
     weighter: TokenWeighter,
     loss: Loss,
@@ -60,9 +62,15 @@ def train_step(
         FloatingPointError: loss or gradient is not finite; weights and optimizer are unchanged.
     """
     watch = Stopwatch(student.device)
-    heads = head_of(student.model, vocab_size), head_of(teacher.model, vocab_size)
-    one_pass = isinstance(weighter, RunningWeighter) and weighter.one_pass
+    teacher_head = teacher.head(vocab_size)
     needs = weighter.needs | measure
+    # A running weighter judges a rollout at a time. Where the gradient can be divided when it is summed, it does so in the
+    # update's own forward (one pass); else after the scoring pass, with the same result.
+    by_rollout = isinstance(weighter, RunningWeighter) and weighter.one_pass
+    one_pass = by_rollout and engine.divides_late
+    # models that are split over the ranks run everywhere or nowhere: who has fewer micro-batches runs empty ones
+    missing = int(distributed.largest(len(micro_batches))) - len(micro_batches)
+    micro_batches = [*micro_batches, *[empty_micro_batch(student.eos_ids[0])] * missing]
 
     with watch("teacher"):
         teacher_states = teacher_scoring.score(teacher, micro_batches, progress)
@@ -71,49 +79,58 @@ def train_step(
         columns = [_names_of_rows(batch, number) for number, batch in enumerate(micro_batches)]
         for batch, states, column in zip(micro_batches, teacher_states, columns, strict=True):
             if needs and not one_pass:
-                with torch.no_grad():
-                    own = student.states(batch, torch.arange(len(batch.token_ids)))
-                column.update(_stats_of(own, states, heads, batch, loss, needs))
+                column.update(_scored(student, batch, states, teacher_head, vocab_size, loss, needs))
+            if by_rollout and not one_pass:
+                _weigh_rollouts(weighter, column, vocab_size, step, seed)  # <- the patch point
             progress(1, len(batch.token_ids) if needs and not one_pass else 0)
         total_weight = 1.0  # one pass: known when all rollouts are weighed, so the gradient is divided then
         if not one_pass:
-            joined, place = _gathered(columns, needs)
-            stats = TokenStats(vocab_size=vocab_size, step=step, **joined)
-            weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
-            weights.check(stats)
+            if by_rollout:
+                stats, weights, place = _weighed(columns, needs, vocab_size, step)
+            else:
+                joined, place = _gathered(columns, needs)
+                stats = TokenStats(vocab_size=vocab_size, step=step, **joined)
+                weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
+                weights.check(stats)
             relative, total_weight = _relative(weights.weights)  # the one denominator: all micro-batches, all ranks
             mine = place.split([len(batch.token_ids) for batch in micro_batches])
 
     with watch("update"):
         rate = engine.start(step)
         total_loss = 0.0
+
+        def divergence(own: Tensor, states: Tensor, keep: Tensor, weight: Tensor, share: Tensor | None) -> Tensor:
+            device = own.device
+            share = None if share is None else share[keep].to(device)
+            return student.head_scope(own, lambda own: divergence_sum(
+                own, student.head(vocab_size), states[keep].to(device), teacher_head, weight[keep].to(device), share,
+                loss.divergence, loss.jsd_beta, loss.chunk_bytes,
+            ))  # fmt: skip
+
+        def forward(batch: MicroBatch, states: Tensor, keep: Tensor, weight: Tensor, share: Tensor | None) -> Tensor:
+            return divergence(student.states(batch, keep), states, keep, weight, share)
+
         for number, (batch, states, column) in enumerate(zip(micro_batches, teacher_states, columns, strict=True)):
             if one_pass:
                 own = student.states(batch, torch.arange(len(batch.token_ids)))
-                column.update(_stats_of(own.detach(), states, heads, batch, loss, needs))
+                column.update(
+                    _stats_of(own.detach(), states, student.head(vocab_size), teacher_head, batch, loss, needs)
+                )
                 weight, share = _weigh_rollouts(weighter, column, vocab_size, step, seed)  # <- the patch point
                 keep = weight.nonzero().squeeze(1)
-                own = own[keep.to(student.device)]
+                value = divergence(own[keep.to(student.device)], states, keep, weight, share) if len(keep) else None
             else:
                 weight = relative[mine[number]]
                 share = None if weights.forward_share is None else weights.forward_share[mine[number]]
                 keep = weight.nonzero().squeeze(1)  # of weight 0 neither the head nor, if all are, the body is run
-                own = student.states(batch, keep) if len(keep) else None
+                wanted = len(keep) > 0 or (engine.lockstep and total_weight > 0)
+                value = student.run(partial(forward, batch, states, keep, weight, share)) if wanted else None
             progress(1, len(keep))
-            if len(keep) == 0:
-                continue
-            divergence = divergence_sum(
-                own, heads[0], states[keep].to(student.device), heads[1], weight[keep].to(student.device),
-                None if share is None else share[keep].to(student.device), loss.divergence, loss.jsd_beta,
-                loss.chunk_bytes,
-            )  # fmt: skip
-            engine.backward(divergence / total_weight)
-            total_loss += divergence.item()
+            if value is not None:
+                engine.backward(value / total_weight)
+                total_loss += value.item()
         if one_pass:
-            joined, _ = _gathered(columns, needs | {"weights", "forward_share"})
-            share = joined.pop("forward_share")
-            weights = TokenWeights(weights=joined.pop("weights"), forward_share=share if share.any() else None)
-            stats = TokenStats(vocab_size=vocab_size, step=step, **joined)
+            stats, weights, _ = _weighed(columns, needs, vocab_size, step)
             total_weight = weights.weights.double().sum().item()
         total_loss = distributed.sum_number(total_loss) / total_weight if total_weight else 0.0
         if total_weight == 0:
@@ -149,13 +166,29 @@ def _names_of_rows(batch: MicroBatch, number: int) -> dict[str, Tensor]:
 
 
 def _stats_of(
-    own: Tensor, states: Tensor, heads: tuple[Head, Head], batch: MicroBatch, loss: Loss, needs: frozenset[str]
+    own: Tensor, states: Tensor, head: Head, teacher_head: Head, batch: MicroBatch, loss: Loss, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     device = own.device
     found = token_stats(
-        own, heads[0], states.to(device), heads[1], batch.token_ids.to(device), needs, loss.jsd_beta, loss.chunk_bytes
+        own, head, states.to(device), teacher_head, batch.token_ids.to(device), needs, loss.jsd_beta, loss.chunk_bytes
     )
     return {name: column.cpu() for name, column in found.items()}
+
+
+@torch.no_grad()
+def _scored(
+    student: LanguageModel, batch: MicroBatch, states: Tensor, teacher_head: Head, vocab_size: int, loss: Loss,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:  # fmt: skip
+    """The scoring pass of one micro-batch: TokenStats columns, on the CPU."""
+
+    def forward() -> dict[str, Tensor]:
+        own = student.states(batch, torch.arange(len(batch.token_ids)))
+        return student.head_scope(
+            own, lambda own: _stats_of(own, states, student.head(vocab_size), teacher_head, batch, loss, needs)
+        )
+
+    return student.run(forward)
 
 
 def pair_stats(
@@ -163,10 +196,7 @@ def pair_stats(
 ) -> dict[str, Tensor]:  # fmt: skip
     """TokenStats columns of one micro-batch outside of an update, in the batch's own order; on the CPU."""
     (states,) = teacher_scoring.score(teacher, [batch])
-    heads = head_of(student.model, vocab_size), head_of(teacher.model, vocab_size)
-    with torch.no_grad():
-        own = student.states(batch, torch.arange(len(batch.token_ids)))
-    return _stats_of(own, states, heads, batch, loss, needs)
+    return _scored(student, batch, states, teacher.head(vocab_size), vocab_size, loss, needs)
 
 
 def score_update(
@@ -216,6 +246,16 @@ def _gathered(columns: Sequence[dict[str, Tensor]], names: frozenset[str]) -> tu
     by_position = joined["position"].argsort(stable=True)
     order = by_position[joined["sequence_id"][by_position].argsort(stable=True)]
     return {name: column[order] for name, column in joined.items()}, order.argsort()[mine]
+
+
+def _weighed(
+    columns: Sequence[dict[str, Tensor]], needs: frozenset[str], vocab_size: int, step: int
+) -> tuple[TokenStats, TokenWeights, Tensor]:
+    """What `_weigh_rollouts` found, of all ranks; and where this rank's rows went, (n,)."""
+    joined, place = _gathered(columns, needs | {"weights", "forward_share"})
+    share = joined.pop("forward_share")
+    weights = TokenWeights(weights=joined.pop("weights"), forward_share=share if share.any() else None)
+    return TokenStats(vocab_size=vocab_size, step=step, **joined), weights, place
 
 
 def _relative(weights: Tensor) -> tuple[Tensor, float]:

@@ -5,6 +5,7 @@ leave the device before the student's backward pass starts.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ def score(
     """Per micro-batch (N, H_t) hidden states in the teacher's dtype, on the CPU."""
     found = []
     for batch in micro_batches:
-        found.append(teacher.states(batch, torch.arange(len(batch.token_ids))).cpu())
+        states = teacher.run(partial(teacher.states, batch, torch.arange(len(batch.token_ids))))
+        found.append(states.cpu())
         progress(1, len(batch.token_ids))
     return found

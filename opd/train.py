@@ -3,7 +3,8 @@
     python -m opd.train --config configs/tiny.json [--set KEY=VALUE ...] [--dry-run]
 
 A run is a function of its configuration. Everything random is seeded by what it is (see seeds.py), so a run that was
-stopped continues from its newest checkpoint exactly as if it had not been.
+stopped continues from its newest checkpoint exactly as if it had not been. Of several processes each samples and trains
+on a share of the rollouts and knows all of them; the first one alone writes, grades and speaks.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from typing import Any
 import torch
 import transformers
 
-from opd import checkpoint, dump, evaluate, grading, models, plan, run_folder
-from opd.batch import make_micro_batches
+from opd import checkpoint, distributed, dump, evaluate, grading, models, plan, run_folder
+from opd.batch import make_micro_batches, share_of_rank
 from opd.cli import InputError, Interrupted, RunError, main, parser, say
 from opd.config import Config, load_config
 from opd.data import Prompt, Rollout, count_steps, prompts_of_step, read_problems, read_training_prompts
-from opd.engine import TorchEngine, pick_device
+from opd.engine import DeepSpeedEngine, TorchEngine, load_student, load_teacher, pick_device, read_deepspeed
 from opd.hooks import Observer, RunningWeighter, TokenWeighter, UniformWeighter
 from opd.metrics import MetricsLog, Progress, Stopwatch, duration, peak_memory_gb, reset_peak_memory, write_whole
 from opd.models import LanguageModel
@@ -49,13 +50,13 @@ class Parts:
     config: Config
     student: LanguageModel
     teacher: LanguageModel
-    engine: TorchEngine
+    engine: TorchEngine | DeepSpeedEngine
     weighter: TokenWeighter
     observer: Observer | None
     prompts: list[Prompt]
     vocab_size: int
     run_dir: Path
-    log: MetricsLog
+    log: MetricsLog | None  # of the first rank
     grader: grading.Grader
     stop: "Stop"
 
@@ -84,6 +85,7 @@ def run(
         Interrupted: a signal stopped the run after it wrote a checkpoint.
     """
     weighter = weighter or UniformWeighter()
+    device = pick_device(config.engine)
     specs = evaluate.read_benchmarks(config)
     identity = {
         "config": {**asdict(config), **{name: asdict(s) for name, s in (sections or {}).items()}},
@@ -92,20 +94,28 @@ def run(
         "files": run_folder.digests([*config.data.train, *(b.file for b in specs.values())]),
         "weighter": f"{type(weighter).__module__}.{type(weighter).__qualname__}",
         "weighter_settings": {k: v for k, v in vars(weighter).items() if isinstance(v, str | int | float | None)},
+        "deepspeed": read_deepspeed(config) if config.engine.kind == "deepspeed" else None,
     }
+    if identity["deepspeed"]:
+        distributed.start(device)
     run_dir = config.run_dir
     start = run_folder.open_run(run_dir, identity, resume)
+    if distributed.largest(str(start) != distributed.from_first(str(start))):
+        raise InputError(
+            f"the processes do not see the same {run_dir}: here it continues from {start}. Set output_dir to a folder that "
+            "all machines share."
+        )
     if start == run_folder.DONE:
         say(f"{run_dir}: this run is complete")
         return run_dir
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every chunk of logits once more
-    device = pick_device(config.engine)
     reset_peak_memory(device)
+    sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")
     student_section = replace(config.student, path=str(start), revision=None) if start else config.student
-    student = models.load(student_section, device, "student")
-    teacher = models.load(config.teacher, device, "teacher")
+    student = load_student(student_section, device, identity["deepspeed"])
+    teacher = load_teacher(config, device)
     vocab_size = models.shared_vocabulary(student, teacher)
     prompts, validation = read_training_prompts(config.data, student.tokenizer, config.seed)
     benchmarks = evaluate.load_benchmarks(config, student, config.eval.limit)
@@ -118,13 +128,20 @@ def run(
     total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
     if config.optim.warmup_steps >= total_steps:
         raise InputError(f"optim.warmup_steps is {config.optim.warmup_steps}, not below the run's {total_steps} steps.")
-    engine = TorchEngine(student, config, total_steps)
-    sizes = plan.size_of(student.model), plan.size_of(teacher.model)
+    settings = identity["deepspeed"]
+    engine = (
+        DeepSpeedEngine(student, config, total_steps, settings)
+        if settings
+        else TorchEngine(student, config, total_steps)
+    )
+    student = engine.student
     for name, section in identity["config"].items():
         say(f"  {name}: {json.dumps(section)}")
     say(plan.text(plan.make_plan(config, *sizes, device, total_steps), config, *sizes, device))
 
-    run_folder.write_identity(run_dir, identity)
+    first = distributed.is_first()
+    if first:
+        run_folder.write_identity(run_dir, identity)
     step = 0
     if start:
         step = checkpoint.step_of(start)
@@ -132,8 +149,14 @@ def run(
         if isinstance(weighter, RunningWeighter):
             weighter.load_state(checkpoint.load_weighter(start))
         say(f"{run_dir}: continuing after step {step} of {total_steps}")
-    run_folder.rewind(run_dir, step)
-    log = MetricsLog(run_dir, total_steps, step)
+        if (before := checkpoint.processes_of(start)) != distributed.world_size():
+            say(
+                f"note: {before} processes wrote this checkpoint and {distributed.world_size()} continue it: the same weights, "
+                "moments and data, but sums in another order, so the run is not the unbroken one bit for bit"
+            )
+    if first:
+        run_folder.rewind(run_dir, step)
+    log = MetricsLog(run_dir, total_steps, step) if first else None
     stop, grader = Stop(), grading.Grader()
     parts = Parts(config, student, teacher, engine, weighter, observer, prompts, vocab_size, run_dir, log, grader, stop)
 
@@ -146,13 +169,16 @@ def run(
                 else run_folder.alike(shared, identity) / name
             )
             found = evaluate.evaluate(lm, teacher, benchmarks, config, vocab_size, folder, grader, stop.check)
+            if log is None:
+                return
             if folder != own:
                 shutil.copytree(folder, own, dirs_exist_ok=True)
             log.scalars(evaluate.scalars(found, "teacher" if lm is teacher else "eval"), step)
             say(f"{name}: {evaluate.line(found)}")
 
     def save() -> None:
-        log.flush()  # no checkpoint without the metrics that lead to it
+        if log:
+            log.flush()  # no checkpoint without the metrics that lead to it
         memory = weighter.state() if isinstance(weighter, RunningWeighter) else {}
         checkpoint.save(run_dir, step, student, engine, memory, config.checkpoint.keep)
 
@@ -168,10 +194,11 @@ def run(
                     break
                 metrics = _update(parts, step + 1)
                 step += 1
-                log.write(step, metrics)
+                if log:
+                    log.write(step, metrics)
                 if step == total_steps or _due(step, config.checkpoint.every):
                     save()
-                stop.check()
+                stop.check(together=True)
     except OSError as error:
         raise RunError(
             f"after step {step}: {run_dir} cannot be written ({error}). Checkpoints are intact; mend the cause and start "
@@ -184,27 +211,31 @@ def run(
             "Lower optim.lr, or look at the weights of student and teacher."
         ) from error
     except Interrupted:
-        if not checkpoint.folder(run_dir, step).exists():
+        if distributed.from_first(str(checkpoint.folder(run_dir, step).exists())) == "False":
             save()
         say(f"checkpoint of step {step} is written; the same command continues from it")
         raise
     finally:
-        log.close()
+        if log:
+            log.close()
         grader.close()
-    figures = run_folder.write_summary(run_dir)
-    say(f"{run_dir}: done, {duration(figures['seconds']['step'])} in {total_steps} updates")
+    if first:
+        figures = run_folder.write_summary(run_dir)
+        say(f"{run_dir}: done, {duration(figures['seconds']['step'])} in {total_steps} updates")
+    distributed.wait()
     return run_dir
 
 
 def _update(parts: Parts, step: int) -> dict[str, float]:
-    """Rollouts and one training step; returns the metrics of the update."""
+    """Rollouts and one training step; returns the metrics of the update, on the first rank."""
     config, student = parts.config, parts.student
     begin = time.perf_counter()
     watch = Stopwatch(student.device)
     with watch("rollout"):
         rollouts = _sample_rollouts(parts, step)
+    mine = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
     micro_batches = make_micro_batches(
-        rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], config.rollout.truncated
+        mine, config.optim.micro_batch_tokens, student.eos_ids[0], config.rollout.truncated
     )
     diagnose, write_dump = _due(step, config.log.diagnostics_every), _due(step, config.log.token_dump_every)
     measure: frozenset[str] = frozenset()
@@ -221,10 +252,13 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
             )  # fmt: skip
     except FloatingPointError as error:
         raise RunError(_dump_offenders(parts, step, rollouts, str(error))) from error
+    peak = distributed.largest(peak_memory_gb(student.device))
+    if parts.log is None:
+        return {}
     texts = [student.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
     metrics = {
         **result.metrics, **_rollout_metrics(rollouts, texts, parts.grader), **watch.times,
-        "time/step": time.perf_counter() - begin, "memory/peak_gb": peak_memory_gb(student.device),
+        "time/step": time.perf_counter() - begin, "memory/peak_gb": peak,
     }  # fmt: skip
     if diagnose:
         metrics.update(_diagnose(parts, result))
@@ -304,7 +338,8 @@ def _dump_offenders(parts: Parts, step: int, rollouts: list[Rollout], reason: st
         record = {"sequence_id": rollout.sequence_id, "id": rollout.prompt.id, "finite": bool(finite),
                   "prompt_ids": rollout.prompt.token_ids, "response_ids": rollout.response_ids}  # fmt: skip
         lines.append(json.dumps(record) + "\n")
-    write_whole(path, "".join(lines))
+    if distributed.is_first():
+        write_whole(path, "".join(lines))
     which = (
         f"rollouts {broken} have statistics that are not finite" if broken else "every rollout's statistics are finite"
     )
@@ -339,9 +374,12 @@ class Stop:
         self.signum = signum
         say(f"{signal.Signals(signum).name}: stopping after a checkpoint (again: at once)")
 
-    def check(self) -> None:
-        if self.signum:
-            raise Interrupted(self.signum)
+    def check(self, together: bool = False) -> None:
+        """Raises Interrupted when a signal came. Several processes stop only where all of them ask `together`."""
+        if distributed.world_size() > 1 and not together:
+            return
+        if signum := int(distributed.largest(self.signum)):
+            raise Interrupted(signum)
 
 
 def start(
@@ -353,7 +391,9 @@ def start(
 ) -> None:
     """The training commands behind their arguments: prints the run folder, or with --dry-run what would be done."""
     if not options.dry_run:
-        print(run(config, weighter, sections, options.resume, observer))
+        folder = run(config, weighter, sections, options.resume, observer)
+        if distributed.is_first():
+            print(folder)
     else:
         dry_run(config, sections)
 

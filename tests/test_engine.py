@@ -52,7 +52,7 @@ def test_state_goes_out_and_in_again():
     first, second = engine_for(random_lm(0)), engine_for(random_lm(0))
     gradients = [torch.ones_like(p) for p in first.named_parameters.values()]
     step_with(first, gradients)
-    second.load_state({k: v.clone() for k, v in first.state().items()})
+    second.load({k: v.clone() for k, v in first.state().items()}, {})
     for name, p in second.named_parameters.items():
         p.data.copy_(first.named_parameters[name].data)
     step_with(first, gradients, 2), step_with(second, gradients, 2)

@@ -29,7 +29,7 @@ from opd.engine import pick_device
 from opd.hooks import TokenStats
 from opd.loss import divergence_sum
 from opd.metrics import Progress, write_whole
-from opd.models import LanguageModel, head_of
+from opd.models import LanguageModel
 from opd.rollout import Decoding, sample
 from opd.seeds import generator
 from opd.step import score_update
@@ -136,7 +136,7 @@ def oracle(
         sequence_id and position of these tokens (K, 2), their g_t (K, P) and grad L (P,); float32.
     """
     parameters = list(student.model.parameters())
-    heads = head_of(student.model, vocab_size), head_of(teacher.model, vocab_size)
+    heads = student.head(vocab_size), teacher.head(vocab_size)
 
     def losses(batch: MicroBatch, keep: Tensor) -> tuple[Tensor, Tensor]:
         (states,) = teacher_states(teacher, [batch])
