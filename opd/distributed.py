@@ -5,6 +5,7 @@ Statistics of all tokens meet on every rank, so that selection over the update i
 What travels are tensors: nothing that comes from another process is unpickled.
 """
 
+import atexit
 import datetime
 import os
 import socket
@@ -31,6 +32,7 @@ def start(device: torch.device) -> None:
         os.environ.update({name: str(value) for name, value in alone.items()})
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics meet on the CPU
     dist.init_process_group(backend, timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)  # else gloo's threads can abort the process when it ends
 
 
 def world_size() -> int:
