@@ -12,9 +12,10 @@ norm after ten updates of a small model), and the fused loss runs in a module th
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,8 +250,8 @@ def _teacher_settings(teacher: Teacher) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _deepspeed():
-    """The library, quiet; on a CPU without its shared-memory kernels, which take two minutes to compile: gloo it is."""
+def _initialize(**arguments: Any) -> Any:
+    """deepspeed.initialize, quietly; on a CPU without its shared-memory kernels, which take two minutes to compile."""
     import deepspeed
     import deepspeed.ops
 
@@ -258,7 +259,9 @@ def _deepspeed():
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+    with redirect_stdout(sys.stderr):  # standard output carries results alone
+        engine, *_ = deepspeed.initialize(**arguments)
+    return engine
 
 
 @contextmanager
@@ -294,7 +297,7 @@ def load_teacher(config: Config, device: torch.device, name: str = "teacher") ->
         return models.load(config.teacher, device, name)
     settings = _teacher_settings(config.teacher)
     lm = models.load(config.teacher, device, name, _sharding(settings))
-    engine, *_ = _deepspeed().initialize(model=_Whole(lm), config=settings)
+    engine = _initialize(model=_Whole(lm), config=settings)
     lm.model.eval()
     lm = replace(lm, run=engine, sharded=True)
 
@@ -325,10 +328,13 @@ class DeepSpeedEngine:
         # on the host AdamW's kernel is fused, as DeepSpeed's own CPU optimizer is, and needs no compiler
         fused = True if zero.get("offload_optimizer") else None
         self.optimizer = _adamw(self.named_parameters.values(), config, self.stage == 3, fused)
+        # ZeRO-1 of a bfloat16 model on the device is another class of DeepSpeed's, which links them itself
+        separate = self.stage == 1 and settings["bf16"]["enabled"] and not zero.get("offload_optimizer")
+        self.links_moments = self.stage in (1, 2) and not separate
         self.norm = math.nan
         if self.stage == 0:
             self.optimizer.register_step_pre_hook(self._clip)
-        self.engine, *_ = _deepspeed().initialize(model=_Whole(student), optimizer=self.optimizer, config=settings)
+        self.engine = _initialize(model=_Whole(student), optimizer=self.optimizer, config=settings)
         self.student = replace(student, run=self.engine, sharded=self.stage == 3)
         self.student.model.eval()
         if self.stage == 3:
@@ -372,8 +378,11 @@ class DeepSpeedEngine:
         """As TorchEngine.state; on the first rank, elsewhere empty."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        if self.stage == 0 or not self.optimizer.state:
+        if self.stage == 0:
             return _moments(self.optimizer, self.named_parameters) if distributed.is_first() else {}
+        stepped = [state for state in self.optimizer.state.values() if state]
+        if not stepped:
+            return {}
         self._link_moments()
         parts = {
             f"{key}.{name}": (safe_get_full_optimizer_state, p, key)
@@ -381,8 +390,8 @@ class DeepSpeedEngine:
             for key in ("exp_avg", "exp_avg_sq")
         }
         found = _on_first(parts)
-        step = next(iter(self.optimizer.state.values()))["step"]
-        return found | {f"step.{name}": step.detach().cpu().clone() for name in self.named_parameters if found}
+        step = stepped[0]["step"].detach().cpu()
+        return found | {f"step.{name}": step.clone() for name in self.named_parameters if found}
 
     def load(self, moments: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """As TorchEngine.load, each rank its part; the float32 `weights` beneath bfloat16 parameters too."""
@@ -421,7 +430,7 @@ class DeepSpeedEngine:
         """Tells the parameters of ZeRO-1 and 2 where their moments lie; DeepSpeed does so for the first group alone."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        if self.stage < 3:
+        if self.links_moments:
             zero = self.engine.optimizer
             for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
                 lazy_init_hp_params_optimizer_state(parameters, flat, self.optimizer.state)

@@ -1,19 +1,24 @@
 """Real DeepSpeed on two CPU processes gives the plain engine's student: every ZeRO stage, uneven and empty ranks."""
 
 import json
+import math
 import multiprocessing
 import os
 import socket
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from helpers import LOSS, engine_for, random_lm, random_rollouts, relative, tiny_config
+from safetensors.torch import load_file
 
-from opd import distributed
+from opd import checkpoint, distributed, models
+from opd import engine as engines
 from opd.batch import make_micro_batches
 from opd.engine import DeepSpeedEngine, load_student, read_deepspeed
 from opd.hooks import TokenWeights, UniformWeighter
+from opd.rollout import Decoding, sample
 from opd.step import train_step
 from tip.config import TipConfig
 from tip.weighter import TipWeighter
@@ -32,6 +37,9 @@ SPLITS = {
     "uneven": lambda i: i % 3 == 0,
     "one rank empty": lambda i: False,
 }
+RESUMED = [("zero0",), ("zero1",), ("zero2",), ("zero3",), ("zero3_offload",),
+           ("zero1", "student.dtype=bfloat16"), ("zero2", "student.dtype=bfloat16"), ("zero3", "student.dtype=bfloat16")]  # fmt: skip
+TEACHERS = [("sharded", "zero2", ""), ("sharded", "zero3", "_untied"), ("host", "zero3", "")]
 # every parameter is split, the smallest too
 SPLIT_ALL = {"stage": 3, "stage3_param_persistence_threshold": 0}
 FILES = {
@@ -84,9 +92,14 @@ def engine_of(folder, config, model="student"):
 
 
 def write_files(folder):
-    student = random_lm(1)
-    student.model.save_pretrained(folder / "student")
-    student.tokenizer.save_pretrained(folder / "student")
+    for untied in (False, True):
+        models = (
+            random_lm(1, tie_word_embeddings=not untied),
+            random_lm(2, hidden=48, layers=3, tie_word_embeddings=not untied),
+        )
+        for lm, name in zip(models, ("student", "teacher"), strict=True):
+            lm.model.save_pretrained(folder / f"{name}{'_untied' * untied}")
+            lm.tokenizer.save_pretrained(folder / f"{name}{'_untied' * untied}")
     for name, zero in FILES.items():
         (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
 
@@ -123,6 +136,74 @@ def in_two_processes(task, folder):
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+def mine_of(rank):
+    return lambda i: (i % 3 == 0) == (rank == 1)
+
+
+def bytes_of(engine):
+    return [{n: v.clone() for n, v in tensors.items()} for tensors in (engine.weights(), engine.state())]
+
+
+def resumed(rank, folder):
+    """Three updates, a checkpoint, two more; and the two more from the checkpoint. Beside it a teacher that is split."""
+    found = {}
+    teacher = random_lm(2, hidden=48, layers=3, name="teacher")
+    for stage, *more in RESUMED:
+        config = config_of(folder, stage, *more)
+        engine = engine_of(folder, config)
+        updates(engine.student, engine, teacher, UniformWeighter(), mine_of(rank), range(1, 4))
+        saved = checkpoint.save(folder / stage / "-".join(more), 3, engine.student, engine, {}, 1)
+        updates(engine.student, engine, teacher, UniformWeighter(), mine_of(rank), range(4, 6))
+        distributed.wait()
+        again = engine_of(folder, config, saved.relative_to(folder))
+        checkpoint.load_optimizer(saved, again)
+        loaded = bytes_of(again)
+        updates(again.student, again, teacher, UniformWeighter(), mine_of(rank), range(4, 6))
+        found[stage, *more] = bytes_of(engine), bytes_of(again), loaded, saved
+    torch.save(found, f"{folder}/resumed_{rank}.pt")
+
+
+def with_split_teacher(rank, folder):
+    plain = engines._teacher_settings
+    engines._teacher_settings = lambda teacher: plain(teacher) | {
+        "zero_optimization": plain(teacher)["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}  # fmt: skip
+    found = {}
+    for placement, stage, untied in TEACHERS:
+        config = config_of(folder, stage, f"teacher.path={folder}/teacher{untied}", f"teacher.placement={placement}",
+                           "engine.gradient_checkpointing=true")  # fmt: skip
+        engine = engine_of(folder, config, f"student{untied}")
+        teacher = engines.load_teacher(config, torch.device("cpu"))
+        assert all(p.numel() == 0 for p in teacher.model.parameters()), "the teacher is not split"
+        weighter = RULES["soft_or"]()
+        kept = updates(engine.student, engine, teacher, weighter, mine_of(rank), range(1, 4))
+        # generation in step with the other rank, although the responses end elsewhere
+        prompts = [r.prompt for r in rollouts_of(1, random_lm(1))][: 5 + rank]
+        seeds = [(0, i) for i in range(len(prompts))]
+        responses = sample(teacher, prompts[:5], Decoding(1.0, 1.0, 9), 35, 2, seeds[:5])
+        found[placement, stage, untied] = kept, engine.weights(), [r.response_ids for r in responses]
+    torch.save(found, f"{folder}/teacher_{rank}.pt")
+
+
+def broken_loss(engine, factor):
+    scope = engine.student.head_scope
+    states = engine.model.base_model(torch.zeros(1, 3, dtype=torch.long)).last_hidden_state
+    return factor * scope(states, lambda states: states.sum() + scope.weight.sum())
+
+
+def refuses_what_is_not_finite(rank, folder):
+    for stage in ("zero0", "zero2", "zero3"):
+        engine = engine_of(folder, config_of(folder, stage))
+        before = bytes_of(engine)
+        engine.start(1)
+        engine.backward(
+            engine.student.run(partial(broken_loss, engine, math.nan if rank == 1 else 1.0))
+        )  # one rank's alone
+        with pytest.raises(FloatingPointError, match="norm of the gradient"):
+            engine.finish(apply=True)
+        for now, then in zip(bytes_of(engine), before, strict=True):
+            assert now.keys() == then.keys() and all(torch.equal(now[n], then[n]) for n in now)
 
 
 def all_cases(rank, folder):
@@ -179,3 +260,65 @@ def test_two_processes_are_the_plain_engine(case, both, plain):
     for key in ("exp_avg.", "exp_avg_sq.", "step."):
         ours = {n: v for n, v in found[2].items() if n.startswith(key)}
         assert relative(flat(ours), flat({n: moments[n] for n in ours})) < 1e-4, key
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deepspeed")
+    write_files(folder)
+    return folder
+
+
+def same(one, other):
+    return all(
+        a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_a_checkpoint_continues_bit_for_bit_and_on_another_number_of_processes(files):
+    in_two_processes(resumed, files)
+    found = torch.load(files / "resumed_0.pt", weights_only=False)
+    for case, (unbroken, continued, loaded, saved) in found.items():
+        assert same(unbroken, continued), case
+        written = load_file(saved / "model.safetensors"), load_file(saved / "optimizer.safetensors")
+        loaded[0].pop("lm_head.weight", None)  # tied
+        assert same(loaded, written), case  # what is read is what was written, float32 beneath bfloat16 too
+        assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
+        assert checkpoint.processes_of(saved) == 2
+        if len(case) == 1:  # the plain engine, in one process, goes on from it
+            lm = models.load(replace(tiny_config().student, path=str(saved)), torch.device("cpu"), "student")
+            engine = engine_for(lm, *SETTINGS)
+            checkpoint.load_optimizer(saved, engine)
+            teacher = random_lm(2, hidden=48, layers=3, name="teacher")
+            updates(lm, engine, teacher, UniformWeighter(), lambda i: True, range(4, 6))
+            assert relative(flat({n: engine.weights()[n] for n in unbroken[0]}), flat(unbroken[0])) < 1e-5, case
+    # a bfloat16 weight would not move at this rate; the float32 copy does
+    moved = found["zero2", "student.dtype=bfloat16"][0][0]
+    assert all(
+        value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float()) for value in moved.values()
+    )
+
+
+def test_a_split_teacher_scores_and_samples_as_a_whole_one(files):
+    in_two_processes(with_split_teacher, files)
+    found = [torch.load(files / f"teacher_{rank}.pt") for rank in (0, 1)]
+    for case in TEACHERS:
+        tied = case[2] == ""
+        student, teacher = (
+            random_lm(1, tie_word_embeddings=tied),
+            random_lm(2, hidden=48, layers=3, tie_word_embeddings=tied),
+        )
+        engine = engine_for(student, *SETTINGS)
+        expected = updates(student, engine, teacher, RULES["soft_or"](), lambda i: True, range(1, 4))
+        prompts = [r.prompt for r in rollouts_of(1, student)][:5]
+        responses = sample(teacher, prompts, Decoding(1.0, 1.0, 9), 35, 5, [(0, i) for i in range(5)])
+        for rank in (0, 1):
+            kept, weights, ids = found[rank][case]
+            assert all(torch.equal(a[2], b[2]) for a, b in zip(kept, expected, strict=True))
+            assert ids == [r.response_ids for r in responses]
+        weights = found[0][case][1]
+        assert relative(flat(weights), flat({n: engine.weights()[n] for n in weights})) < 1e-5, case
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_applied_on_none(files):
+    in_two_processes(refuses_what_is_not_finite, files)
