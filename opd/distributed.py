@@ -48,6 +48,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 def wait() -> None:
     """Until every rank is here."""
     if world_size() > 1:

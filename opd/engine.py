@@ -409,6 +409,10 @@ class DeepSpeedEngine:
                 self._set(parameter, moments[f"{key}.{name}"], key)
         return None
 
+    def close(self) -> None:
+        """Lets go of the weights: what a process does next has the memory."""
+        self.engine.destroy()
+
     def _make_moments(self) -> None:
         """AdamW makes its moments in its first step: one at rate 0 on a gradient of zeros, which changes nothing else."""
         for group in self.optimizer.param_groups:

@@ -112,6 +112,7 @@ def run(
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every chunk of logits once more
     reset_peak_memory(device)
+    models.check_paths(config)
     sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")
     student_section = replace(config.student, path=str(start), revision=None) if start else config.student
     student = load_student(student_section, device, identity["deepspeed"])
@@ -210,6 +211,13 @@ def run(
             f"after step {step}: {error}. {f'The newest checkpoint is {saved}' if saved else 'There is no checkpoint yet'}. "
             "Lower optim.lr, or look at the weights of student and teacher."
         ) from error
+    except RuntimeError as error:
+        if not distributed.is_lost_connection(error):
+            raise
+        raise RunError(
+            f"after step {step}: another process of this run has ended or cannot be reached. Look at its message; checkpoints "
+            "are intact, and the same command continues from the newest."
+        ) from error
     except Interrupted:
         if distributed.from_first(str(checkpoint.folder(run_dir, step).exists())) == "False":
             save()
@@ -219,6 +227,8 @@ def run(
         if log:
             log.close()
         grader.close()
+        if settings:
+            engine.close()
     if first:
         figures = run_folder.write_summary(run_dir)
         say(f"{run_dir}: done, {duration(figures['seconds']['step'])} in {total_steps} updates")

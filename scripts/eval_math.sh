@@ -10,4 +10,4 @@ config="$(realpath "${CONFIG:-$(dirname "$0")/../configs/qwen3_8b_to_4b.json}")"
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 source .venv/bin/activate
-python -m opd.evaluate --config "$config" --model "$model" "$@"
+python -m opd.launch opd.evaluate --config "$config" --model "$model" "$@"

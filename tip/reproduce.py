@@ -5,11 +5,13 @@
 A table is data (configs/tables/): its arms are settings of a pair file. A run lies in
 `<output_dir>/<run_name>-reproduce/seed_<n>/<arm>` and serves every table that has the arm. Finished runs are found and
 left alone, stopped ones continue, a failed one is reported and the others go on. All arms of a seed run in one
-process and share the evaluations of the step-0 student and the teacher. On an embedded pair a seed is a new student
-and a new stream of prompts; on others it is a new stream. The results are made by tip.results from the run folders.
+process (with engine.kind deepspeed: on all GPUs) and share the evaluations of step-0 student and teacher. On an embedded
+pair a seed is a new student and a new stream of prompts; on others it is a new stream. The results are made by
+tip.results from the run folders.
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from typing import Any
 import transformers
 
 from data.tiny import build
+from opd import distributed, launch
 from opd.cli import InputError, Interrupted, RunError, main, parser, say
 from opd.config import ROOT, Config, load_config, read_json_object
 from opd.train import dry_run
@@ -136,9 +139,12 @@ def run_seed(table: Table, path: str, overrides: list[str], seed: int, tell: Cal
             raise
         except Exception as error:  # whatever it is, the other arms go on
             failed += 1
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(traceback.format_exc())
-            tell(f"seed {seed}: {arm.label} FAILED ({error}); see {report}")
+            if distributed.is_first():
+                report.parent.mkdir(parents=True, exist_ok=True)
+                report.write_text(traceback.format_exc())
+                tell(f"seed {seed}: {arm.label} FAILED ({error}); see {report}")
+            if distributed.world_size() > 1:
+                raise  # the other processes may be waiting in the middle of this arm
     return failed
 
 
@@ -169,7 +175,7 @@ def _in_processes(arguments: list[str], seeds: list[int], jobs: int, logs: Path)
                 seed = waiting.pop(0)
                 with (logs / f"seed_{seed}.log").open("a") as log:
                     child = subprocess.Popen(
-                        [sys.executable, "-m", "tip.reproduce", *arguments, "--only-seed", str(seed)],
+                        [sys.executable, "-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", str(seed)],
                         stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
                     )  # fmt: skip
                 threading.Thread(target=read, args=(child,), daemon=True).start()
@@ -244,14 +250,26 @@ def command(arguments: list[str]) -> None:
         dry_run(*load_config(options.config, [*options.overrides, *first], SECTIONS))
         return
     if options.only_seed is not None:
-        if run_seed(table, options.config, options.overrides, options.only_seed, lambda text: print(text, flush=True)):
+
+        def tell(text: str) -> None:
+            if os.environ.get("RANK", "0") == "0":
+                print(text, flush=True)
+
+        if run_seed(table, options.config, options.overrides, options.only_seed, tell):
             raise RunError("not every arm finished")
         return
     root = _root(base)
-    if options.jobs == 1 or len(seeds) == 1:
+    here, machines = launch.processes(base.engine)
+    jobs = options.jobs
+    if here * machines > 1 and jobs > 1:
+        say(f"--jobs {jobs}: each seed has all {here * machines} processes, so one seed runs at a time")
+        jobs = 1
+    if here * machines == 1 and (jobs == 1 or len(seeds) == 1):
         failed = sum(run_seed(table, options.config, options.overrides, seed) for seed in seeds)
     else:
-        failed = _in_processes(arguments, seeds, options.jobs, root / "logs")
+        failed = _in_processes(arguments, seeds, jobs, root / "logs")
+    if launch.machine() > 0:
+        return  # the first machine writes the table
     out = root / name
     models = base.student.path, base.teacher.path
     found = results.of_table(table, root, seeds, Path(options.config).stem, models)

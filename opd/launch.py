@@ -1,0 +1,96 @@
+"""Starts a command on all GPUs.
+
+    python -m opd.launch tip.train --config configs/qwen3_8b_to_4b.json [...]
+
+With engine.kind "deepspeed" that is one process per GPU of this machine; else, or where there is one GPU, it is
+`python -m tip.train ...` itself. NUM_GPUS sets the number (without GPUs: of CPU processes). On several machines the same
+command runs on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. `torchrun` and `deepspeed --no_local_rank` do as
+well; this one picks the numbers, keeps the exit code, and says in one line which process failed.
+"""
+
+import os
+import sys
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from opd.cli import InputError, Interrupted, RunError, main, parser
+from opd.config import Engine, load_config
+
+MASTER_PORT = 29500
+
+
+def processes(engine: Engine) -> tuple[int, int]:
+    """(processes on this machine, machines) of a run. Raises InputError for what is no number."""
+    if engine.kind == "torch":
+        return 1, 1
+    gpus = torch.cuda.device_count() if engine.device != "cpu" else 0
+    here, machines = _number("NUM_GPUS", gpus or 1), _number("NNODES", 1)
+    if gpus and here > gpus:
+        raise InputError(f"NUM_GPUS is {here} and torch sees {gpus} GPUs. Lower NUM_GPUS, or unset it to use all.")
+    return here, machines
+
+
+def machine() -> int:
+    """Which of the machines this is, from 0; the first one writes tables."""
+    return _number("NODE_RANK", 0, least=0)
+
+
+def _number(name: str, default: int, least: int = 1) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit() or int(text) < least:
+        raise InputError(f"{name} is {text!r}, expected a whole number from {least}.")
+    return int(text)
+
+
+def command(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(
+            "no module named. Usage: python -m opd.launch MODULE --config FILE [...], for example tip.train."
+        )
+    module, rest = arguments[0], arguments[1:]
+    options, _ = parser("python -m opd.launch", "Starts a command on all GPUs.").parse_known_args(rest)
+    config, _ = load_config(options.config, options.overrides, ignore=("tip",))
+    here, machines = processes(config.engine)
+    if here * machines == 1 or "--dry-run" in rest:
+        os.execv(sys.executable, [sys.executable, "-m", module, *rest])
+    if machines > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"NNODES is {machines} and MASTER_ADDR is not set. Set it to the first machine's address, on all."
+        )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
+    port = _number("MASTER_PORT", MASTER_PORT)
+    where = (
+        {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # any free port
+        if machines == 1
+        else {
+            "rdzv_backend": "static", "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{port}",
+            "rdzv_configs": {"rank": machine(), "timeout": 900},
+        }
+    )  # fmt: skip
+    settings = LaunchConfig(
+        min_nodes=machines, max_nodes=machines, nproc_per_node=here, run_id="opd", max_restarts=0, **where
+    )
+    try:
+        elastic_launch(settings, sys.executable)("-u", "-m", module, *rest)
+    except SignalException as stop:
+        raise Interrupted(int(stop.sigval)) from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == 2:
+            sys.exit(2)  # it has said what is wrong with the input
+        how = (
+            f"was killed by signal {-failure.exitcode}"
+            if failure.exitcode < 0
+            else f"ended with code {failure.exitcode}"
+        )
+        raise RunError(
+            f"process {rank} (pid {failure.pid}) {how}, so the others were stopped. Checkpoints are intact; the same command "
+            "continues from the newest."
+        ) from None
+
+
+if __name__ == "__main__":
+    main(command)
