@@ -1,7 +1,8 @@
 """What a run will need, before it starts: memory per phase and hours. Printed by --dry-run and at the start of a run.
 
 Sizes are exact (models are built on torch's meta device, without weights); activations and time are estimates, for
-responses of full length. The device's speed is measured for a moment with one matrix product and one copy.
+responses of full length, of one process where several share the work. The device's speed is measured for a moment with one
+matrix product and one copy.
 """
 
 import time
@@ -60,40 +61,71 @@ def size_without_weights(section: Student | Teacher, name: str) -> Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes and seconds."""
+    """Bytes and seconds; of one process, where several share the work."""
 
-    student_state: int
-    teacher_weights: int
-    peaks: dict[str, int]  # per phase, with what stays on the device throughout
-    host: int  # teacher hidden states waiting in host memory
+    processes: int
+    phases: dict[str, dict[str, int]]  # phase -> what takes how much of the device
+    host: dict[str, int]  # in host memory throughout
     checkpoint: int
     seconds: dict[str, float]  # per phase of one update
     updates: int
 
+    @property
+    def peaks(self) -> dict[str, int]:
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
 
-def make_plan(config: Config, student: Size, teacher: Size, device: torch.device, updates: int) -> Plan:
-    """Estimates for responses of full length."""
+
+LIVE = 10**9  # parameters that ZeRO-3 keeps gathered at once, by DeepSpeed's default
+BUCKET = 5 * 10**8  # numbers of a reduction
+
+
+def make_plan(
+    config: Config, student: Size, teacher: Size, device: torch.device, updates: int, longest_answer: int = 0,
+    zero: dict | None = None, processes: int = 1,
+) -> Plan:  # fmt: skip
+    """Estimates for responses of full length.
+
+    Args:
+        longest_answer: max_response_tokens of the benchmarks; 0: none.
+        zero: DeepSpeed's zero_optimization; None: the plain engine.
+        processes: of the whole run, one per device.
+    """
     s_bytes, t_bytes = (2 if section.dtype == "bfloat16" else 4 for section in (config.student, config.teacher))
     length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    rollouts = config.rollout.prompts_per_step * config.rollout.n
+    rollouts = -(-config.rollout.prompts_per_step * config.rollout.n // processes)
     together = min(config.rollout.batch_size, rollouts)
     micro = max(min(config.optim.micro_batch_tokens, rollouts * length), length)
 
-    student_state = 16 * student.parameters  # float32 weights, gradients, two moments
-    adam = 4 * student.parameters  # temporaries of AdamW's update of all tensors at once
-    lower_copy = 2 * student.parameters if config.student.dtype == "bfloat16" else 0
-    resident = student_state + teacher.parameters * t_bytes
-    logits = together * student.vocab * (4 + 4 + 8 + 8)  # scores, softmax, and both in float64
+    held, host = _student_memory(student.parameters, s_bytes, zero, processes)
+    gradients = held.pop("gradients")
+    scoring = _teacher_memory(teacher, t_bytes, config.teacher.placement, processes, host)
+    gathered = scoring.pop("teacher layers gathered", 0)
+    host["teacher states"] = rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
+    split = 1 if zero is None or zero["stage"] == 0 else processes
     one_layer = micro * (8 * student.hidden + 3 * student.intermediate) * s_bytes
     kept_layers = student.layers * (
         micro * student.hidden * s_bytes if config.engine.gradient_checkpointing else one_layer
     )
     loss = min(config.loss.chunk_bytes, 12 * micro * student.vocab)  # three (tokens, vocabulary) buffers
-    peaks = {
-        "rollout": resident + lower_copy + together * length * student.cache_per_token * s_bytes + logits,
-        "teacher": resident + micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
-        "update": resident + lower_copy + max(one_layer + kept_layers + loss + 4 * student.head, adam),
-    }
+
+    def generation(responses: int, tokens: int) -> dict[str, int]:
+        logits = responses * student.vocab * (4 + 4 + 8 + 8)  # scores, softmax, and both in float64
+        cache = responses * (config.data.max_prompt_tokens + tokens) * student.cache_per_token * s_bytes
+        return {"KV cache": cache, "logits": logits}
+
+    backward = {"activations": one_layer + kept_layers, "loss": loss + 4 * student.head}
+    adam = {"AdamW's temporaries": 0 if "optimizer" in host else 4 * student.parameters // split}
+    phases = {
+        "rollout": held | scoring | generation(together, config.rollout.max_response_tokens),
+        "teacher": held | scoring | {
+            "teacher layers gathered": gathered,
+            "activations": micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
+        },
+        "update": held | scoring | {"gradients": gradients} | max(backward, adam, key=lambda parts: sum(parts.values())),
+        "evaluation": held | scoring | generation(config.rollout.batch_size, longest_answer) if longest_answer else {},
+    }  # fmt: skip
+    phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items() if parts}
+
     flops, bandwidth = device_speed(device, torch.bfloat16 if s_bytes == 2 else torch.float32)
     overhead = 2e-4 * student.layers  # launching a layer's kernels
     batches = -(-rollouts // together)
@@ -106,11 +138,57 @@ def make_plan(config: Config, student: Size, teacher: Size, device: torch.device
         "teacher": 2 * teacher.multiplied * tokens / flops + launches * 2e-4 * teacher.layers,
         "update": 2 * student.multiplied * tokens * passes / flops + launches * passes * overhead,
     }
-    return Plan(
-        student_state=student_state, teacher_weights=teacher.parameters * t_bytes, peaks=peaks,
-        host=rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes,
-        checkpoint=12 * student.parameters, seconds=seconds, updates=updates,
-    )  # fmt: skip
+    return Plan(processes, phases, host, 12 * student.parameters, seconds, updates)
+
+
+def _student_memory(
+    parameters: int, compute_bytes: int, zero: dict | None, processes: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What the student holds on the device, "gradients" of the update among it, and in host memory."""
+    if zero is None:  # float32, and a copy in the compute dtype while autocast holds
+        copy = 2 * parameters if compute_bytes == 2 else 0
+        return {"weights": 4 * parameters, "copy for autocast": copy, "gradients": 4 * parameters,
+                "optimizer": 8 * parameters}, {}  # fmt: skip
+    stage, part = zero["stage"], -(-parameters // processes)
+    if stage == 0:
+        return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters}, {}
+    device, host = {}, {}
+    if stage == 3:
+        live = min(parameters, int(zero.get("stage3_max_live_parameters", LIVE)))
+        (host if zero.get("offload_param") else device)["weights"] = part * compute_bytes
+        device["layers gathered"] = live * compute_bytes
+    else:
+        device["weights"] = parameters * compute_bytes
+    (host if zero.get("offload_optimizer") else device)["optimizer"] = 12 * part  # float32 copy and two moments
+    # gradients add up in float32: whole in stage 1, where a bfloat16 model has its own as well; else this rank's part
+    buckets = (
+        min(parameters, int(zero.get("reduce_bucket_size", BUCKET)))
+        * compute_bytes
+        * (1 + zero.get("overlap_comm", False))
+    )
+    if stage == 1:
+        device["gradients"] = 4 * parameters + (2 * parameters if compute_bytes == 2 else 0)
+    elif zero.get("offload_optimizer"):
+        host["gradients"], device["gradients"] = 4 * part, buckets
+    else:
+        device["gradients"] = 4 * part + buckets
+    return device, host
+
+
+def _teacher_memory(
+    teacher: Size, bytes_each: int, placement: str, processes: int, host: dict[str, int]
+) -> dict[str, int]:
+    """What the teacher holds on the device, "teacher layers gathered" only while it scores; adds to `host`."""
+    if placement == "device":
+        return {"teacher": teacher.parameters * bytes_each}
+    part = -(-teacher.parameters // processes) * bytes_each
+    device = {"teacher head": teacher.head * bytes_each,
+              "teacher layers gathered": min(teacher.parameters, LIVE) * bytes_each}  # fmt: skip
+    if placement == "host":
+        host["teacher"] = part
+    else:
+        device["teacher"] = part
+    return device
 
 
 def device_speed(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -134,18 +212,24 @@ def device_speed(device: torch.device, dtype: torch.dtype) -> tuple[float, float
 def text(plan: Plan, config: Config, student: Size, teacher: Size, device: torch.device) -> str:
     """The plan in a few lines."""
     per_update = sum(plan.seconds.values())
-    phases = ", ".join(f"{name} {value:.2g} s" for name, value in plan.seconds.items())
-    peaks = ", ".join(f"{name} {amount(value)}" for name, value in plan.peaks.items())
+    times = ", ".join(f"{name} {value:.2g} s" for name, value in plan.seconds.items())
+    each = f" of each of {plan.processes} processes" if plan.processes > 1 else ""
+    peaks = [
+        f"    {phase}: {amount(plan.peaks[phase])} = "
+        + " + ".join(f"{name} {amount(size)}" for name, size in parts.items())
+        for phase, parts in plan.phases.items()
+    ]
+    host = " + ".join(f"{name} {amount(size)}" for name, size in plan.host.items())
     return "\n".join([
         f"plan of {config.run_dir}: {plan.updates} updates of {config.rollout.prompts_per_step} prompts x {config.rollout.n} "
         f"responses of up to {config.rollout.max_response_tokens} tokens on {device}; {config.engine.kind} engine, "
         f"{config.rollout.engine} rollouts, {config.teacher.mode} teacher",
         f"  parameters: student {student.parameters / 1e6:.2f} M, teacher {teacher.parameters / 1e6:.2f} M",
-        f"  memory: student with gradients and optimizer {amount(plan.student_state)}, teacher {amount(plan.teacher_weights)}; "
-        f"peak by phase {peaks}; teacher states in host memory {amount(plan.host)}",
+        f"  memory{each}, by phase:", *peaks,
+        f"    host memory throughout: {amount(sum(plan.host.values()))} = {host}",
         f"  disk: {amount((config.checkpoint.keep + 1) * plan.checkpoint)} for checkpoints ({config.checkpoint.keep} kept, one "
         "being written)",
-        f"  time, if every response were of full length: {per_update:.2g} s an update ({phases}), "
+        f"  time, if every response were of full length: {per_update:.2g} s an update ({times}), "
         f"{plan.updates * per_update / 3600:.2g} h in all; evaluations not counted",
     ])  # fmt: skip
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from opd import checkpoint, distributed, dump, evaluate, grading, models, plan, run_folder
+from opd import checkpoint, distributed, dump, evaluate, grading, launch, models, plan, run_folder
 from opd.batch import make_micro_batches, share_of_rank
 from opd.cli import InputError, Interrupted, RunError, main, parser, say
 from opd.config import Config, load_config
@@ -138,7 +138,10 @@ def run(
     student = engine.student
     for name, section in identity["config"].items():
         say(f"  {name}: {json.dumps(section)}")
-    say(plan.text(plan.make_plan(config, *sizes, device, total_steps), config, *sizes, device))
+    longest = max((b.max_response_tokens for b in specs.values()), default=0)
+    zero = settings and settings["zero_optimization"]
+    found = plan.make_plan(config, *sizes, device, total_steps, longest, zero, distributed.world_size())
+    say(plan.text(found, config, *sizes, device))
 
     first = distributed.is_first()
     if first:
@@ -421,7 +424,11 @@ def dry_run(config: Config, sections: Mapping[str, Any]) -> None:
         )
         updates = count_steps(range(count), config.rollout.prompts_per_step, data.epochs, None)
     print(json.dumps({**asdict(config), **{name: asdict(s) for name, s in sections.items()}}, indent=1))
-    print(plan.text(plan.make_plan(config, *sizes, device, updates), config, *sizes, device))
+    zero = read_deepspeed(config)["zero_optimization"] if config.engine.kind == "deepspeed" else None
+    longest = max((b.max_response_tokens for b in evaluate.read_benchmarks(config).values()), default=0)
+    here, machines = launch.processes(config.engine)
+    found = plan.make_plan(config, *sizes, device, updates, longest, zero, here * machines)
+    print(plan.text(found, config, *sizes, device))
     print(f"  command: {run_folder.command_line()}\ndry run: nothing was started")
 
 

@@ -1,14 +1,19 @@
 """The plan: sizes against real models, memory against what a run allocates, and --dry-run."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
+import pytest
 import torch
 from helpers import random_lm, tiny_config
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-from opd import plan
+from opd import evaluate, plan
+from opd.config import load_config
+from opd.engine import read_deepspeed
 
 
 def test_sizes_without_weights_are_those_of_the_model(tiny_pair):
@@ -33,15 +38,145 @@ def test_sizes_by_hand():
     assert (gpt2.hidden, gpt2.layers, gpt2.cache_per_token) == (8, 2, 2 * 2 * 8)
 
 
-def test_state_is_sixteen_bytes_a_parameter_and_phases_come_on_top():
-    config = tiny_config()
+def test_the_plain_engine_by_hand():
+    config = tiny_config("student.dtype=bfloat16")
     size = plan.size_of(random_lm(0).model)
-    found = plan.make_plan(config, size, size, torch.device("cpu"), 60)
-    assert found.student_state == 16 * size.parameters and found.checkpoint == 12 * size.parameters
-    assert all(peak > found.student_state + found.teacher_weights for peak in found.peaks.values())
-    assert found.host == 32 * 40 * size.hidden * 4
+    found = plan.make_plan(config, size, size, torch.device("cpu"), 60, longest_answer=30)
+    p = size.parameters
+    update = found.phases["update"]
+    assert (update["weights"], update["gradients"], update["optimizer"], update["copy for autocast"]) == (
+        4 * p,
+        4 * p,
+        8 * p,
+        2 * p,
+    )
+    assert update["teacher"] == 4 * p and "gradients" not in found.phases["rollout"] and found.checkpoint == 12 * p
+    # 32 prompts x 1 response of 24 + 40 tokens; 2 layers x 1 head x (key + value) x 16 x 2 bytes
+    assert found.phases["rollout"]["KV cache"] == 32 * 64 * 2 * 2 * 16 * 2
+    assert found.phases["evaluation"]["KV cache"] == 64 * 54 * 2 * 2 * 16 * 2
+    assert found.host == {"teacher states": 32 * 40 * size.hidden * 4}
+    assert found.peaks["update"] == sum(update.values())
     half = plan.make_plan(tiny_config("rollout.max_response_tokens=20"), size, size, torch.device("cpu"), 60)
-    assert half.seconds["rollout"] < found.seconds["rollout"]
+    assert half.seconds["rollout"] < found.seconds["rollout"] and "evaluation" not in half.phases
+
+
+# (hidden, intermediate, layers, heads, key-value heads, head_dim, vocabulary, tied): the models' published config.json
+MODELS = {
+    "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, 8, 128, 151936, True),
+    "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, 8, 128, 151936, True),
+    "Qwen/Qwen3-4B": (2560, 9728, 36, 32, 8, 128, 151936, True),
+    "Qwen/Qwen3-8B": (4096, 12288, 36, 32, 8, 128, 151936, False),
+    "meta-llama/Llama-3.1-8B-Instruct": (4096, 14336, 32, 32, 8, 128, 128256, False),
+    "meta-llama/Llama-3.3-70B-Instruct": (8192, 28672, 80, 64, 8, 128, 128256, False),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 128, 151936, True),
+    "Qwen/Qwen2.5-14B-Instruct": (5120, 13824, 48, 40, 8, 128, 152064, False),
+}
+
+
+def parameters_by_hand(name):
+    hidden, intermediate, layers, heads, kv, dim, vocabulary, tied = MODELS[name]
+    attention = hidden * dim * (heads + 2 * kv) + heads * dim * hidden
+    extra = 2 * dim if "Qwen3" in name else dim * (heads + 2 * kv) if "Qwen2" in name else 0  # head norms; biases
+    return (
+        vocabulary * hidden * (1 if tied else 2)
+        + layers * (attention + 3 * hidden * intermediate + 2 * hidden + extra)
+        + hidden
+    )
+
+
+def saved(folder, name):
+    hidden, intermediate, layers, heads, kv, dim, vocabulary, tied = MODELS[name]
+    kind = {"Qwen3": Qwen3Config, "Qwen2": Qwen2Config, "Llama": LlamaConfig}[re.search("Qwen3|Qwen2|Llama", name)[0]]
+    settings = {} if kind is Qwen2Config else {"head_dim": dim}
+    kind(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+         num_key_value_heads=kv, vocab_size=vocabulary, tie_word_embeddings=tied, **settings).save_pretrained(folder / name)  # fmt: skip
+    return f"path={folder / name}"
+
+
+def of_recipe(name, tmp_path, processes=1):
+    pair = load_config(f"configs/{name}.json", [])[0]
+    overrides = [
+        f"{who}.{saved(tmp_path, section.path)}"
+        for who, section in (("student", pair.student), ("teacher", pair.teacher))
+    ]
+    config = load_config(f"configs/{name}.json", overrides)[0]
+    sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")
+    by_hand = parameters_by_hand(pair.student.path), parameters_by_hand(pair.teacher.path)
+    assert tuple(s.parameters for s in sizes) == by_hand
+    longest = max(b.max_response_tokens for b in evaluate.read_benchmarks(config).values())
+    zero = read_deepspeed(config)["zero_optimization"] if config.engine.kind == "deepspeed" else None
+    return config, *by_hand, plan.make_plan(config, *sizes, torch.device("cpu"), 100, longest, zero, processes)
+
+
+GPU = {24: 22.0, 80: 74.0}  # GiB that a card of so many GB leaves to a program
+
+
+@pytest.mark.parametrize(("name", "card"), [("qwen3_1.7b_to_0.6b", 24), ("qwen3_8b_to_1.7b", 80)])
+def test_a_recipe_for_one_gpu_fits_by_hand_arithmetic(name, card, tmp_path):
+    config, p, q, found = of_recipe(name, tmp_path)
+    hidden, intermediate, layers, _, kv, dim, vocabulary, _ = MODELS[
+        "Qwen/Qwen3-0.6B" if card == 24 else "Qwen/Qwen3-1.7B"
+    ]
+    held = 4 * p + 2 * p + 8 * p + 2 * q  # float32 weights, bfloat16 copy, moments; bfloat16 teacher
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    cache = config.rollout.batch_size * longest * layers * 2 * kv * dim * 2
+    logits = config.rollout.batch_size * vocabulary * 24
+    assert found.peaks["rollout"] == held + cache + logits
+    one_layer = longest * (8 * hidden + 3 * intermediate) * 2  # one response to a micro-batch
+    backward = one_layer + layers * longest * hidden * 2 + config.loss.chunk_bytes + 4 * vocabulary * hidden
+    assert found.peaks["update"] == held + 4 * p + max(backward, 4 * p)
+    assert max(found.peaks.values()) < GPU[card] * 2**30, {k: v / 2**30 for k, v in found.peaks.items()}
+
+
+def test_the_papers_pairs_fit_eight_gpus_by_hand_arithmetic(tmp_path):
+    for name in ("qwen3_8b_to_4b", "qwen25_14b_to_1.5b", "llama33_70b_to_llama31_8b"):
+        config, p, q, found = of_recipe(name, tmp_path, 8)
+        assert config.engine.deepspeed == "zero2"
+        held = 2 * p + 12 * -(-p // 8)  # bfloat16 weights; an eighth of the float32 copy and the moments
+        if name.startswith("llama"):  # an eighth of the teacher, and its head, 128,256 x 8,192
+            held += -(-q // 8) * 2 + 2 * 128256 * 8192
+            assert found.phases["teacher"]["teacher layers gathered"] == 2 * 10**9
+        else:
+            held += 2 * q
+        update = found.phases["update"]
+        assert update["gradients"] == 4 * -(-p // 8) + 2 * 2 * 200_000_000
+        assert found.peaks["update"] - update["gradients"] - held == update["activations"] + update["loss"]
+        rest = found.phases["rollout"]
+        assert found.peaks["rollout"] - held == rest["KV cache"] + rest["logits"]
+        assert max(found.peaks.values()) < GPU[80] * 2**30, (name, {k: v / 2**30 for k, v in found.peaks.items()})
+
+
+def test_stages_and_offload_by_hand(tmp_path):
+    config = tiny_config("student.dtype=bfloat16", "teacher.dtype=bfloat16")
+    size = plan.size_of(random_lm(0).model)
+    p = size.parameters
+    assert p % 4 == 0
+
+    def held(stage, processes=4, placement="device", **zero):
+        placed = replace(config, teacher=replace(config.teacher, placement=placement))
+        found = plan.make_plan(
+            placed, size, size, torch.device("cpu"), 1, 0, {"stage": stage, "reduce_bucket_size": 10, **zero}, processes
+        )
+        names = ("weights", "layers gathered", "optimizer", "gradients", "teacher", "teacher head")
+        return [found.phases["update"].get(n, 0) for n in names], {
+            k: v for k, v in found.host.items() if k != "teacher states"
+        }
+
+    assert held(1) == ([2 * p, 0, 3 * p, 6 * p, 2 * p, 0], {})
+    assert held(2) == ([2 * p, 0, 3 * p, p + 20, 2 * p, 0], {})
+    assert held(3) == ([p // 2, 2 * p, 3 * p, p + 20, 2 * p, 0], {})
+    assert held(2, offload_optimizer={"device": "cpu"}) == (
+        [2 * p, 0, 0, 20, 2 * p, 0],
+        {"optimizer": 3 * p, "gradients": p},
+    )
+    everything = {
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+        "stage3_max_live_parameters": 100,
+    }
+    assert held(3, **everything) == ([0, 200, 0, 20, 2 * p, 0], {"weights": p // 2, "optimizer": 3 * p, "gradients": p})
+    assert held(2, placement="sharded") == ([2 * p, 0, 3 * p, p + 20, p // 2, 2 * size.head], {})
+    assert held(2, placement="host") == ([2 * p, 0, 3 * p, p + 20, 0, 2 * size.head], {"teacher": p // 2})
 
 
 def test_amounts_for_people():
@@ -64,7 +199,7 @@ def test_a_dry_run_says_everything_and_starts_nothing(tiny_pair, tmp_path):
     assert result.returncode == 0, result.stderr
     config = json.loads(result.stdout[: result.stdout.index("\n}") + 2])
     assert config["tip"]["rule"] == "soft_or" and config["output_dir"] == f"{tmp_path}/o"
-    for text in ("memory: student with gradients and optimizer", "peak by phase rollout", "h in all", "disk:",
+    for text in ("memory, by phase:", "    rollout: ", "weights 426 KiB + optimizer 85", "h in all", "disk:",
                  "command: python -m tip.train --config configs/tiny.json --dry-run", "nothing was started"):  # fmt: skip
         assert text in result.stdout
     assert not (tmp_path / "o").exists()
