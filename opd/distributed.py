@@ -32,7 +32,18 @@ def start(device: torch.device) -> None:
         os.environ.update({name: str(value) for name, value in alone.items()})
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics meet on the CPU
     dist.init_process_group(backend, timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)  # else gloo's threads can abort the process when it ends
+    atexit.register(_leave)
+
+
+def stop() -> None:
+    """Leaves the other processes, all at once. A group that is still there when its process ends can abort it."""
+    wait()
+    _leave()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world_size() -> int:

@@ -195,7 +195,7 @@ def _responses(
     order = sorted(range(len(loaded.prompts)), key=lambda i: -len(loaded.prompts[i].token_ids))
     batches = [(n, order[i : i + size]) for n in loaded.numbers for i in range(0, len(order), size)]
     first = distributed.is_first()
-    lines = distributed.from_first(_read_partial(partial) if first else "").splitlines()
+    lines = distributed.from_first(_read_partial(partial, len(batches)) if first else "").splitlines()
     done = {(r["sample"], i): response for r in map(json.loads, lines)
             for i, response in zip(r["problems"], r["responses"], strict=True)}  # fmt: skip
     found: dict[tuple[int, int], Rollout] = {}
@@ -229,7 +229,7 @@ def _responses(
     return [(number, found[number, i]) for number in loaded.numbers for i in range(len(order))]
 
 
-def _read_partial(path: Path) -> str:
+def _read_partial(path: Path, batches: int) -> str:
     """The whole lines of an earlier, stopped evaluation; the file is cut back to them."""
     kept = []
     if path.exists():
@@ -241,7 +241,7 @@ def _read_partial(path: Path) -> str:
             except (ValueError, KeyError, TypeError):
                 continue  # the line that was being written
         write_whole(path, "".join(kept))
-        say(f"{path.name}: {len(kept)} batches are there")
+        say(f"{path.name}: {len(kept)} of {batches} batches are there")
     return "".join(kept)
 
 
@@ -429,6 +429,7 @@ def command(arguments: list[str]) -> None:
     if distributed.is_first():
         say(line(summary))
         print(out / "summary.json")
+    distributed.stop()
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

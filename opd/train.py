@@ -112,8 +112,6 @@ def run(
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every chunk of logits once more
     reset_peak_memory(device)
-    models.check_paths(config)
-    sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")
     student_section = replace(config.student, path=str(start), revision=None) if start else config.student
     student = load_student(student_section, device, identity["deepspeed"])
     teacher = load_teacher(config, device)
@@ -129,6 +127,7 @@ def run(
     total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
     if config.optim.warmup_steps >= total_steps:
         raise InputError(f"optim.warmup_steps is {config.optim.warmup_steps}, not below the run's {total_steps} steps.")
+    sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")
     settings = identity["deepspeed"]
     engine = (
         DeepSpeedEngine(student, config, total_steps, settings)
@@ -407,6 +406,7 @@ def start(
         folder = run(config, weighter, sections, options.resume, observer)
         if distributed.is_first():
             print(folder)
+        distributed.stop()
     else:
         dry_run(config, sections)
 

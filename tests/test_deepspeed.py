@@ -114,7 +114,7 @@ def work(rank, port, folder, task):
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
     task(rank, folder)
-    distributed.wait()
+    distributed.stop()
 
 
 def in_two_processes(task, folder):

@@ -195,7 +195,7 @@ def test_statistics_equal_those_of_the_models_own_logits(name, byte_level, tmp_p
     student, teacher = build_pair(tmp_path, name, byte_level, student_rows=24)
     student = opd_models.load(Student(path=str(student), revision=None, dtype="float32", attn_implementation=attention(name)),
                               torch.device("cpu"), "student")  # fmt: skip
-    teacher = opd_models.load(Teacher(mode="local", path=str(teacher), revision=None, dtype="float32",
+    teacher = opd_models.load(Teacher(mode="local", placement="device", path=str(teacher), revision=None, dtype="float32",
                                       attn_implementation=attention(name)), torch.device("cpu"), "teacher")  # fmt: skip
     vocab = opd_models.shared_vocabulary(student, teacher)
     assert vocab == len(student.tokenizer)

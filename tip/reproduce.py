@@ -257,6 +257,7 @@ def command(arguments: list[str]) -> None:
 
         if run_seed(table, options.config, options.overrides, options.only_seed, tell):
             raise RunError("not every arm finished")
+        distributed.stop()
         return
     root = _root(base)
     here, machines = launch.processes(base.engine)
