@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import random_lm, random_rollouts
 
-from opd.batch import counted_tokens, make_micro_batches, repeated_tail
+from opd.batch import counted_tokens, empty_micro_batch, make_micro_batches, repeated_tail, share_of_rank
 from opd.data import Prompt, Rollout
 
 
@@ -66,3 +66,27 @@ def test_every_response_token_is_in_exactly_one_micro_batch_within_the_budget(bu
         assert b.attention_mask.sum() == sum(
             len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts if r.sequence_id in b.sequence_id
         )
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(7, 2), (8, 3), (1, 4), (0, 2), (32, 8), (5, 1)])
+def test_ranks_share_rollouts_and_tokens(count, ranks):
+    rollouts = random_rollouts(random_lm(0), count=count, seed=3)
+    shares = [share_of_rank(rollouts, rank, ranks) for rank in range(ranks)]
+    dealt = [r.sequence_id for share in shares for r in share]
+    assert sorted(dealt) == list(range(count))  # everyone exactly once
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    lengths = [[len(r.prompt.token_ids) + len(r.response_ids) for r in share] for share in shares]
+    assert all(own == sorted(own, reverse=True) for own in lengths)
+    longest = max((len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts), default=0)
+    totals = [sum(own) for own in lengths]
+    assert max(totals) - min(totals) <= longest  # at most one rollout apart, however many there are
+    assert shares[0] == share_of_rank(list(reversed(rollouts)), 0, ranks)  # whoever sampled them
+
+
+def test_an_empty_micro_batch_runs_a_model_and_predicts_nothing():
+    lm = random_lm(0)
+    batch = empty_micro_batch(lm.eos_ids[0])
+    states = lm.states(batch, torch.arange(len(batch.token_ids)))
+    assert states.shape == (0, 32) and states.requires_grad
+    states.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for n, p in lm.model.named_parameters() if "embed" not in n)

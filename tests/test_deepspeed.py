@@ -7,6 +7,7 @@ import os
 import socket
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from opd import checkpoint, distributed, models
 from opd import engine as engines
 from opd.batch import make_micro_batches
+from opd.cli import InputError
 from opd.engine import DeepSpeedEngine, load_student, read_deepspeed
 from opd.hooks import TokenWeights, UniformWeighter
 from opd.rollout import Decoding, sample
@@ -322,3 +324,37 @@ def test_a_split_teacher_scores_and_samples_as_a_whole_one(files):
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_applied_on_none(files):
     in_two_processes(refuses_what_is_not_finite, files)
+
+
+@pytest.mark.parametrize(("content", "more", "words"), [
+    ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lion"}}, [], "optimizer is decided by optim.lr"),
+    ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, [], "fp16 is decided by student.dtype"),
+    ({"zero_optimization": {"stage": 2}, "gradient_clipping": 3}, [], "gradient_clipping is decided by optim.grad_clip"),
+    ({"zero_optimization": {"stage": 2}, "pipeline": {}}, [], "pipeline is not used here"),
+    ({}, [], "zero_optimization is not what DeepSpeed takes"),
+    ({"zero_optimization": {"stage": 7}}, [], "zero_optimization is not what DeepSpeed takes"),
+    ({"zero_optimization": {"stage": 2, "overlap": True}}, [], "zero_optimization is not what DeepSpeed takes"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, [], "expected 'cpu'"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, [], "all or nothing"),
+    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, [], "offload_param needs stage 3"),
+    ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, [], "offload_optimizer needs stage 1, 2 or 3"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, [], "it rounds weights on their way"),
+    ({"zero_optimization": {"stage": 0}}, ["student.dtype=bfloat16"], "adds gradients up in bfloat16"),
+])  # fmt: skip
+def test_what_cannot_be_exact_is_refused_with_the_reason(content, more, words, tmp_path):
+    (tmp_path / "file.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=words) as caught:
+        read_deepspeed(config_of(tmp_path, "file", *more))
+    assert str(tmp_path / "file.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/deepspeed").glob("*.json")), ids=lambda p: p.stem)
+def test_every_file_is_one(path):
+    settings = read_deepspeed(tiny_config("engine.kind=deepspeed", f"engine.deepspeed={path.stem}"))
+    assert settings["zero_optimization"] == json.loads(path.read_text())["zero_optimization"]
+    assert settings["zero_optimization"]["stage"] == int(path.stem[4]) and settings["bf16"] == {"enabled": False}
+
+
+def test_a_split_or_hosted_teacher_needs_deepspeed():
+    with pytest.raises(InputError, match=r"teacher.placement is 'host' and engine.kind is 'torch'"):
+        tiny_config("teacher.placement=host")

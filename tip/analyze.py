@@ -10,6 +10,7 @@ against the oracle weight of a token, by brute force.
 
 import dataclasses
 import json
+import os
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -20,12 +21,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from opd import evaluate, models
+from opd import distributed, evaluate, models
 from opd.batch import MicroBatch, make_micro_batches
 from opd.cli import InputError, main, parser, say
 from opd.config import Config, load_config
 from opd.data import Prompt, prompts_of_step, read_training_prompts
-from opd.engine import pick_device
+from opd.engine import load_teacher, pick_device
 from opd.hooks import TokenStats
 from opd.loss import divergence_sum
 from opd.metrics import Progress, write_whole
@@ -303,7 +304,11 @@ def _rollouts(
 def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int | None, out: Path, command: str) -> str:
     """Samples, scores, compares; writes analysis.json, table.md and the plots into `out`. Returns the table."""
     device = pick_device(config.engine)
-    student, teacher = models.load(config.student, device, "student"), models.load(config.teacher, device, "teacher")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("an analysis runs in one process, and WORLD_SIZE says there are more. Start it plainly.")
+    if config.engine.kind == "deepspeed":
+        distributed.start(device)  # for a teacher in host memory
+    student, teacher = models.load(config.student, device, "student"), load_teacher(config, device)
     vocab_size = models.shared_vocabulary(student, teacher)
     prompts, _ = read_training_prompts(config.data, student.tokenizer, config.seed)
     for lm in (student, teacher):

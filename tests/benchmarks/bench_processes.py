@@ -4,7 +4,7 @@
 
 Each repeat starts one process and two processes, one thread each, in turn; a figure is the median over repeats of the
 ratio of their `time/update` (itself the median over the updates of the process group). A Qwen3 of 26 M parameters,
-V = 32,768, 32 rollouts of 32 prompt and 64 response tokens, all tokens kept.
+V = 32,768, 64 rollouts of 32 prompt and 64 response tokens, all tokens kept.
 """
 
 import argparse
@@ -47,14 +47,14 @@ def work(folder: Path, stage: str) -> None:
 
     config, _ = load_config("configs/tiny.json", [
         "engine.kind=deepspeed", f"engine.deepspeed={stage}", f"student.path={folder}/student", f"teacher.path={folder}/teacher",
-        "optim.warmup_steps=0", "optim.micro_batch_tokens=768"])  # fmt: skip
+        "optim.warmup_steps=0", "optim.micro_batch_tokens=1536"])  # fmt: skip
     device = pick_device(config.engine)
     distributed.start(device)
     settings = read_deepspeed(config)
     student, teacher = load_student(config.student, device, settings), load_teacher(config, device)
     engine = DeepSpeedEngine(student, config, UPDATES, settings)
     g = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 32768, (32, 96), generator=g).tolist()
+    ids = torch.randint(1, 32768, (64, 96), generator=g).tolist()
     rollouts = [Rollout(i, Prompt(str(i), tuple(x[:32]), "0"), tuple(x[32:]), "length") for i, x in enumerate(ids)]
     mine = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
     batches = make_micro_batches(mine, config.optim.micro_batch_tokens, 0, "keep")
