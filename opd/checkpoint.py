@@ -1,9 +1,10 @@
 """Checkpoints that are there whole or not at all.
 
-`checkpoints/step_000020/` holds the student in Hugging Face format (safetensors, float32, tokenizer beside it), the
-optimizer's moments and what a running weighter remembers (safetensors), trainer.json, and manifest.json with size and
-SHA-256 of every file. It is written under a temporary name, flushed to disk, then renamed; `latest` names the newest
-one. Nothing is ever unpickled. It is the same whatever number of processes wrote it, so any number continues from it.
+`checkpoints/step_000020/` holds the student in Hugging Face format (safetensors, float32, tokenizer beside it), in trainer/
+the optimizer's moments and what a running weighter remembers (safetensors; beside the model vLLM would take them for it),
+trainer.json, and manifest.json with size and SHA-256 of every file. It is written under a temporary name, flushed to
+disk, then renamed; `latest` names the newest one. Nothing is ever unpickled. It is the same whatever number of processes
+wrote it, so any number continues from it.
 """
 
 import hashlib
@@ -69,15 +70,16 @@ def save(
         student.model.save_pretrained(temporary, state_dict=weights)
         student.tokenizer.save_pretrained(temporary)
         _say_float32(temporary / "config.json")
-        save_file(optimizer, temporary / "optimizer.safetensors")
+        (temporary / "trainer").mkdir()
+        save_file(optimizer, temporary / "trainer" / "optimizer.safetensors")
         if memory:
-            save_file(memory, temporary / "weighter.safetensors")
+            save_file(memory, temporary / "trainer" / "weighter.safetensors")
         trainer = {"step": step, "processes": distributed.world_size()}
         (temporary / "trainer.json").write_text(json.dumps(trainer) + "\n")
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        for path in (*files, temporary / MANIFEST, temporary):
+        for path in (*files, temporary / MANIFEST, temporary / "trainer", temporary):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -140,7 +142,9 @@ def load_optimizer(checkpoint: Path, engine: TorchEngine | DeepSpeedEngine) -> N
 
     An engine whose parameters are bfloat16 takes the float32 weights beneath them from here too.
     """
-    engine.load(_Tensors([checkpoint / "optimizer.safetensors"]), _Tensors(checkpoint.glob("model*.safetensors")))
+    engine.load(
+        _Tensors([checkpoint / "trainer" / "optimizer.safetensors"]), _Tensors(checkpoint.glob("*.safetensors"))
+    )
 
 
 class _Tensors(Mapping):
@@ -162,7 +166,7 @@ class _Tensors(Mapping):
 
 def load_weighter(checkpoint: Path) -> dict[str, Tensor]:
     """What the weighter remembered; empty if it had learnt nothing."""
-    path = checkpoint / "weighter.safetensors"
+    path = checkpoint / "trainer" / "weighter.safetensors"
     return load_file(path) if path.exists() else {}
 
 

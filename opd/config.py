@@ -99,10 +99,26 @@ class Data:
 class RolloutSection:
     """Sampling of responses from the student."""
 
-    engine: Annotated[Literal["transformers"], doc("What generates.")]
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        doc("What generates. vllm: in the training process, weights sent after every update; needs engine.kind torch."),
+    ]
+    gpu_memory: Annotated[
+        float,
+        doc("Share of the GPU's memory that vLLM may take for weights and cache. transformers: not used.", gt=0, lt=1),
+    ]
+    parity_every: Annotated[
+        Count,
+        doc(
+            "Updates between comparisons of vLLM's logprobs with the trainer's, which end the run when they differ. The first "
+            "one is always before the first update. transformers: not used."
+        ),
+    ]
     prompts_per_step: Annotated[Count, doc("Prompts of one update. Table 9: 8.")]
     n: Annotated[Count, doc("Responses per prompt. Table 9: 16.")]
-    batch_size: Annotated[Count, doc("Responses generated together; bounds the key/value cache. Not the result.")]
+    batch_size: Annotated[
+        Count, doc("Responses a process generates together; bounds the key/value cache. Not the result.")
+    ]
     temperature: Annotated[float, doc("Sampling temperature; 0 is greedy. Table 9: 1.0.", ge=0)]
     top_p: Annotated[float, doc("Nucleus: smallest set of tokens with this probability. Table 9: 1.0.", gt=0, le=1)]
     max_response_tokens: Annotated[Count, doc("A response is cut here. Tokens. Table 9: 8192.")]
@@ -405,6 +421,11 @@ def _check(config: Config, where: str) -> None:
         (config.engine.kind == "deepspeed") == (config.engine.deepspeed is not None),
         f"engine.kind is {config.engine.kind!r} and engine.deepspeed is {config.engine.deepspeed!r}: the file belongs to kind "
         '"deepspeed" and to it alone. For example --set engine.kind=deepspeed --set engine.deepspeed=zero2.',
+    )
+    require(
+        config.rollout.engine == "transformers" or config.engine.kind == "torch",
+        "rollout.engine is 'vllm' and engine.kind is 'deepspeed': a vLLM beside each of several processes is not supported. "
+        'Set rollout.engine to "transformers", or engine.kind to "torch".',
     )
     require(
         config.engine.kind == "deepspeed" or config.teacher.placement == "device",

@@ -28,7 +28,7 @@ from opd.data import Prompt, Rollout, make_prompts, read_problems
 from opd.engine import load_teacher, pick_device
 from opd.metrics import Progress, write_whole
 from opd.models import LanguageModel
-from opd.rollout import Decoding, sample
+from opd.rollout import Decoding, VllmEngine, sample
 from opd.step import pair_stats
 
 GREEDY = -1  # sample number of the greedy response in the files
@@ -416,6 +416,9 @@ def command(arguments: list[str]) -> None:
     limit = options.limit if options.limit is not None else config.eval.limit
     benchmarks = load_benchmarks(config, lm, limit)
     check_benchmarks(lm, benchmarks)
+    if config.rollout.engine == "vllm":
+        longest = max(max(len(p.token_ids) for p in b.prompts) + b.benchmark.max_response_tokens for b in benchmarks)
+        lm = replace(lm, sampler=VllmEngine(lm, section, config.rollout, longest))
     parts = [part for part in Path(options.model).parts[-3:] if part != "checkpoints"]
     out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
     if distributed.is_first():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,15 @@ class HeadScope(torch.nn.Module):
         return work(hidden)
 
 
+class Sampler(Protocol):
+    """An engine with weights of its own that generates for a model; opd.rollout.VllmEngine is one."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], decoding: Any, vocab_size: int, seeds: Sequence[int],
+        progress: Callable[[int, int], None],
+    ) -> list[tuple[int, ...]]: ...  # fmt: skip
+
+
 def _call(work: Callable[[], Any]) -> Any:
     return work()
 
@@ -66,6 +75,7 @@ class LanguageModel:
     run: Callable[[Callable[[], Any]], Any] = _call  # whatever calls the model goes through it: DeepSpeed's forward
     sharded: bool = False  # ZeRO-3: every forward is a collective, so all ranks make the same number of them
     whole_head: Head | None = None  # of a sharded teacher: its LM head, kept whole
+    sampler: "Sampler | None" = None  # samples its responses; None: transformers (opd.rollout)
     head_scope: HeadScope = field(init=False)
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ from opd.engine import DeepSpeedEngine, TorchEngine, load_student, load_teacher,
 from opd.hooks import Observer, RunningWeighter, TokenWeighter, UniformWeighter
 from opd.metrics import MetricsLog, Progress, Stopwatch, duration, peak_memory_gb, reset_peak_memory, write_whole
 from opd.models import LanguageModel
-from opd.rollout import Decoding, sample
+from opd.rollout import Decoding, VllmEngine, sample
 from opd.seeds import generator
 from opd.step import StepResult, pair_stats, train_step
 
@@ -135,6 +135,12 @@ def run(
         else TorchEngine(student, config, total_steps)
     )
     student = engine.student
+    probe = prompts[:8]  # of vLLM's parity check
+    if config.rollout.engine == "vllm":
+        answers = [config.rollout.max_response_tokens, *(b.benchmark.max_response_tokens for b in benchmarks)]
+        asked = [*prompts, *(p for b in benchmarks for p in b.prompts)]
+        longest = max(len(p.token_ids) for p in asked) + max(answers)
+        student = replace(student, sampler=VllmEngine(student, student_section, config.rollout, longest))
     for name, section in identity["config"].items():
         say(f"  {name}: {json.dumps(section)}")
     longest = max((b.max_response_tokens for b in specs.values()), default=0)
@@ -188,6 +194,10 @@ def run(
     try:
         with stop:
             if step == 0:
+                if student.sampler:
+                    say(
+                        f"vLLM has the student's weights: probe within {student.sampler.check_parity(probe, 0):.1e} nats"
+                    )
                 measure("teacher", teacher)
                 measure("step_000000", student)
             while True:
@@ -197,6 +207,8 @@ def run(
                     break
                 metrics = _update(parts, step + 1)
                 step += 1
+                if student.sampler:
+                    metrics |= _sync(student, probe, step, config.rollout.parity_every)
                 if log:
                     log.write(step, metrics)
                 if step == total_steps or _due(step, config.checkpoint.every):
@@ -231,6 +243,8 @@ def run(
         grader.close()
         if settings:
             engine.close()
+        if student.sampler:
+            student.sampler.close()
     if first:
         figures = run_folder.write_summary(run_dir)
         say(f"{run_dir}: done, {duration(figures['seconds']['step'])} in {total_steps} updates")
@@ -245,6 +259,8 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     watch = Stopwatch(student.device)
     with watch("rollout"):
         rollouts = _sample_rollouts(parts, step)
+    if student.sampler:
+        student.sampler.sleep()
     mine = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
     micro_batches = make_micro_batches(
         mine, config.optim.micro_batch_tokens, student.eos_ids[0], config.rollout.truncated
@@ -284,6 +300,16 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
         shown = rollouts[: config.log.token_dump_rollouts]
         dump.write(path, shown, result.stats, result.weights, columns, student.tokenizer)
     return metrics
+
+
+def _sync(student: LanguageModel, probe: list[Prompt], step: int, parity_every: int) -> dict[str, float]:
+    """The update's weights to the engine that samples the next rollouts; metrics of it."""
+    watch = Stopwatch(student.device)
+    with watch("sync"):
+        student.sampler.wake()
+        student.sampler.sync()
+    parity = {"rollout/parity": student.sampler.check_parity(probe, step)} if _due(step, parity_every) else {}
+    return watch.times | parity
 
 
 def _sample_rollouts(parts: Parts, step: int) -> list[Rollout]:

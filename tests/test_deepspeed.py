@@ -282,7 +282,7 @@ def test_a_checkpoint_continues_bit_for_bit_and_on_another_number_of_processes(f
     found = torch.load(files / "resumed_0.pt", weights_only=False)
     for case, (unbroken, continued, loaded, saved) in found.items():
         assert same(unbroken, continued), case
-        written = load_file(saved / "model.safetensors"), load_file(saved / "optimizer.safetensors")
+        written = load_file(saved / "model.safetensors"), load_file(saved / "trainer/optimizer.safetensors")
         loaded[0].pop("lm_head.weight", None)  # tied
         assert same(loaded, written), case  # what is read is what was written, float32 beneath bfloat16 too
         assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"

@@ -52,7 +52,7 @@ def results(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
     last = sorted((run / "checkpoints").glob("step_*"))[-1]
-    tensors = {f"{p.name} {n}": v for p in last.glob("*.safetensors") for n, v in load_file(p).items()}
+    tensors = {f"{p.name} {n}": v for p in last.rglob("*.safetensors") for n, v in load_file(p).items()}
     files = {
         str(p.relative_to(run)): p.read_text() for p in (*run.glob("eval/*/tiny.jsonl"), *run.glob("tokens/*.jsonl"))
     }

@@ -76,7 +76,7 @@ def fingerprint(folder):
     for path in sorted([*(folder / "eval").rglob("*.jsonl"), *(folder / "tokens").glob("*.jsonl")]):
         found[str(path.relative_to(folder))] = path.read_bytes()
     last = folder / "checkpoints" / "step_000008"
-    for name in ("model", "optimizer", "weighter"):
+    for name in ("model", "trainer/optimizer", "trainer/weighter"):
         tensors = load_file(last / f"{name}.safetensors")
         found[name] = {k: (v.dtype, v.numpy().tobytes()) for k, v in tensors.items()}
     assert (folder / "checkpoints" / "latest").read_text() == "step_000008\n"
@@ -181,7 +181,7 @@ def test_every_kind_of_damage_is_found(whole, tiny_pair, tmp_path, damage):
     last = folder / "checkpoints" / "step_000002"
     assert checkpoint.verify(last) == 2 and checkpoint.newest(folder) == last
     if damage == "truncate":
-        os.truncate(last / "optimizer.safetensors", 100)
+        os.truncate(last / "trainer/optimizer.safetensors", 100)
     elif damage == "remove":
         (last / "trainer.json").unlink()
     elif damage == "manifest":

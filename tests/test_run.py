@@ -109,7 +109,7 @@ def test_a_run_folder_holds_what_it_should(small):
     assert {"config.json", "metrics.jsonl", "summary.json", "eval/teacher/tiny.jsonl", "eval/teacher/summary.json",
             "eval/step_000000/summary.json", "eval/step_000002/tiny.jsonl", "eval/step_000004/summary.json",
             "checkpoints/latest", "checkpoints/step_000004/model.safetensors", "checkpoints/step_000004/manifest.json",
-            "checkpoints/step_000004/optimizer.safetensors"} <= names  # fmt: skip
+            "checkpoints/step_000004/trainer/optimizer.safetensors"} <= names  # fmt: skip
     assert any(name.startswith("tensorboard/events") for name in names)
     recorded = json.loads((small / "config.json").read_text())
     assert recorded["config"]["tip"]["retention"] == 0.2 and recorded["weighter"] == "tip.weighter.TipWeighter"
@@ -149,7 +149,7 @@ def test_a_checkpoint_is_a_plain_model_with_its_tokenizer(small):
     assert not torch.equal(model.model.norm.weight, start_model.model.norm.weight)
     assert model.generation_config.eos_token_id == start_model.generation_config.eos_token_id
     assert AutoTokenizer.from_pretrained(folder).chat_template
-    moments = load_file(folder / "optimizer.safetensors")
+    moments = load_file(folder / "trainer/optimizer.safetensors")
     assert {k.split(".")[0] for k in moments} == {"exp_avg", "exp_avg_sq", "step"} and moments[
         "step.model.norm.weight"
     ] == 4
@@ -238,7 +238,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(tiny_pa
     assert "continuing after step" in log.read_text() and log.read_text().endswith(f"{folder}\n")
     whole = start(tmp_path, "whole", *overrides, tip=("tip.retention=0.5",))
     assert without_clock(rows(folder)) == without_clock(rows(whole))
-    a, b = (load_file(f / "checkpoints/step_000012/optimizer.safetensors") for f in (folder, whole))
+    a, b = (load_file(f / "checkpoints/step_000012/trainer/optimizer.safetensors") for f in (folder, whole))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
