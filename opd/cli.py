@@ -8,6 +8,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -31,9 +32,10 @@ def main(command: Callable[[list[str]], None]) -> None:
     """Runs a command on `sys.argv[1:]` and exits: 0 done, 2 wrong input, 128 + signal when stopped, 1 anything else."""
     try:
         command(sys.argv[1:])
-    except InputError as error:  # every process of a machine says the same
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)  # the first process of the machine says the same and ends this one, or it is ours alone
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RunError as error:
         who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # A rank that waits for the slowest one's responses is not stuck. What ends a run whose process died is the launcher,
-# and gloo's closed connection, not this.
+# and gloo's closed connection; this is left for a machine that vanished without a word.
 PATIENCE = datetime.timedelta(hours=6)
 
 
@@ -32,7 +32,8 @@ def start(device: torch.device) -> None:
         os.environ.update({name: str(value) for name, value in alone.items()})
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics meet on the CPU
     dist.init_process_group(backend, timeout=PATIENCE)
-    atexit.register(_leave)
+    if device.type == "cpu":
+        atexit.register(_leave)  # NCCL would wait there for the others, who may be waiting for this one
 
 
 def stop() -> None:

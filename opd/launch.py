@@ -20,6 +20,7 @@ from opd.cli import InputError, Interrupted, RunError, main, parser
 from opd.config import Engine, load_config
 
 MASTER_PORT = 29500
+PATIENCE = 3600  # seconds after a signal in which processes may finish their update and write a checkpoint
 
 
 def processes(engine: Engine) -> tuple[int, int]:
@@ -34,8 +35,14 @@ def processes(engine: Engine) -> tuple[int, int]:
 
 
 def machine() -> int:
-    """Which of the machines this is, from 0; the first one writes tables."""
-    return _number("NODE_RANK", 0, least=0)
+    """Which of the machines this is, from 0; the first one writes tables. Raises InputError for none of them."""
+    machines, which = _number("NNODES", 1), _number("NODE_RANK", 0, least=0)
+    if machines > 1 and ("NODE_RANK" not in os.environ or which >= machines):
+        got = os.environ.get("NODE_RANK", "not set")
+        raise InputError(
+            f"NNODES is {machines} and NODE_RANK is {got}: give every machine its number, 0 to {machines - 1}."
+        )
+    return which
 
 
 def _number(name: str, default: int, least: int = 1) -> int:
@@ -71,7 +78,13 @@ def command(arguments: list[str]) -> None:
         }
     )  # fmt: skip
     settings = LaunchConfig(
-        min_nodes=machines, max_nodes=machines, nproc_per_node=here, run_id="opd", max_restarts=0, **where
+        min_nodes=machines,
+        max_nodes=machines,
+        nproc_per_node=here,
+        run_id="opd",
+        max_restarts=0,
+        shutdown_timeout=PATIENCE,
+        **where,
     )
     try:
         elastic_launch(settings, sys.executable)("-u", "-m", module, *rest)

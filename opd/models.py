@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from opd import distributed
 from opd.batch import MicroBatch
 from opd.cli import InputError, say
 from opd.config import Config, Student, Teacher
@@ -76,10 +77,11 @@ class LanguageModel:
     sharded: bool = False  # ZeRO-3: every forward is a collective, so all ranks make the same number of them
     whole_head: Head | None = None  # of a sharded teacher: its LM head, kept whole
     sampler: "Sampler | None" = None  # samples its responses; None: transformers (opd.rollout)
-    head_scope: HeadScope = field(init=False)
+    head_scope: HeadScope = field(default=None)  # of the model; the one that DeepSpeed knows stays the same
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "head_scope", HeadScope(self.model))
+        if self.head_scope is None:
+            object.__setattr__(self, "head_scope", HeadScope(self.model))
 
     def head(self, vocab_size: int) -> Head:
         """Its head, cut to the first ids. Of a sharded student only within a call of `head_scope`."""
@@ -161,9 +163,13 @@ def load(
             )
         if sharding is None:
             model = model.to(device)
+        else:
+            _restore_buffers(model, device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # what a broken checkpoint raises depends on what is broken, and on its architecture
+        if isinstance(error, RuntimeError) and distributed.is_lost_connection(error):
+            raise
         raise InputError(
             f"{where} does not load as a causal language model with its tokenizer: {_first_line(error)} "
             "Expected a Hugging Face checkpoint in safetensors format whose architecture is part of transformers."
@@ -190,6 +196,25 @@ def load(
     if sharding is None:
         check_head(found)
     return found
+
+
+def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Float32 buffers of a model that was made while DeepSpeed split it: it rounds them to the weights' dtype.
+
+    In bfloat16 the frequencies of rotary positions are off by radians after some thousand tokens, without a word. Raises
+    ValueError for another kind of buffer.
+    """
+    for name, module in model.named_modules():
+        floats = [n for n, b in module.named_buffers(recurse=False) if b.is_floating_point()]
+        if not floats:
+            continue
+        if "inv_freq" not in floats:
+            raise ValueError(
+                f"its module {name} has the buffer {floats[0]}, which cannot be restored when weights are split"
+            )
+        fresh = type(module)(module.config)
+        for n in floats:
+            setattr(module, n, fresh.get_buffer(n).to(device))
 
 
 def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:

@@ -259,7 +259,8 @@ class VllmEngine:
         try:
             self.llm = vllm.LLM(
                 weights.path, revision=weights.revision, dtype=str(lm.compute_dtype).removeprefix("torch."),
-                max_model_len=longest, max_num_seqs=section.batch_size, gpu_memory_utilization=section.gpu_memory, generation_config="vllm",
+                max_model_len=longest, max_num_seqs=section.batch_size,
+                gpu_memory_utilization=section.gpu_memory, generation_config="vllm",
                 enforce_eager=on_cpu, enable_sleep_mode=not on_cpu, seed=0, disable_log_stats=True,
             )  # fmt: skip
         except Exception as error:  # what a model it does not know raises depends on the model

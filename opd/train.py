@@ -191,29 +191,38 @@ def run(
         memory = weighter.state() if isinstance(weighter, RunningWeighter) else {}
         checkpoint.save(run_dir, step, student, engine, memory, config.checkpoint.keep)
 
+    def all_updates() -> None:
+        nonlocal step
+        if step == 0:
+            if student.sampler:
+                say(f"vLLM has the student's weights: probe within {student.sampler.check_parity(probe, 0):.1e} nats")
+            measure("teacher", teacher)
+            measure("step_000000", student)
+        while True:
+            if step and (step == total_steps or _due(step, config.eval.every)):
+                measure(f"step_{step:06d}", student)
+            if step == total_steps:
+                return
+            metrics = _update(parts, step + 1)
+            step += 1
+            if student.sampler:
+                metrics |= _sync(student, probe, step, config.rollout.parity_every)
+            if log:
+                log.write(step, metrics)
+            if step == total_steps or _due(step, config.checkpoint.every):
+                save()
+            stop.check(together=True)
+
     try:
         with stop:
-            if step == 0:
-                if student.sampler:
-                    say(
-                        f"vLLM has the student's weights: probe within {student.sampler.check_parity(probe, 0):.1e} nats"
-                    )
-                measure("teacher", teacher)
-                measure("step_000000", student)
-            while True:
-                if step and (step == total_steps or _due(step, config.eval.every)):
-                    measure(f"step_{step:06d}", student)
-                if step == total_steps:
-                    break
-                metrics = _update(parts, step + 1)
-                step += 1
-                if student.sampler:
-                    metrics |= _sync(student, probe, step, config.rollout.parity_every)
-                if log:
-                    log.write(step, metrics)
-                if step == total_steps or _due(step, config.checkpoint.every):
+            try:
+                all_updates()
+            except Interrupted:
+                if distributed.from_first(str(checkpoint.folder(run_dir, step).exists())) == "False":
                     save()
-                stop.check(together=True)
+                say(f"checkpoint of step {step} is written; the same command continues from it")
+                distributed.wait()  # a process that ended now would look like one that failed
+                raise
     except OSError as error:
         raise RunError(
             f"after step {step}: {run_dir} cannot be written ({error}). Checkpoints are intact; mend the cause and start "
@@ -232,17 +241,10 @@ def run(
             f"after step {step}: another process of this run has ended or cannot be reached. Look at its message; checkpoints "
             "are intact, and the same command continues from the newest."
         ) from error
-    except Interrupted:
-        if distributed.from_first(str(checkpoint.folder(run_dir, step).exists())) == "False":
-            save()
-        say(f"checkpoint of step {step} is written; the same command continues from it")
-        raise
     finally:
         if log:
             log.close()
         grader.close()
-        if settings:
-            engine.close()
         if student.sampler:
             student.sampler.close()
     if first:
@@ -394,13 +396,17 @@ def _due(step: int, every: int) -> bool:
 
 
 class Stop:
-    """SIGINT and SIGTERM ask for a stop at the next safe place; a second one stops at once."""
+    """SIGINT, SIGTERM and SIGHUP ask for a stop at the next safe place; a second one stops at once."""
 
     def __init__(self) -> None:
         self.signum = 0
+        self.when = 0.0
 
     def __enter__(self) -> None:
-        self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        kinds = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            kinds.append(signal.SIGHUP)
+        self.previous = {s: signal.signal(s, self._receive) for s in kinds}
 
     def __exit__(self, *error: object) -> None:
         for signum, handler in self.previous.items():
@@ -408,8 +414,10 @@ class Stop:
 
     def _receive(self, signum: int, frame: object) -> None:
         if self.signum:
+            if distributed.world_size() > 1 and time.monotonic() - self.when < 5:
+                return  # the same one again: a scheduler tells both the launcher and its processes
             raise KeyboardInterrupt
-        self.signum = signum
+        self.signum, self.when = signum, time.monotonic()
         say(f"{signal.Signals(signum).name}: stopping after a checkpoint (again: at once)")
 
     def check(self, together: bool = False) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from data.tiny import build
@@ -152,11 +153,17 @@ def _root(config: Config) -> Path:
     return Path(config.output_dir) / f"{config.run_name}-reproduce"
 
 
-def _in_processes(arguments: list[str], seeds: list[int], jobs: int, logs: Path) -> int:
-    """One process per seed, `jobs` at a time; their progress lines go to our stderr, the rest to a log per seed."""
+def _in_processes(arguments: list[str], parts: list[tuple[int, str | None]], jobs: int, logs: Path) -> int:
+    """One process per (seed, arm or None for all of its arms), `jobs` at a time, each with a GPU of its own where it uses one.
+
+    With engine.kind deepspeed it is a group of processes on all GPUs. Their progress lines go to our stderr, the rest to a log
+    per seed. Returns how many failed.
+    """
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, running, failed = list(seeds), {}, 0
-    stopped = 0
+    waiting, running, failed = list(parts), {}, 0
+    free = list(range(jobs))
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    stopped, slots = 0, {}
 
     def forward(signum: int, frame: object) -> None:
         nonlocal stopped
@@ -172,21 +179,27 @@ def _in_processes(arguments: list[str], seeds: list[int], jobs: int, logs: Path)
     try:
         while running or (waiting and not stopped):
             while waiting and len(running) < jobs and not stopped:
-                seed = waiting.pop(0)
+                part = seed, arm = waiting.pop(0)
+                slot = free.pop(0)
+                own_gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot]} if jobs > 1 and gpus[0] else {}
                 with (logs / f"seed_{seed}.log").open("a") as log:
                     child = subprocess.Popen(
-                        [sys.executable, "-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", str(seed)],
-                        stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                        [sys.executable, "-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", str(seed),
+                         *(["--only-arm", arm] if arm else [])],
+                        stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=os.environ | own_gpu,
                     )  # fmt: skip
                 threading.Thread(target=read, args=(child,), daemon=True).start()
-                running[seed] = child
-                say(f"seed {seed}: started; log in {logs / f'seed_{seed}.log'}")
-            for seed, child in list(running.items()):
+                running[part] = child
+                slots[part] = slot
+                say(f"seed {seed}: {f'{arm} ' if arm else ''}started; log in {logs / f'seed_{seed}.log'}")
+            for part, child in list(running.items()):
                 try:
                     code = child.wait(timeout=0.2)
                 except subprocess.TimeoutExpired:
                     continue
-                del running[seed]
+                seed, _ = part
+                del running[part]
+                free.append(slots[part])
                 if code and not stopped:
                     failed += 1
                     say(f"seed {seed}: ended with exit code {code}; see {logs / f'seed_{seed}.log'}")
@@ -221,6 +234,7 @@ def command(arguments: list[str]) -> None:
     cli.add_argument("--arms", metavar="A,B", help="only these arms, by the labels of --dry-run, and the baselines")
     cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")
     cli.add_argument("--only-seed", type=int, metavar="N", help="run this seed's arms here and write no table")
+    cli.add_argument("--only-arm", metavar="A", help="with --only-seed: this arm of it alone")
     options = cli.parse_args(arguments)
     name = f"figure{options.figure}" if options.figure else options.table
     name = f"table{name}" if name.isdigit() else name
@@ -249,6 +263,11 @@ def command(arguments: list[str]) -> None:
         first = [f"{key}={json.dumps(value)}" for key, value in table.arms[0].settings.items()]
         dry_run(*load_config(options.config, [*options.overrides, *first], SECTIONS))
         return
+    if options.only_seed is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a table starts its own processes on all GPUs. Start it plainly: python -m tip.reproduce ...")
+    if options.only_arm:
+        chosen = ((title, tuple(arm for arm in arms if arm.label == options.only_arm)) for title, arms in table.panels)
+        table = replace(table, panels=tuple((title, arms) for title, arms in chosen if arms))
     if options.only_seed is not None:
 
         def tell(text: str) -> None:
@@ -260,15 +279,16 @@ def command(arguments: list[str]) -> None:
         distributed.stop()
         return
     root = _root(base)
-    here, machines = launch.processes(base.engine)
-    jobs = options.jobs
-    if here * machines > 1 and jobs > 1:
-        say(f"--jobs {jobs}: each seed has all {here * machines} processes, so one seed runs at a time")
-        jobs = 1
-    if here * machines == 1 and (jobs == 1 or len(seeds) == 1):
+    jobs = min(options.jobs, torch.cuda.device_count() or options.jobs)
+    if base.engine.kind == "deepspeed":  # a group of processes for each arm: one that fails does not take others along
+        for seed in seeds:
+            student_of(base, seed)  # made before several processes want it
+        parts = [(seed, arm.label) for seed in seeds for arm in table.arms]
+        failed = _in_processes(arguments, parts, 1, root / "logs")
+    elif jobs == 1 or len(seeds) == 1:
         failed = sum(run_seed(table, options.config, options.overrides, seed) for seed in seeds)
     else:
-        failed = _in_processes(arguments, seeds, jobs, root / "logs")
+        failed = _in_processes(arguments, [(seed, None) for seed in seeds], jobs, root / "logs")
     if launch.machine() > 0:
         return  # the first machine writes the table
     out = root / name
