@@ -96,7 +96,7 @@ def make_plan(
     together = min(config.rollout.batch_size, rollouts)
     micro = max(min(config.optim.micro_batch_tokens, rollouts * length), length)
 
-    held, host = _student_memory(student.parameters, s_bytes, zero, processes)
+    held, host = _student_memory(student, s_bytes, zero, processes)
     gradients = held.pop("gradients")
     scoring = _teacher_memory(teacher, t_bytes, config.teacher.placement, processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
@@ -115,7 +115,11 @@ def make_plan(
 
     backward = {"activations": one_layer + kept_layers, "loss": loss + 4 * student.head}
     adam = {"AdamW's temporaries": 0 if "optimizer" in host else 4 * student.parameters // split}
+    rounded = (
+        zero is not None and zero["stage"] in (1, 2) and s_bytes == 2
+    )  # DeepSpeed rounds what is loaded in float32
     phases = {
+        "loading": scoring | {"float32 weights": 4 * student.parameters} if rounded else {},
         "rollout": held | scoring | generation(together, config.rollout.max_response_tokens),
         "teacher": held | scoring | {
             "teacher layers gathered": gathered,
@@ -142,9 +146,10 @@ def make_plan(
 
 
 def _student_memory(
-    parameters: int, compute_bytes: int, zero: dict | None, processes: int
+    student: Size, compute_bytes: int, zero: dict | None, processes: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What the student holds on the device, "gradients" of the update among it, and in host memory."""
+    parameters = student.parameters
     if zero is None:  # float32, and a copy in the compute dtype while autocast holds
         copy = 2 * parameters if compute_bytes == 2 else 0
         return {"weights": 4 * parameters, "copy for autocast": copy, "gradients": 4 * parameters,
@@ -154,18 +159,17 @@ def _student_memory(
         return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters}, {}
     device, host = {}, {}
     if stage == 3:
-        live = min(parameters, int(zero.get("stage3_max_live_parameters", LIVE)))
+        live = min(parameters, zero.get("stage3_max_live_parameters", LIVE))
         (host if zero.get("offload_param") else device)["weights"] = part * compute_bytes
         device["layers gathered"] = live * compute_bytes
     else:
         device["weights"] = parameters * compute_bytes
     (host if zero.get("offload_optimizer") else device)["optimizer"] = 12 * part  # float32 copy and two moments
     # gradients add up in float32: whole in stage 1, where a bfloat16 model has its own as well; else this rank's part
-    buckets = (
-        min(parameters, int(zero.get("reduce_bucket_size", BUCKET)))
-        * compute_bytes
-        * (1 + zero.get("overlap_comm", False))
-    )
+    bucket = zero.get("reduce_bucket_size", BUCKET)
+    buckets = bucket * compute_bytes * (2 if zero.get("overlap_comm") else 1)
+    if compute_bytes == 2:  # reduced in float32; a gradient larger than a bucket, such as the head's, goes whole
+        buckets += 4 * max(bucket, student.head)
     if stage == 1:
         device["gradients"] = 4 * parameters + (2 * parameters if compute_bytes == 2 else 0)
     elif zero.get("offload_optimizer"):
