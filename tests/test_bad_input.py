@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,10 @@ CASES = {
     "missing student": (remove("pair/student"), "tip", [], "student.path '{dir}/pair/student': no such folder"),
     "missing teacher": (remove("pair/teacher"), "tip", [], "teacher.path '{dir}/pair/teacher': no such folder"),
     "student without config.json": (remove("pair/student/config.json"), "tip", [], "the folder has no config.json"),
+    "vLLM beside DeepSpeed": (nothing, "tip", ["rollout.engine=vllm", "engine.kind=deepspeed", "engine.deepspeed=zero2"],
+                              "a vLLM beside each of several processes is not supported"),
+    **({} if find_spec("vllm") else {"vLLM that is not installed": (
+        nothing, "tip", ["rollout.engine=vllm"], "vLLM is not installed here. On a GPU it is part of requirements.txt")}),
     "student without weights": (remove("pair/student/model.safetensors"), "tip", [], "no safetensors weights"),
     "pickle weights": (pickled, "tip", [], "only pytorch_model.bin, a pickle, which can run code when read and is refused"),
     "weights cut off": (truncated_weights, "tip", [], "does not load as a causal language model"),
