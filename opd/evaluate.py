@@ -418,7 +418,7 @@ def command(arguments: list[str]) -> None:
     check_benchmarks(lm, benchmarks)
     if config.rollout.engine == "vllm":
         longest = max(max(len(p.token_ids) for p in b.prompts) + b.benchmark.max_response_tokens for b in benchmarks)
-        lm = replace(lm, sampler=VllmEngine(lm, section, config.rollout, longest))
+        lm = replace(lm, sampler=VllmEngine(lm, section, config, longest))
     parts = [part for part in Path(options.model).parts[-3:] if part != "checkpoints"]
     out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
     if distributed.is_first():

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from opd import distributed
 from opd.cli import InputError, RunError
-from opd.config import RolloutSection, Student, Teacher
+from opd.config import Config, Student, Teacher
 from opd.data import Prompt, Rollout
 from opd.models import LanguageModel
 from opd.seeds import derive_seed, generator
@@ -238,7 +238,7 @@ class VllmEngine:
         InputError: vLLM is not installed, or does not take the model.
     """
 
-    def __init__(self, lm: LanguageModel, weights: Student | Teacher, section: RolloutSection, longest: int):
+    def __init__(self, lm: LanguageModel, weights: Student | Teacher, config: Config, longest: int):
         self.lm, self.tolerance = lm, TOLERANCE[lm.compute_dtype]
         on_cpu = lm.device.type == "cpu"
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # weights go over without a copy through a socket
@@ -259,8 +259,8 @@ class VllmEngine:
         try:
             self.llm = vllm.LLM(
                 weights.path, revision=weights.revision, dtype=str(lm.compute_dtype).removeprefix("torch."),
-                max_model_len=longest, max_num_seqs=section.batch_size,
-                gpu_memory_utilization=section.gpu_memory, generation_config="vllm",
+                max_model_len=longest, max_num_seqs=config.rollout.batch_size,
+                gpu_memory_utilization=config.rollout.gpu_memory, generation_config="vllm",
                 enforce_eager=on_cpu, enable_sleep_mode=not on_cpu, seed=0, disable_log_stats=True,
             )  # fmt: skip
         except Exception as error:  # what a model it does not know raises depends on the model

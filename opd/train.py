@@ -140,7 +140,7 @@ def run(
         answers = [config.rollout.max_response_tokens, *(b.benchmark.max_response_tokens for b in benchmarks)]
         asked = [*prompts, *(p for b in benchmarks for p in b.prompts)]
         longest = max(len(p.token_ids) for p in asked) + max(answers)
-        student = replace(student, sampler=VllmEngine(student, student_section, config.rollout, longest))
+        student = replace(student, sampler=VllmEngine(student, student_section, config, longest))
     for name, section in identity["config"].items():
         say(f"  {name}: {json.dumps(section)}")
     longest = max((b.max_response_tokens for b in specs.values()), default=0)

@@ -94,7 +94,7 @@ def test_one_process_killed_ends_the_other_and_the_run_continues_bit_for_bit(vic
 @pytest.mark.slow
 def test_stopped_by_a_signal_it_writes_a_checkpoint_and_continues_bit_for_bit(unbroken, tmp_path):
     process = start("tip.train", tmp_path, "run", *SMALL)
-    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    wait_for(tmp_path / "run" / "eval/step_000000/summary.json", process)  # both have their handlers by then
     process.send_signal(signal.SIGTERM)
     _, err = finish(process, 143)
     assert "checkpoint of step" in err

@@ -27,7 +27,7 @@ def made(tiny_pair):
     config = tiny_config("rollout.engine=vllm")
     lm = load(config.student, CPU, "student")
     prompts, _ = read_training_prompts(config.data, lm.tokenizer, 0)
-    engine = VllmEngine(lm, config.student, config.rollout, 64)
+    engine = VllmEngine(lm, config.student, config, 64)
     return replace(lm, sampler=engine), engine, prompts[:24]
 
 
@@ -185,4 +185,4 @@ def test_a_model_that_vllm_does_not_take_is_refused(tiny_pair, tmp_path):
     lm = load(config.student, CPU, "student")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"rollout.engine is 'vllm', which does not take"):
-        VllmEngine(lm, replace(config.student, path=str(tmp_path)), config.rollout, 64)
+        VllmEngine(lm, replace(config.student, path=str(tmp_path)), config, 64)
