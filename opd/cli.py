@@ -36,20 +36,31 @@ def main(command: Callable[[list[str]], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(2)  # the first process of the machine says the same and ends this one, or it is ours alone
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _exit(2)
     except RunError as error:
         who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"error: {who}{error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _exit(1)
     except Interrupted as stop:
         say(str(stop))
-        sys.exit(128 + stop.signum)
+        _exit(128 + stop.signum)
     except KeyboardInterrupt:
         say("stopped by SIGINT")
-        sys.exit(128 + signal.SIGINT)
+        _exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output went away (`| head`); nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _exit(1)
+    else:
+        _exit(0)
+
+
+def _exit(code: int) -> None:
+    """Ends the process. One of several ends at once: gloo's threads can abort it while the interpreter takes itself apart."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def say(text: str) -> None:

@@ -5,7 +5,6 @@ Statistics of all tokens meet on every rank, so that selection over the update i
 What travels are tensors: nothing that comes from another process is unpickled.
 """
 
-import atexit
 import datetime
 import os
 import socket
@@ -32,19 +31,6 @@ def start(device: torch.device) -> None:
         os.environ.update({name: str(value) for name, value in alone.items()})
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics meet on the CPU
     dist.init_process_group(backend, timeout=PATIENCE)
-    if device.type == "cpu":
-        atexit.register(_leave)  # NCCL would wait there for the others, who may be waiting for this one
-
-
-def stop() -> None:
-    """Leaves the other processes, all at once. A group that is still there when its process ends can abort it."""
-    wait()
-    _leave()
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def world_size() -> int:

@@ -432,7 +432,7 @@ def command(arguments: list[str]) -> None:
     if distributed.is_first():
         say(line(summary))
         print(out / "summary.json")
-    distributed.stop()
+    distributed.wait()
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -9,6 +9,7 @@ well; this one picks the numbers, keeps the exit code, and says in one line whic
 """
 
 import os
+import signal
 import sys
 
 import torch
@@ -91,7 +92,10 @@ def command(arguments: list[str]) -> None:
     except SignalException as stop:
         raise Interrupted(int(stop.sigval)) from None
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # who was killed explains the others, which only lost the connection
+        killed = [r for r, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+        rank = killed[0] if killed else error.get_first_failure()[0]
+        failure = error.failures[rank]
         if failure.exitcode == 2:
             sys.exit(2)  # it has said what is wrong with the input
         how = (

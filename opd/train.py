@@ -440,7 +440,6 @@ def start(
         folder = run(config, weighter, sections, options.resume, observer)
         if distributed.is_first():
             print(folder)
-        distributed.stop()
     else:
         dry_run(config, sections)
 

@@ -124,7 +124,8 @@ def work(rank, port, folder, task):
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
     task(rank, folder)
-    distributed.stop()
+    distributed.wait()
+    os._exit(0)  # as opd.cli does
 
 
 def in_two_processes(task, folder):

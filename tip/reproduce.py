@@ -276,7 +276,6 @@ def command(arguments: list[str]) -> None:
 
         if run_seed(table, options.config, options.overrides, options.only_seed, tell):
             raise RunError("not every arm finished")
-        distributed.stop()
         return
     root = _root(base)
     jobs = min(options.jobs, torch.cuda.device_count() or options.jobs)
