@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from opd import distributed
+
 
 class InputError(Exception):
     """The user's input is wrong. The text says what, what was got, what was expected and what to do; exit code 2."""
@@ -56,7 +58,7 @@ def main(command: Callable[[list[str]], None]) -> None:
 
 def _exit(code: int) -> None:
     """Ends the process. One of several ends at once: gloo's threads can abort it while the interpreter takes itself apart."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
