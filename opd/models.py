@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from opd.cli import InputError, say
 from opd.config import Config, Student, Teacher
 from opd.data import Prompt
 from opd.loss import Head
+
+if TYPE_CHECKING:
+    from opd.rollout import VllmEngine
 
 DROPOUT_KEYS = (
     "attention_dropout",
@@ -51,15 +54,6 @@ class HeadScope(torch.nn.Module):
         return work(hidden)
 
 
-class Sampler(Protocol):
-    """An engine with weights of its own that generates for a model; opd.rollout.VllmEngine is one."""
-
-    def generate(
-        self, prompts: Sequence[Prompt], decoding: Any, vocab_size: int, seeds: Sequence[int],
-        progress: Callable[[int, int], None],
-    ) -> list[tuple[int, ...]]: ...  # fmt: skip
-
-
 def _call(work: Callable[[], Any]) -> Any:
     return work()
 
@@ -76,7 +70,7 @@ class LanguageModel:
     run: Callable[[Callable[[], Any]], Any] = _call  # whatever calls the model goes through it: DeepSpeed's forward
     sharded: bool = False  # ZeRO-3: every forward is a collective, so all ranks make the same number of them
     whole_head: Head | None = None  # of a sharded teacher: its LM head, kept whole
-    sampler: "Sampler | None" = None  # samples its responses; None: transformers (opd.rollout)
+    sampler: "VllmEngine | None" = None  # samples its responses; None: transformers (opd.rollout)
     head_scope: HeadScope = field(default=None)  # of the model; the one that DeepSpeed knows stays the same
 
     def __post_init__(self) -> None:
@@ -144,7 +138,7 @@ def load(
     """Loads model and tokenizer of a config section: safetensors only, no remote code.
 
     The student's weights are float32 whatever its compute dtype; the teacher's are in its dtype and frozen. With
-    `sharding` (opd.engine.sharding) each process gets its part of the weights, which cannot run before an engine has them.
+    `sharding` (of opd.engine) each process gets its part of the weights, which cannot run before an engine has them.
     Raises InputError when folder, weights, tokenizer or architecture are not usable.
     """
     where = f"{name}.path {section.path!r}"

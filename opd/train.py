@@ -135,7 +135,6 @@ def run(
         else TorchEngine(student, config, total_steps)
     )
     student = engine.student
-    probe = prompts[:8]  # of vLLM's parity check
     if config.rollout.engine == "vllm":
         answers = [config.rollout.max_response_tokens, *(b.benchmark.max_response_tokens for b in benchmarks)]
         asked = [*prompts, *(p for b in benchmarks for p in b.prompts)]
@@ -193,9 +192,11 @@ def run(
 
     def all_updates() -> None:
         nonlocal step
+        if student.sampler:
+            say(
+                f"vLLM has the student's weights: probe within {student.sampler.check_parity(_probe(parts), step):.1e} nats"
+            )
         if step == 0:
-            if student.sampler:
-                say(f"vLLM has the student's weights: probe within {student.sampler.check_parity(probe, 0):.1e} nats")
             measure("teacher", teacher)
             measure("step_000000", student)
         while True:
@@ -205,8 +206,6 @@ def run(
                 return
             metrics = _update(parts, step + 1)
             step += 1
-            if student.sampler:
-                metrics |= _sync(student, probe, step, config.rollout.parity_every)
             if log:
                 log.write(step, metrics)
             if step == total_steps or _due(step, config.checkpoint.every):
@@ -282,13 +281,20 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
             )  # fmt: skip
     except FloatingPointError as error:
         raise RunError(_dump_offenders(parts, step, rollouts, str(error))) from error
+    parity = {}
+    if student.sampler:
+        with watch("sync"):
+            student.sampler.wake()
+            student.sampler.sync()
+        if _due(step, config.rollout.parity_every):
+            parity = {"rollout/parity": student.sampler.check_parity(_probe(parts), step)}
     peak = distributed.largest(peak_memory_gb(student.device))
     if parts.log is None:
         return {}
     texts = [student.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
     metrics = {
         **result.metrics, **_rollout_metrics(rollouts, texts, parts.grader), **watch.times,
-        "time/step": time.perf_counter() - begin, "memory/peak_gb": peak,
+        **parity, "time/step": time.perf_counter() - begin, "memory/peak_gb": peak,
     }  # fmt: skip
     if diagnose:
         metrics.update(_diagnose(parts, result))
@@ -304,14 +310,9 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     return metrics
 
 
-def _sync(student: LanguageModel, probe: list[Prompt], step: int, parity_every: int) -> dict[str, float]:
-    """The update's weights to the engine that samples the next rollouts; metrics of it."""
-    watch = Stopwatch(student.device)
-    with watch("sync"):
-        student.sampler.wake()
-        student.sampler.sync()
-    parity = {"rollout/parity": student.sampler.check_parity(probe, step)} if _due(step, parity_every) else {}
-    return watch.times | parity
+def _probe(parts: Parts) -> list[Prompt]:
+    """What vLLM's logprobs are compared on: the same prompts in every update."""
+    return parts.prompts[:8]
 
 
 def _sample_rollouts(parts: Parts, step: int) -> list[Rollout]:

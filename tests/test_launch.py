@@ -164,6 +164,8 @@ def test_wrong_input_is_said_once_with_exit_code_2(settings, words, tiny_pair, t
 @pytest.mark.parametrize(("environment", "words"), [
     ({"NUM_GPUS": "many"}, "NUM_GPUS is 'many', expected a whole number from 1"),
     ({"NNODES": "2"}, "NNODES is 2 and MASTER_ADDR is not set"),
+    ({"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}, "NNODES is 2 and NODE_RANK is not set: give every machine its number, 0 to 1"),
+    ({"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "2"}, "NODE_RANK is 2: give every machine its number, 0 to 1"),
 ])  # fmt: skip
 def test_a_wrong_environment_is_refused(environment, words, tmp_path):
     _, err = finish(start("tip.train", tmp_path, "run", **environment), 2)

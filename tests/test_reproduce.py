@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from data.tiny import addition, build
-from opd.cli import InputError
+from opd.cli import InputError, RunError
 from opd.config import load_config
 from opd.grading import extract
 from tip import page, reproduce, results
@@ -167,3 +168,54 @@ def test_the_second_task(tmp_path):
         wrong += extract(addition.response(text, addition.STUDENT, rng)) != str(addition.answer(text))
     assert 0.35 < wrong / total < 0.65
     assert set(build.PAIRS) == {"chain", "addition"}
+
+
+class FakeChild:
+    """Stands for a started process; ends at once."""
+
+    started: ClassVar[list] = []  # (command, CUDA_VISIBLE_DEVICES)
+    code = 0
+    stdout = ()
+
+    def __init__(self, command, env, **_):
+        self.started.append((command[1:], env.get("CUDA_VISIBLE_DEVICES")))
+
+    def wait(self, timeout):
+        return self.code
+
+
+def started(monkeypatch, tmp_path, *words):
+    monkeypatch.setattr(reproduce.subprocess, "Popen", FakeChild)
+    monkeypatch.setattr(FakeChild, "started", [])
+    arguments = ["--table", "main", "--config", "configs/tiny.json", "--set", f"output_dir={tmp_path}", *words]
+    reproduce.command(arguments)
+    return arguments, FakeChild.started
+
+
+def test_with_deepspeed_every_arm_is_a_group_of_processes_and_one_that_fails_stops_no_other(
+    tiny_pair, tmp_path, monkeypatch, capsys
+):
+    settings = ["--set", "engine.kind=deepspeed", "--set", "engine.deepspeed=zero2", "--seeds", "0,1", "--jobs", "2"]
+    monkeypatch.setattr(FakeChild, "code", 1)
+    monkeypatch.setattr(build, "student", lambda pair, seed: Path("outputs/tiny/student"))
+    with pytest.raises(RunError, match="6 of the runs failed"):
+        started(monkeypatch, tmp_path, *settings)
+    labels = [arm.label for arm in reproduce.read_table("main").arms]
+    assert [(c[-3], c[-1]) for c, _ in FakeChild.started] == [(seed, label) for seed in "01" for label in labels]
+    assert all(c[:3] == ["-m", "opd.launch", "tip.reproduce"] for c, _ in FakeChild.started)
+
+
+def test_on_several_gpus_the_jobs_have_one_each(tiny_pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    arguments, children = started(monkeypatch, tmp_path, "--seeds", "0,1,2", "--jobs", "3")
+    assert [command for command, _ in children] == [
+        ["-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", str(seed)] for seed in range(3)]  # fmt: skip
+    gpus = [gpu for _, gpu in children]
+    assert gpus[:2] == ["4", "7"] and gpus[2] in ("4", "7")  # whichever is free first
+
+
+def test_a_table_is_not_started_by_a_launcher(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="a table starts its own processes on all GPUs"):
+        started(monkeypatch, tmp_path)

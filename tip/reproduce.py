@@ -162,7 +162,8 @@ def _in_processes(arguments: list[str], parts: list[tuple[int, str | None]], job
     logs.mkdir(parents=True, exist_ok=True)
     waiting, running, failed = list(parts), {}, 0
     free = list(range(jobs))
-    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    count = torch.cuda.device_count()
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",") if count else []
     stopped, slots = 0, {}
 
     def forward(signum: int, frame: object) -> None:
@@ -181,7 +182,7 @@ def _in_processes(arguments: list[str], parts: list[tuple[int, str | None]], job
             while waiting and len(running) < jobs and not stopped:
                 part = seed, arm = waiting.pop(0)
                 slot = free.pop(0)
-                own_gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot]} if jobs > 1 and gpus[0] else {}
+                own_gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot]} if jobs > 1 and gpus else {}
                 with (logs / f"seed_{seed}.log").open("a") as log:
                     child = subprocess.Popen(
                         [sys.executable, "-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", str(seed),
