@@ -83,6 +83,14 @@ def test_ranks_share_rollouts_and_tokens(count, ranks):
     assert shares[0] == share_of_rank(list(reversed(rollouts)), 0, ranks)  # whoever sampled them
 
 
+def test_ranks_are_dealt_forwards_and_backwards():
+    rollouts = [rollout([5] * n, i=n) for n in range(1, 9)]  # 2 prompt tokens and n of response
+    assert [[r.sequence_id for r in share_of_rank(rollouts, rank, 2)] for rank in (0, 1)] == [
+        [8, 5, 4, 1],
+        [7, 6, 3, 2],
+    ]
+
+
 def test_an_empty_micro_batch_runs_a_model_and_predicts_nothing():
     lm = random_lm(0)
     batch = empty_micro_batch(lm.eos_ids[0])
