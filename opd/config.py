@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from opd.cli import InputError
+from opd.vllm_server import address_of
 
 strict = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
@@ -101,11 +102,28 @@ class RolloutSection:
 
     engine: Annotated[
         Literal["transformers", "vllm"],
-        doc("What generates. vllm: in the training process, weights sent after every update; needs engine.kind torch."),
+        doc("What generates. vllm: in processes of its own, which get the weights after every update."),
+    ]
+    servers: Annotated[
+        tuple[Text, ...],
+        doc(
+            "Where vLLM servers run (python -m opd.vllm_server), each HOST:PORT. Empty: vLLM starts beside each process, on "
+            "its device, and sleeps during the update. transformers: empty."
+        ),
+    ]
+    tensor_parallel: Annotated[
+        Count, doc("GPUs that share one vLLM; with DeepSpeed, of so many processes one has it. transformers: 1.")
     ]
     gpu_memory: Annotated[
         float,
         doc("Share of the GPU's memory that vLLM may take for weights and cache. transformers: not used.", gt=0, lt=1),
+    ]
+    timeout: Annotated[
+        Count,
+        doc(
+            "Seconds without a sign of life (a token, a bucket of weights) after which vLLM counts as lost and is started once "
+            "more. transformers: not used."
+        ),
     ]
     parity_every: Annotated[
         Count,
@@ -423,15 +441,21 @@ def _check(config: Config, where: str) -> None:
         '"deepspeed" and to it alone. For example --set engine.kind=deepspeed --set engine.deepspeed=zero2.',
     )
     require(
-        config.rollout.engine == "transformers" or config.engine.kind == "torch",
-        "rollout.engine is 'vllm' and engine.kind is 'deepspeed': a vLLM beside each of several processes is not supported. "
-        'Set rollout.engine to "transformers", or engine.kind to "torch".',
+        config.rollout.engine == "vllm" or (not config.rollout.servers and config.rollout.tensor_parallel == 1),
+        "rollout.engine is 'transformers', and servers and tensor_parallel are vLLM's. Set rollout.engine=vllm, "
+        "or rollout.servers=[] and rollout.tensor_parallel=1.",
+    )
+    require(
+        len(set(config.rollout.servers)) == len(config.rollout.servers),
+        f"rollout.servers names a server twice: {list(config.rollout.servers)}. One serves one process of a run.",
     )
     require(
         config.engine.kind == "deepspeed" or config.teacher.placement == "device",
         f"teacher.placement is {config.teacher.placement!r} and engine.kind is 'torch': weights are split or kept in host "
         'memory by ZeRO-3. Set engine.kind to "deepspeed", or teacher.placement to "device".',
     )
+    for server in config.rollout.servers:
+        address_of(server)
     if config.optim.steps is not None:
         require(
             config.optim.warmup_steps < config.optim.steps,

@@ -119,3 +119,14 @@ def from_first(text: str) -> str:
     data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.zeros(0, dtype=torch.uint8)
     joined, _ = gather_rows({"text": data})
     return joined["text"].numpy().tobytes().decode()
+
+
+def from_first_of_machine(path: str) -> str:
+    """The path, of up to 4,095 bytes, that the first process of this machine gives; all processes call it."""
+    if world_size() == 1:
+        return path
+    raw = torch.zeros(1, 4096, dtype=torch.uint8)
+    raw[0, : len(path.encode())] = torch.frombuffer(bytearray(path.encode()), dtype=torch.uint8) if path else 0
+    joined, _ = gather_rows({"path": raw})
+    first = rank() - int(os.environ.get("LOCAL_RANK", "0"))
+    return joined["path"][first].numpy().tobytes().rstrip(b"\0").decode()

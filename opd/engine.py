@@ -53,6 +53,7 @@ ZERO_KEYS = {
     "offload_param": dict, "round_robin_gradients": bool, "stage3_max_live_parameters": int, "stage3_max_reuse_distance": int,
     "stage3_prefetch_bucket_size": int, "stage3_param_persistence_threshold": int,
 }  # fmt: skip
+GATHERED = 10**8  # numbers of a ZeRO-3 student that are whole at once on their way to vLLM
 WORDS = {int: "a whole number", bool: "true or false", dict: "an object with device and pin_memory"}
 
 
@@ -164,6 +165,10 @@ class TorchEngine:
     def weights(self) -> dict[str, Tensor]:
         """The student's float32 weights by name, as save_pretrained takes them."""
         return self.student.model.state_dict()
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by every name it has: the LM head of a tied model under its own too. For vLLM."""
+        yield from self.student.model.state_dict().items()
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer moments by `<moment>.<parameter name>`; empty before the first step."""
@@ -393,6 +398,24 @@ class DeepSpeedEngine:
         if self.stage == 0:
             return self.model.state_dict() if distributed.is_first() else {}
         return _on_first({name: (safe_get_full_fp32_param, p) for name, p in self.named_parameters.items()})
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As TorchEngine.named_weights, in the dtype of computation, on every rank; of ZeRO-3 gathered in buckets."""
+        from deepspeed.zero import GatheredParameters
+
+        whole = self.model.state_dict(keep_vars=True)
+        if self.stage < 3:
+            yield from whole.items()
+            return
+        buckets: list[dict[str, Tensor]] = [{}]
+        for name, parameter in whole.items():
+            held = sum(p.ds_numel for p in buckets[-1].values())
+            if held and held + parameter.ds_numel > GATHERED:
+                buckets.append({})
+            buckets[-1][name] = parameter
+        for bucket in buckets:
+            with GatheredParameters(list(dict.fromkeys(bucket.values()))):
+                yield from ((name, parameter.data) for name, parameter in bucket.items())
 
     def state(self) -> dict[str, Tensor]:
         """As TorchEngine.state; on the first rank, elsewhere empty."""

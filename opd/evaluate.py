@@ -28,8 +28,9 @@ from opd.data import Prompt, Rollout, make_prompts, read_problems
 from opd.engine import load_teacher, pick_device
 from opd.metrics import Progress, write_whole
 from opd.models import LanguageModel
-from opd.rollout import Decoding, VllmEngine, sample
+from opd.rollout import Decoding, own_logprobs, sample
 from opd.step import pair_stats
+from opd.vllm_engine import VllmEngine
 
 GREEDY = -1  # sample number of the greedy response in the files
 
@@ -427,8 +428,15 @@ def command(arguments: list[str]) -> None:
     if config.eval.reverse_kl:
         teacher = load_teacher(config, lm.device)
         vocab_size = models.shared_vocabulary(lm, teacher)
-    with grading.Grader() as grader:
-        summary = evaluate(lm, teacher, benchmarks, config, vocab_size, out, grader)
+    try:
+        if lm.sampler:
+            probe = [prompt.token_ids for prompt in benchmarks[0].prompts[:8]]
+            lm.sampler.check_parity(probe, torch.cat([own_logprobs(lm, ids) for ids in probe]), 0)
+        with grading.Grader() as grader:
+            summary = evaluate(lm, teacher, benchmarks, config, vocab_size, out, grader)
+    finally:
+        if lm.sampler:
+            lm.sampler.close()
     if distributed.is_first():
         say(line(summary))
         print(out / "summary.json")

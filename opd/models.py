@@ -22,7 +22,7 @@ from opd.data import Prompt
 from opd.loss import Head
 
 if TYPE_CHECKING:
-    from opd.rollout import VllmEngine
+    from opd.vllm_engine import VllmEngine
 
 DROPOUT_KEYS = (
     "attention_dropout",

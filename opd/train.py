@@ -30,9 +30,10 @@ from opd.engine import DeepSpeedEngine, TorchEngine, load_student, load_teacher,
 from opd.hooks import Observer, RunningWeighter, TokenWeighter, UniformWeighter
 from opd.metrics import MetricsLog, Progress, Stopwatch, duration, peak_memory_gb, reset_peak_memory, write_whole
 from opd.models import LanguageModel
-from opd.rollout import Decoding, VllmEngine, sample
+from opd.rollout import Decoding, own_logprobs, sample
 from opd.seeds import generator
 from opd.step import StepResult, pair_stats, train_step
+from opd.vllm_engine import VllmEngine
 
 DIAGNOSTICS = {  # TokenStats field -> metric, the mean over response tokens
     "student_entropy": "student/entropy",
@@ -139,7 +140,7 @@ def run(
         answers = [config.rollout.max_response_tokens, *(b.benchmark.max_response_tokens for b in benchmarks)]
         asked = [*prompts, *(p for b in benchmarks for p in b.prompts)]
         longest = max(len(p.token_ids) for p in asked) + max(answers)
-        student = replace(student, sampler=VllmEngine(student, student_section, config, longest))
+        student = replace(student, sampler=VllmEngine(student, config.student, config, longest))
     for name, section in identity["config"].items():
         say(f"  {name}: {json.dumps(section)}")
     longest = max((b.max_response_tokens for b in specs.values()), default=0)
@@ -193,9 +194,8 @@ def run(
     def all_updates() -> None:
         nonlocal step
         if student.sampler:
-            say(
-                f"vLLM has the student's weights: probe within {student.sampler.check_parity(_probe(parts), step):.1e} nats"
-            )
+            student.sampler.sync(engine.named_weights())
+            say(f"vLLM has the student's weights: probe within {_parity(parts, step):.1e} nats")
         if step == 0:
             measure("teacher", teacher)
             measure("step_000000", student)
@@ -284,10 +284,9 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     parity = {}
     if student.sampler:
         with watch("sync"):
-            student.sampler.wake()
-            student.sampler.sync()
+            student.sampler.sync(parts.engine.named_weights())
         if _due(step, config.rollout.parity_every):
-            parity = {"rollout/parity": student.sampler.check_parity(_probe(parts), step)}
+            parity = {"rollout/parity": _parity(parts, step)}
     peak = distributed.largest(peak_memory_gb(student.device))
     if parts.log is None:
         return {}
@@ -310,9 +309,11 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     return metrics
 
 
-def _probe(parts: Parts) -> list[Prompt]:
-    """What vLLM's logprobs are compared on: the same prompts in every update."""
-    return parts.prompts[:8]
+def _parity(parts: Parts, step: int) -> float:
+    """vLLM's logprobs against the trainer's, on the same prompts in every update."""
+    probe = [prompt.token_ids for prompt in parts.prompts[:8]]
+    own = torch.cat([own_logprobs(parts.student, ids) for ids in probe])
+    return parts.student.sampler.check_parity(probe, own, step)
 
 
 def _sample_rollouts(parts: Parts, step: int) -> list[Rollout]:
