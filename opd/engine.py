@@ -401,7 +401,7 @@ class DeepSpeedEngine:
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """As TorchEngine.named_weights, in the dtype of computation, on every rank; of ZeRO-3 gathered in buckets."""
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         whole = self.model.state_dict(keep_vars=True)
         if self.stage < 3:

@@ -59,8 +59,8 @@ class _Server:
         self.process: subprocess.Popen | None = None
         self.connection: Connection | None = None
 
-    def start(self) -> dict[str, Any]:
-        """Starts or connects to it and has it load the model. Raises InputError, ServerLost."""
+    def start(self) -> None:
+        """Starts or connects to it and has it load the model; `receive(LOADING)` says how that went. Raises ServerLost."""
         address, key = self.where, os.environ.get(KEY, "")
         if address is None:
             self.folder = tempfile.TemporaryDirectory(prefix="opd-vllm-")  # nobody else may open it
@@ -73,7 +73,6 @@ class _Server:
         keep_alive(self.connection)
         self.asleep = False
         self.send(do="open", model=self.model, threads=self.threads)
-        return self.receive(LOADING)
 
     def _environment(self, key: str) -> dict[str, str]:
         launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -214,17 +213,21 @@ class VllmEngine:
         self.scratch: Scratch | None = None  # of the machine's first process
         self.folder: Path | None = None  # the weights given last
         try:
-            for server in self.servers:
-                self._open(server)
+            for work in (_Server.start, self._opened):  # all load at the same time
+                for server in self.servers:
+                    self._first(server, work)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, server: _Server) -> None:
+    def _first(self, server: _Server, work: Callable[[_Server], None]) -> None:
         try:
-            answer = server.start()
+            work(server)
         except ServerLost as lost:
             raise InputError(f"rollout.engine is 'vllm', and {server.name} did not start: {lost}.") from None
+
+    def _opened(self, server: _Server) -> None:
+        answer = server.receive(LOADING)
         if "missing" in answer:
             raise InputError(
                 f"rollout.engine is 'vllm', which is not installed ({answer['missing']}). On a GPU it is part of "
@@ -247,7 +250,8 @@ class VllmEngine:
         self.restarted = True
         say(f"warning: {server.name} is lost: {lost}; starting it once more")
         try:
-            self._open(server)
+            server.start()
+            self._opened(server)
             if self.folder is not None:
                 server.give(self.folder)
         except (ServerLost, InputError) as error:

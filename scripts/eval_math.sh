@@ -8,6 +8,6 @@ model="$1"; shift
 if [ -d "$model" ]; then model="$(realpath "$model")"; fi
 config="$(realpath "${CONFIG:-$(dirname "$0")/../configs/qwen3_8b_to_4b.json}")"
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh
+bash scripts/setup.sh "$@"
 source .venv/bin/activate
 python -m opd.launch opd.evaluate --config "$config" --model "$model" "$@"

@@ -6,7 +6,7 @@ what=("$1" "$2"); shift 2
 config="configs/tiny.json"
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then config="$(realpath "$1")"; shift; fi
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh
+bash scripts/setup.sh "$@"
 source .venv/bin/activate
 case "$(basename "$config" .json)" in
   tiny) python -m data.tiny.build >/dev/null ;;

@@ -1,17 +1,25 @@
 #!/usr/bin/env bash
-# Makes .venv with what this machine needs. Does nothing, offline too, when the requirements have not changed.
+# Makes .venv with what this machine needs, and on a CPU .venv-vllm (3.4 GB) when the arguments ask for vLLM: --vllm, or
+# rollout.engine=vllm. Does nothing, offline too, when the requirements have not changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-requirements=requirements-cpu.txt
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then requirements=requirements.txt; fi
-wanted="$requirements $(sha256sum "$requirements" | cut -d' ' -f1) $(cd "$(pwd -P)" && pwd)"
-if [ -f .venv/installed ] && [ "$(cat .venv/installed)" = "$wanted" ]; then exit 0; fi
+make() { # FOLDER REQUIREMENTS
+  local wanted; wanted="$2 $(sha256sum "$2" | cut -d' ' -f1) $(pwd -P)"
+  if [ "$(cat "$1/installed" 2>/dev/null)" = "$wanted" ]; then return; fi
+  echo "setup: $1 from $2 (a few minutes, once)" >&2
+  local python="${PYTHON:-python3}"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $python is $("$python" --version 2>&1), expected Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+  "$python" -m venv --clear "$1"
+  "$1/bin/pip" install --quiet --disable-pip-version-check --requirement "$2" >&2
+  if [ "$1" = .venv-vllm ]; then  # what vLLM brings along breaks beside a CPU's torch
+    "$1/bin/pip" uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec >&2
+  fi
+  echo "$wanted" > "$1/installed"
+}
 
-echo "setup: .venv from $requirements (a few minutes, once)" >&2
-python="${PYTHON:-python3}"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  echo "error: $python is $("$python" --version 2>&1), expected Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
-"$python" -m venv --clear .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement "$requirements" >&2
-echo "$wanted" > .venv/installed
+gpu=no
+if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then gpu=yes; fi
+if [ $gpu = yes ]; then make .venv requirements.txt; else make .venv requirements-cpu.txt; fi
+case "$gpu $* " in "no "*" --vllm "*|"no --vllm "*|"no "*rollout.engine=vllm\ *) make .venv-vllm requirements-cpu-vllm.txt ;; esac

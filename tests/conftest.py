@@ -12,13 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--run-vllm", action="store_true", help="also run the tests that start vLLM")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--run-slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --run-slow"))
+    for item in items:
+        for mark, how in (("slow", "--run-slow"), ("vllm", "scripts/test.sh --vllm")):
+            if mark in item.keywords and not config.getoption(f"--run-{mark}"):
+                item.add_marker(pytest.mark.skip(reason=f"{mark}: run with {how}"))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -247,10 +246,14 @@ CASES = {
     "missing student": (remove("pair/student"), "tip", [], "student.path '{dir}/pair/student': no such folder"),
     "missing teacher": (remove("pair/teacher"), "tip", [], "teacher.path '{dir}/pair/teacher': no such folder"),
     "student without config.json": (remove("pair/student/config.json"), "tip", [], "the folder has no config.json"),
-    "vLLM beside DeepSpeed": (nothing, "tip", [*S, "rollout.engine=vllm", *S, "engine.kind=deepspeed", *S, "engine.deepspeed=zero2"],
-                              "a vLLM beside each of several processes is not supported"),
-    **({} if find_spec("vllm") else {"vLLM that is not installed": (
-        nothing, "tip", [*S, "rollout.engine=vllm"], "vLLM is not installed here. On a GPU it is part of requirements.txt")}),
+    "servers without vLLM": (nothing, "tip", [*S, 'rollout.servers=["10.0.0.2:8500"]'], "servers and tensor_parallel are vLLM's"),
+    "tensor parallel without vLLM": (nothing, "tip", [*S, "rollout.tensor_parallel=2"], "servers and tensor_parallel are vLLM's"),
+    "a server without a port": (nothing, "tip", [*S, "rollout.engine=vllm", *S, 'rollout.servers=["10.0.0.2"]'],
+        "'10.0.0.2' is no address of a vLLM server, expected HOST:PORT"),
+    "a server twice": (nothing, "tip", [*S, "rollout.engine=vllm", *S, 'rollout.servers=["a:1", "a:1"]'],
+        "rollout.servers names a server twice"),
+    "servers without their key": (nothing, "tip", [*S, "rollout.engine=vllm", *S, 'rollout.servers=["10.0.0.2:8500"]'],
+        "rollout.servers is set and OPD_VLLM_KEY is not"),
     "student without weights": (remove("pair/student/model.safetensors"), "tip", [], "no safetensors weights"),
     "pickle weights": (pickled, "tip", [], "only pytorch_model.bin, a pickle, which can run code when read and is refused"),
     "weights cut off": (truncated_weights, "tip", [], "does not load as a causal language model"),

@@ -1,46 +1,74 @@
-"""Real vLLM in the training process: it samples what the trainer would, has its weights, and is not believed."""
+"""Real vLLM in processes of its own: it samples what the trainer would, has its weights, and is neither believed nor
+needed for the run to survive."""
 
 import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import tiny_config
 
-pytest.importorskip("vllm", reason="vLLM has an environment of its own: bash scripts/test.sh --vllm")
-
-from opd import evaluate, train
+from opd import evaluate, train, vllm_engine
 from opd.cli import InputError, Interrupted, RunError
-from opd.config import load_config
+from opd.config import ROOT, load_config
 from opd.data import read_training_prompts
+from opd.metrics import Progress
 from opd.models import load
-from opd.rollout import Decoding, VllmEngine, own_logprobs, sample
+from opd.rollout import Decoding, own_logprobs, sample
+from opd.vllm_engine import VllmEngine
+from opd.vllm_server import KEY
 from tip.config import SECTIONS
 from tip.weighter import TipWeighter
 
+pytestmark = pytest.mark.vllm
 CPU = torch.device("cpu")
+SAMPLED, GREEDY = Decoding(1.0, 1.0, 40), Decoding(0.0, 1.0, 40)
 
 
-@pytest.fixture(scope="module")
-def made(tiny_pair):
-    """The embedded student, an engine that samples from it, and prompts."""
-    config = tiny_config("rollout.engine=vllm")
+def start(*settings):
+    """The embedded student with an engine that samples from it, and prompts."""
+    config = tiny_config("rollout.engine=vllm", *settings)
     lm = load(config.student, CPU, "student")
     prompts, _ = read_training_prompts(config.data, lm.tokenizer, 0)
     engine = VllmEngine(lm, config.student, config, 64)
     return replace(lm, sampler=engine), engine, prompts[:24]
 
 
+@pytest.fixture(scope="module")
+def made(tiny_pair):
+    found = start()
+    yield found
+    found[1].close()
+
+
+def sync(lm, change=lambda name, weight: (name, weight)):
+    lm.sampler.sync(pair for pair in (change(n, w) for n, w in lm.model.state_dict().items()) if pair)
+
+
+def parity(lm, prompts, step=0):
+    sequences = [p.token_ids for p in prompts[:8]]
+    return lm.sampler.check_parity(sequences, torch.cat([own_logprobs(lm, ids) for ids in sequences]), step)
+
+
 @pytest.fixture
 def student(made):
     """Whatever a test does to the weights is undone."""
     lm, engine, _ = made
+    engine.restarted = False
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
     yield lm
     with torch.no_grad():
         for name, parameter in lm.model.named_parameters():
             parameter.copy_(before[name])
-    engine.sync()
+    engine.restarted = False
+    sync(lm)
 
 
 def seeds(count):
@@ -55,14 +83,13 @@ def move(lm, scale=0.02, seed=0):
 
 
 def test_greedy_responses_are_those_of_transformers(student, made):
-    _, engine, prompts = made
-    greedy = Decoding(0.0, 1.0, 40)
+    _, _, prompts = made
     for change in (False, True):
         if change:
             move(student)
-            engine.sync()
-        ours = sample(student, prompts, greedy, 35, 64, seeds(len(prompts)))
-        theirs = sample(replace(student, sampler=None), prompts, greedy, 35, 64, seeds(len(prompts)))
+            sync(student)
+        ours = sample(student, prompts, GREEDY, 35, 64, seeds(len(prompts)))
+        theirs = sample(replace(student, sampler=None), prompts, GREEDY, 35, 64, seeds(len(prompts)))
         assert ours == theirs
     assert {r.finish_reason for r in ours} <= {"stop", "length"}
 
@@ -70,18 +97,19 @@ def test_greedy_responses_are_those_of_transformers(student, made):
 def test_rollouts_are_on_policy_seeded_and_told_as_they_come(student, made):
     _, engine, prompts = made
     told = []
-    rollouts = sample(student, prompts, Decoding(1.0, 1.0, 40), 35, 64, seeds(len(prompts)), lambda *x: told.append(x))
+    rollouts = sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), lambda *x: told.append(x))
     assert sum(r for r, _ in told) == len(prompts) and sum(t for _, t in told) == sum(
         len(r.response_ids) for r in rollouts
     )
-    again = sample(student, prompts, Decoding(1.0, 1.0, 40), 35, 64, seeds(len(prompts)))
+    again = sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)))
     assert rollouts == again
-    other = sample(student, prompts, Decoding(1.0, 1.0, 40), 35, 64, [(1, *s[1:]) for s in seeds(len(prompts))])
+    other = sample(student, prompts, SAMPLED, 35, 64, [(1, *s[1:]) for s in seeds(len(prompts))])
     assert rollouts != other
     assert all((r.response_ids[-1] in student.eos_ids) == (r.finish_reason == "stop") for r in rollouts)
     assert not any(token in student.eos_ids for r in rollouts for token in r.response_ids[:-1])
     whole = [r.prompt.token_ids + r.response_ids for r in rollouts]
-    for engines, ids in zip(engine.logprobs(whole), whole, strict=True):
+    (found,) = engine.logprobs(whole)
+    for engines, ids in zip(found, whole, strict=True):
         torch.testing.assert_close(engines, own_logprobs(student, ids), rtol=0, atol=1e-4)
 
 
@@ -98,29 +126,35 @@ def test_samples_have_the_students_distribution(student, made):
     assert chi2 < 4 * likely.sum().item() + 10 and counts[~likely].sum() < 60
 
 
-@pytest.mark.parametrize("fault", ["stale", "forgotten head", "swapped layers"])
-def test_weights_that_are_not_the_trainers_are_found(fault, student, made, monkeypatch):
-    _, engine, prompts = made
-    assert engine.check_parity(prompts[:8], 0) < 1e-4
+def swapped(name, weight):
+    part = name.split(".")
+    if part[:2] == ["model", "layers"] and part[2] in "01":
+        part[2] = "10"[int(part[2])]
+    return ".".join(part), weight
+
+
+FAULTS = {
+    "stale": None,
+    "forgotten head": lambda name, weight: (
+        None if name == "lm_head.weight" else (name, weight)
+    ),  # as named_parameters() does
+    "swapped layers": swapped,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_weights_that_are_not_the_trainers_are_found(fault, student, made):
+    _, _, prompts = made
+    assert parity(student, prompts) < 1e-4
     move(student)
-    send = engine.llm.collective_rpc
-    if fault == "forgotten head":  # what named_parameters() of a tied model would send
-        monkeypatch.setattr(engine.llm, "collective_rpc", lambda name, kwargs: send(
-            name, kwargs={"weights_iterator": [(n, w) for n, w in kwargs["weights_iterator"] if n != "lm_head.weight"]}))  # fmt: skip
-        engine.sync()
-    elif fault == "swapped layers":
-        swap = {"0": "1", "1": "0"}
-        monkeypatch.setattr(engine.llm, "collective_rpc", lambda name, kwargs: send(name, kwargs={"weights_iterator": [
-            (".".join([*n.split(".")[:2], swap.get(n.split(".")[2], n.split(".")[2]), *n.split(".")[3:]])
-             if n.startswith("model.layers.") else n, w) for n, w in kwargs["weights_iterator"]]}))  # fmt: skip
-        engine.sync()
+    if FAULTS[fault]:
+        sync(student, FAULTS[fault])
     with pytest.raises(
         RunError, match=r"after step 3: vLLM does not have the trainer's weights: .* gives a token the logprob"
     ):
-        engine.check_parity(prompts[:8], 3)
-    monkeypatch.undo()
-    engine.sync()
-    assert engine.check_parity(prompts[:8], 3) < 1e-4
+        parity(student, prompts, 3)
+    sync(student)
+    assert parity(student, prompts, 3) < 1e-4
 
 
 def test_a_stop_in_the_middle_leaves_the_engine_usable(student, made):
@@ -130,15 +164,166 @@ def test_a_stop_in_the_middle_leaves_the_engine_usable(student, made):
         raise Interrupted(15)
 
     with pytest.raises(Interrupted):
-        sample(student, prompts, Decoding(1.0, 1.0, 40), 35, 64, seeds(len(prompts)), stop)
-    assert len(sample(student, prompts[:3], Decoding(1.0, 1.0, 40), 35, 64, seeds(3))) == 3
+        sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), stop)
+    assert len(sample(student, prompts[:3], SAMPLED, 35, 64, seeds(3))) == 3
 
 
-def run(out, *settings):
+@pytest.mark.parametrize("how", ["killed", "silent"])
+def test_a_lost_engine_comes_back_with_the_weights_it_had_and_finished_responses_are_kept(
+    how, student, made, monkeypatch, capsys
+):
+    _, engine, prompts = made
+    move(student)
+    sync(student)
+    expected = sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)))
+    (server,) = engine.servers
+    finished, asked = [], []
+    send = type(server).send
+
+    def sent(self, **message):
+        asked.extend([r["id"] for r in message["requests"]] if message["do"] == "generate" else [])
+        send(self, **message)
+
+    def hurt(responses, tokens):
+        finished.append(responses)
+        if sum(finished) >= 5 and not engine.restarted:
+            if how == "killed":
+                os.kill(server.process.pid, signal.SIGKILL)
+            else:
+                os.kill(server.process.pid, signal.SIGSTOP)
+                server.timeout = 2
+
+    monkeypatch.setattr(type(server), "send", sent)
+    first = server.process.pid
+    assert sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), hurt) == expected
+    server.timeout = 600
+    again = asked[len(prompts) :]
+    assert engine.restarted and server.process.pid != first and 0 < len(again) <= len(prompts) - 5
+    assert sum(finished) == len(prompts)
+    said = capsys.readouterr().err
+    assert "killed by signal 9" in said if how == "killed" else "no sign of life for 2 s" in said
+    assert parity(student, prompts) < 1e-4
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+
+
+def test_an_engine_lost_for_the_second_time_ends_the_run_and_names_the_cause(student, made):
+    _, engine, prompts = made
+    engine.restarted = True
+
+    def kill(responses, tokens):
+        os.kill(engine.servers[0].process.pid, signal.SIGKILL)
+
+    with pytest.raises(
+        RunError, match=r"vLLM is lost for the second time: its process was killed by signal 9\. Checkpoints are intact"
+    ):
+        sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), kill)
+    engine.restarted = False  # what follows finds it dead, and starts it again
+
+
+def test_an_engine_that_died_between_updates_gets_the_new_weights(student, made):
+    _, engine, prompts = made
+    os.kill(engine.servers[0].process.pid, signal.SIGKILL)
+    move(student, seed=1)
+    sync(student)
+    assert engine.restarted and parity(student, prompts) < 1e-4
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def servers(count):
+    """As a user starts them on another host."""
+    ports = [free_port() for _ in range(count)]
+    environment = os.environ | {KEY: "secret"}
+    started = [
+        subprocess.Popen(
+            [vllm_engine._python(), "-m", "opd.vllm_server", "--listen", f"127.0.0.1:{port}"], cwd=ROOT, env=environment
+        )
+        for port in ports
+    ]
+    try:
+        yield [f"127.0.0.1:{port}" for port in ports]
+    finally:
+        for process in started:
+            process.terminate()
+            assert process.wait(30) == 128 + signal.SIGTERM
+
+
+def test_servers_elsewhere_share_the_responses_and_serve_one_run_after_another(student, made, monkeypatch):
+    _, _, prompts = made
+    monkeypatch.setenv(KEY, "secret")
+    move(student)
+    sync(student)
+    expected = sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)))
+    with servers(2) as addresses:
+        for number in range(2):
+            _, engine, _ = start(f"rollout.servers={json.dumps(addresses)}")
+            lm = replace(student, sampler=engine)
+            sync(lm)  # through the connection: they need not see this machine's files
+            assert parity(lm, prompts) < 1e-4
+            assert sample(lm, prompts, SAMPLED, 35, 64, seeds(len(prompts))) == expected
+            if number == 0:  # the one that crashes is started again by its own supervisor
+                pids = subprocess.run(
+                    ["pgrep", "-f", f"listen {addresses[1]} --once"], capture_output=True, text=True
+                ).stdout.split()
+                killed = []
+
+                def kill(responses, tokens, pids=pids, killed=killed):
+                    if not killed:
+                        killed.extend(pids)
+                        for pid in pids:
+                            os.kill(int(pid), signal.SIGKILL)
+
+                assert sample(lm, prompts, SAMPLED, 35, 64, seeds(len(prompts)), kill) == expected
+                assert killed and engine.restarted
+            engine.close()
+
+
+def test_two_gpus_share_one_model(student, made):
+    """Tensor parallel, here two processes on a CPU: the weights of every update reach both."""
+    _, _, prompts = made
+    _, engine, _ = start("rollout.tensor_parallel=2")
+    lm = replace(student, sampler=engine)
+    try:
+        assert parity(lm, prompts) < 1e-4
+        move(student)
+        with pytest.raises(RunError, match="does not have the trainer's weights"):
+            parity(lm, prompts)
+        sync(lm)
+        assert parity(lm, prompts) < 1e-4
+        assert sample(lm, prompts, GREEDY, 35, 64, seeds(24)) == sample(
+            replace(student, sampler=None), prompts, GREEDY, 35, 64, seeds(24)
+        )
+    finally:
+        engine.close()
+
+
+def test_two_processes_with_split_weights_have_an_engine_each(tiny_pair, tmp_path):
+    """ZeRO-3: what vLLM gets is gathered in buckets; every sync is compared."""
+    arguments = ["rollout.engine=vllm", "rollout.parity_every=1", "engine.kind=deepspeed", "engine.deepspeed=zero3", f"output_dir={tmp_path}",
+                 "run_name=run", "optim.steps=3", "optim.warmup_steps=0", "optim.lr=1e-3", "eval.limit=8", "eval.k=0"]  # fmt: skip
+    command = [sys.executable, "-m", "opd.launch", "opd.train", "--config", "configs/tiny.json"]
+    command += [x for a in arguments for x in ("--set", a)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NUM_GPUS": "2"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = rows(tmp_path / "run")
+    assert len(found) == 3 and all(0 < r["rollout/parity"] <= 1e-4 for r in found)
+    one = run(tmp_path / "one", "optim.steps=3", "optim.lr=1e-3", "eval.limit=8", "eval.k=0", weighter=None)
+    for ours, theirs in zip(found, rows(one), strict=True):  # the same responses: seeds go by response, not by process
+        assert ours["tokens/response"] == theirs["tokens/response"]
+        assert ours["loss/divergence"] == pytest.approx(theirs["loss/divergence"], rel=1e-4)
+
+
+def run(out, *settings, weighter=TipWeighter):
     config, sections = load_config("configs/tiny.json", [
         "rollout.engine=vllm", "rollout.parity_every=1", f"output_dir={out}", "run_name=run", "optim.steps=5", "eval.limit=24",
         "eval.k=1", "optim.warmup_steps=0", "checkpoint.every=2", "log.token_dump_every=0", *settings], SECTIONS)  # fmt: skip
-    return train.run(config, TipWeighter(sections["tip"]), sections)
+    return train.run(config, weighter(sections["tip"]), sections) if weighter else train.run(config)
 
 
 def rows(folder):
@@ -163,12 +348,32 @@ def test_a_run_keeps_parity_evaluates_on_the_engine_and_continues_exactly(tiny_p
         run(tmp_path / "broken")
     monkeypatch.undo()
     assert rows(run(tmp_path / "broken")) == found
+    _killed_twice(unbroken, tmp_path / "killed", monkeypatch)
     for name in ("eval/step_000000/tiny.jsonl", "eval/step_000005/tiny.jsonl"):
         assert (tmp_path / "broken/run" / name).read_text() == (unbroken / name).read_text()
     greedy = [json.loads(x) for x in (unbroken / "eval/step_000000/tiny.jsonl").read_text().splitlines()]
     plain = run(tmp_path / "plain", "rollout.engine=transformers")
     theirs = [json.loads(x) for x in (plain / "eval/step_000000/tiny.jsonl").read_text().splitlines()]
     assert [r["response"] for r in greedy if r["sample"] == -1] == [r["response"] for r in theirs if r["sample"] == -1]
+
+
+def _killed_twice(unbroken, out, monkeypatch):
+    """vLLM is killed in the middle of the rollouts of updates 2 and 4: the run recovers once; continued, it finishes."""
+    kills = []
+    advance = Progress.advance
+
+    def hurt(self, responses, tokens):
+        advance(self, responses, tokens)
+        if self.label in ("rollouts of step 2", "rollouts of step 4") and self.done >= 8 and self.label not in kills:
+            kills.append(self.label)
+            subprocess.run(["pkill", "-9", "-f", "opd.vllm_server --listen /"], check=True)
+
+    monkeypatch.setattr(Progress, "advance", hurt)
+    with pytest.raises(RunError, match="vLLM is lost for the second time"):
+        run(out)
+    assert len(kills) == 2 and [r["step"] for r in rows(out / "run")] == [1, 2, 3]
+    monkeypatch.undo()
+    assert rows(run(out)) == rows(unbroken)
 
 
 def test_a_checkpoint_is_evaluated_on_the_engine(tiny_pair, tmp_path, capsys):
@@ -183,6 +388,8 @@ def test_a_checkpoint_is_evaluated_on_the_engine(tiny_pair, tmp_path, capsys):
 def test_a_model_that_vllm_does_not_take_is_refused(tiny_pair, tmp_path):
     config = tiny_config("rollout.engine=vllm")
     lm = load(config.student, CPU, "student")
-    (tmp_path / "config.json").write_text("{}")
+    shutil.copytree(config.student.path, tmp_path, dirs_exist_ok=True)
+    odd = json.loads((tmp_path / "config.json").read_text()) | {"head_dim": 48}
+    (tmp_path / "config.json").write_text(json.dumps(odd))
     with pytest.raises(InputError, match=r"rollout.engine is 'vllm', which does not take"):
         VllmEngine(lm, replace(config.student, path=str(tmp_path)), config, 64)
