@@ -217,7 +217,8 @@ class VllmEngine:
                 for server in self.servers:
                     self._first(server, work)
         except BaseException:
-            self.close()
+            for server in self.servers:
+                server.end()
             raise
 
     def _first(self, server: _Server, work: Callable[[_Server], None]) -> None:
