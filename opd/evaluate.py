@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,9 +28,9 @@ from opd.data import Prompt, Rollout, make_prompts, read_problems
 from opd.engine import load_teacher, pick_device
 from opd.metrics import Progress, write_whole
 from opd.models import LanguageModel
-from opd.rollout import Decoding, own_logprobs, sample
+from opd.rollout import Decoding, sample
 from opd.step import pair_stats
-from opd.vllm_engine import VllmEngine
+from opd.vllm_engine import sampling
 
 GREEDY = -1  # sample number of the greedy response in the files
 
@@ -125,6 +125,14 @@ def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchma
         max_response_tokens=config.rollout.max_response_tokens, answer_lines=False,
     )  # fmt: skip
     return LoadedBenchmark("validation", benchmark, prompts)
+
+
+def evaluated(
+    lm: LanguageModel, section: Student | Teacher, benchmarks: Sequence[LoadedBenchmark], config: Config
+) -> AbstractContextManager[LanguageModel]:
+    """A model that is evaluated as it is, with the engine that samples its responses (opd.vllm_engine.sampling)."""
+    prompts = [prompt for b in benchmarks for prompt in b.prompts]
+    return sampling(lm, section, config, prompts, max(b.benchmark.max_response_tokens for b in benchmarks))
 
 
 def evaluate(
@@ -417,9 +425,6 @@ def command(arguments: list[str]) -> None:
     limit = options.limit if options.limit is not None else config.eval.limit
     benchmarks = load_benchmarks(config, lm, limit)
     check_benchmarks(lm, benchmarks)
-    if config.rollout.engine == "vllm":
-        longest = max(max(len(p.token_ids) for p in b.prompts) + b.benchmark.max_response_tokens for b in benchmarks)
-        lm = replace(lm, sampler=VllmEngine(lm, section, config, longest))
     parts = [part for part in Path(options.model).parts[-3:] if part != "checkpoints"]
     out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
     if distributed.is_first():
@@ -428,15 +433,8 @@ def command(arguments: list[str]) -> None:
     if config.eval.reverse_kl:
         teacher = load_teacher(config, lm.device)
         vocab_size = models.shared_vocabulary(lm, teacher)
-    try:
-        if lm.sampler:
-            probe = [prompt.token_ids for prompt in benchmarks[0].prompts[:8]]
-            lm.sampler.check_parity(probe, torch.cat([own_logprobs(lm, ids) for ids in probe]), 0)
-        with grading.Grader() as grader:
-            summary = evaluate(lm, teacher, benchmarks, config, vocab_size, out, grader)
-    finally:
-        if lm.sampler:
-            lm.sampler.close()
+    with grading.Grader() as grader, evaluated(lm, section, benchmarks, config) as lm:
+        summary = evaluate(lm, teacher, benchmarks, config, vocab_size, out, grader)
     if distributed.is_first():
         say(line(summary))
         print(out / "summary.json")

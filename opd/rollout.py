@@ -12,6 +12,7 @@ vLLM (opd.vllm_engine) draws with generators of its own, one seed for each respo
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -240,9 +241,17 @@ def quantile_token(probs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
 
 
 @torch.no_grad()
-def own_logprobs(lm: LanguageModel, ids: Sequence[int]) -> Tensor:
-    """The trainer's logprobs of every token of a sequence but the first, (n - 1,), on the CPU."""
-    inputs = torch.tensor(ids, device=lm.device)[None]
-    with lm.precision():
-        logits = lm.run(lambda: lm.model(input_ids=inputs, use_cache=False).logits[0, :-1].float())
-    return logits.log_softmax(-1).gather(1, inputs[0, 1:, None])[:, 0].cpu()
+def own_logprobs(lm: LanguageModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The model's own logprobs of every token but the first of each sequence, given those before it, one sequence after the
+    other, on the CPU; nats. Every rank calls it."""
+
+    def one(ids: Tensor) -> Tensor:
+        with lm.precision():
+            return lm.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+
+    found = []
+    for sequence in sequences:
+        ids = torch.tensor(sequence, device=lm.device)
+        logits = lm.run(partial(one, ids))
+        found.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].cpu())
+    return torch.cat(found)

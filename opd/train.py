@@ -312,8 +312,8 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
 def _parity(parts: Parts, step: int) -> float:
     """vLLM's logprobs against the trainer's, on the same prompts in every update."""
     probe = [prompt.token_ids for prompt in parts.prompts[:8]]
-    own = torch.cat([own_logprobs(parts.student, ids) for ids in probe])
-    return parts.student.sampler.check_parity(probe, own, step)
+    own = own_logprobs(parts.student, probe)
+    return parts.student.sampler.check_parity(probe, own)
 
 
 def _sample_rollouts(parts: Parts, step: int) -> list[Rollout]:

@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -35,7 +36,7 @@ from opd.cli import InputError, RunError, say
 from opd.config import ROOT, Config, Student, Teacher
 from opd.data import Prompt
 from opd.models import LanguageModel
-from opd.rollout import Decoding
+from opd.rollout import Decoding, own_logprobs
 from opd.vllm_server import KEY, SHUTDOWN, Scratch, address_of, keep_alive
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}  # nats, of the largest difference of a logprob
@@ -212,6 +213,11 @@ class VllmEngine:
         self.restarted = False
         self.scratch: Scratch | None = None  # of the machine's first process
         self.folder: Path | None = None  # the weights given last
+        self.open()
+
+    def open(self) -> None:
+        """Starts the servers, with the weights of the section. Raises InputError."""
+        self.folder = None
         try:
             for work in (_Server.start, self._opened):  # all load at the same time
                 for server in self.servers:
@@ -385,7 +391,7 @@ class VllmEngine:
 
         return [self._surely(server, lambda server=server: ask(server)) for server in self.servers]
 
-    def check_parity(self, sequences: Sequence[Sequence[int]], own: Tensor, step: int) -> float:
+    def check_parity(self, sequences: Sequence[Sequence[int]], own: Tensor) -> float:
         """The largest difference of a logprob of the probe, any server against the trainer, in nats.
 
         Args:
@@ -407,18 +413,43 @@ class VllmEngine:
         worst = distributed.largest(worst)
         if not worst <= self.tolerance:
             raise RunError(
-                f"after step {step}: {message}, so rollouts would not be on-policy. Checkpoints are intact; set "
-                "rollout.engine=transformers in a new run, and report this."
+                f"{message}, so its samples would not be on-policy. Checkpoints are intact; set rollout.engine=transformers "
+                "in a new run, and report this."
             )
         return worst
 
     def close(self) -> None:
-        """Gives the memory back: the next run of the process has an engine of its own."""
+        """Gives the memory back, until the next `open`."""
         for server in self.servers:
             server.close()
         if self.scratch is not None:
             self.scratch.remove()
             self.scratch = None
+
+
+@contextmanager
+def sampling(
+    lm: LanguageModel, section: Student | Teacher, config: Config, prompts: Sequence[Prompt], response: int
+) -> Iterator[LanguageModel]:
+    """The model, sampled by what rollout.engine says, for as long as the context lasts; it does not change meanwhile.
+
+    Args:
+        section: where its weights lie.
+        prompts, response: the prompts, and tokens of the longest response.
+    Raises:
+        InputError: as VllmEngine.
+        RunError: vLLM's logprobs are not the model's.
+    """
+    if config.rollout.engine == "transformers":
+        yield lm
+        return
+    engine = VllmEngine(lm, section, config, max(len(p.token_ids) for p in prompts) + response)
+    try:
+        probe = [prompt.token_ids for prompt in prompts[:8]]
+        engine.check_parity(probe, own_logprobs(lm, probe))
+        yield replace(lm, sampler=engine)
+    finally:
+        engine.close()
 
 
 def _python() -> str:

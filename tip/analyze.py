@@ -35,6 +35,7 @@ from opd.rollout import Decoding, sample
 from opd.seeds import generator
 from opd.step import score_update
 from opd.teacher import score as teacher_states
+from opd.vllm_engine import sampling
 from tip import figures, taxonomy
 from tip.config import SECTIONS, TipConfig
 from tip.diagnostics import correlation, jaccard, keep_by_every_rule, kept_by_decile, max_over_p99
@@ -326,9 +327,11 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
         oracle_tokens = 1024 if parameters <= SMALL_STUDENT else 0
     oracle_tokens = min(oracle_tokens, GRADIENTS // (4 * parameters))
     halves = [prompts_of_step(prompts, i, prompts_wanted, config.data.shuffle, config.seed) for i in (1, 2)]
-    batches, fresh = (
-        _rollouts(config, student, h, part, vocab_size) for h, part in zip(halves, ("a", "b"), strict=True)
-    )
+    asked = [prompt for half in halves for prompt in half]
+    with sampling(student, config.student, config, asked, config.rollout.max_response_tokens) as sampled:
+        batches, fresh = (
+            _rollouts(config, sampled, h, part, vocab_size) for h, part in zip(halves, ("a", "b"), strict=True)
+        )
     if not batches or not fresh:
         raise InputError(
             f"no response token counts with rollout.truncated = {config.rollout.truncated!r}. Set it to 'keep'."
