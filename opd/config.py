@@ -65,6 +65,14 @@ class Teacher:
             "layer by layer while it runs (ZeRO-3); host: that, in host memory. The latter two need engine.kind deepspeed."
         ),
     ]
+    cache_gb: Annotated[
+        float | None,
+        doc(
+            "GiB of host memory, per process, for its hidden states of one update, which wait there for the student; what is "
+            "above goes to RUN/teacher_states/ on disk. null: no limit.",
+            ge=0,
+        ),
+    ]
 
 
 @strict
@@ -209,6 +217,13 @@ class Engine:
         doc(
             "Name of configs/deepspeed/NAME.json, or path of such a file: ZeRO stage and offload. null with kind torch. What "
             "the pair file decides (optimizer, schedule, clipping, dtype, batch) has no place in it."
+        ),
+    ]
+    phases: Annotated[
+        Literal[1, 2],
+        doc(
+            "2: teacher, student and vLLM take turns on the device and wait in host memory (opd/phases.py): the pair needs not "
+            "fit together. 1: they stay, and only vLLM sleeps. Not the result. With deepspeed 1: its files offload."
         ),
     ]
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda when there is one, else cpu.")]
@@ -456,6 +471,11 @@ def _check(config: Config, where: str) -> None:
     )
     for server in config.rollout.servers:
         address_of(server)
+    require(
+        config.engine.kind == "torch" or config.engine.phases == 1,
+        "engine.phases is 2 and engine.kind is 'deepspeed': there the weights wait in host memory with engine.deepspeed="
+        "zero2_offload or zero3_offload, and teacher.placement=host. Set engine.phases=1.",
+    )
     if config.optim.steps is not None:
         require(
             config.optim.warmup_steps < config.optim.steps,

@@ -123,8 +123,11 @@ class TorchEngine:
     lockstep = False  # a micro-batch without kept tokens need not be run
     divides_late = True  # the gradient can be divided after it is summed
 
-    def __init__(self, student: LanguageModel, config: Config, total_steps: int):
+    def __init__(
+        self, student: LanguageModel, config: Config, total_steps: int, value: Callable[[Tensor], Tensor] = Tensor.detach
+    ):  # fmt: skip
         self.student = student
+        self.value = value  # of a tensor that may lie in host memory (opd.phases)
         self.config = config
         self.total_steps = total_steps
         model = student.model
@@ -164,15 +167,20 @@ class TorchEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """The student's float32 weights by name, as save_pretrained takes them."""
-        return self.student.model.state_dict()
+        return dict(self.named_weights())
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight by every name it has: the LM head of a tied model under its own too. For vLLM."""
-        yield from self.student.model.state_dict().items()
+        for name, tensor in self.student.model.state_dict(keep_vars=True).items():
+            yield name, self.value(tensor)
 
     def state(self) -> dict[str, Tensor]:
         """Optimizer moments by `<moment>.<parameter name>`; empty before the first step."""
-        return _moments(self.optimizer, self.named_parameters)
+        return {name: self.value(moment) for name, moment in _moments(self.optimizer, self.named_parameters).items()}
+
+    def moments(self) -> list[Tensor]:
+        """Of AdamW, on the device; its step counts are not."""
+        return [m for state in self.optimizer.state.values() for key, m in state.items() if key != "step"]
 
     def load(self, moments: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Restores what `state` returned; the weights are there already. Raises KeyError when a moment is missing."""

@@ -128,11 +128,12 @@ def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchma
 
 
 def evaluated(
-    lm: LanguageModel, section: Student | Teacher, benchmarks: Sequence[LoadedBenchmark], config: Config
-) -> AbstractContextManager[LanguageModel]:
+    lm: LanguageModel, section: Student | Teacher, benchmarks: Sequence[LoadedBenchmark], config: Config,
+    apart: Callable[[], None] = lambda: None,
+) -> AbstractContextManager[LanguageModel]:  # fmt: skip
     """A model that is evaluated as it is, with the engine that samples its responses (opd.vllm_engine.sampling)."""
     prompts = [prompt for b in benchmarks for prompt in b.prompts]
-    return sampling(lm, section, config, prompts, max(b.benchmark.max_response_tokens for b in benchmarks))
+    return sampling(lm, section, config, prompts, max(b.benchmark.max_response_tokens for b in benchmarks), apart)
 
 
 def evaluate(
@@ -144,6 +145,7 @@ def evaluate(
     out: Path,
     grader: grading.Grader,
     stop: Callable[[bool], None] = lambda together: None,
+    enter: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, dict]:
     """Evaluates on every benchmark unless `out` already holds the result; returns name -> figures, on the first rank.
 
@@ -157,6 +159,7 @@ def evaluate(
         teacher: for eval.reverse_kl; None, or the evaluated model itself: not measured.
         vocab_size: ids compared in eval.reverse_kl.
         stop: called while responses are generated, with True where all ranks do; may raise to leave early.
+        enter: called with "rollout" before the model generates, "teacher" if it is the teacher, and as pair_stats does.
     """
     summary_path = out / "summary.json"
     if known := distributed.from_first(summary_path.read_text() if summary_path.exists() else ""):
@@ -169,10 +172,11 @@ def evaluate(
         begin = time.perf_counter()
         # over its own vocabulary, except for ids that the teacher who reads the responses could not embed
         vocab = len(lm.tokenizer) if teacher is None else min(len(lm.tokenizer), models.embeddable(teacher))
+        enter("teacher" if lm is teacher else "rollout")
         numbered = _responses(lm, loaded, config, vocab, out / f"{loaded.name}.partial.jsonl", stop)
         columns = [{} for _ in numbered]
         if config.eval.reverse_kl and teacher is not None and teacher is not lm:
-            columns = _reverse_kl(lm, teacher, [r for _, r in numbered], config, vocab_size, stop)
+            columns = _reverse_kl(lm, teacher, [r for _, r in numbered], config, vocab_size, stop, enter)
         if not first:
             continue
         rows = _graded(lm, numbered, grader, loaded.benchmark.answer_lines)
@@ -282,6 +286,7 @@ def _reverse_kl(
     config: Config,
     vocab_size: int,
     stop: Callable[[bool], None],
+    enter: Callable[[str], None],
 ) -> list[dict[str, float]]:
     """Per response {"reverse_kl": mean KL(student || teacher) over its tokens, nats}; the ranks share the work."""
     numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts)]
@@ -289,8 +294,9 @@ def _reverse_kl(
     batches = make_micro_batches(mine, config.optim.micro_batch_tokens, lm.eos_ids[0], "keep")
     missing = int(distributed.largest(len(batches))) - len(batches)
     columns = {"sequence_id": [torch.zeros(0, dtype=torch.long)], "reverse_kl": [torch.zeros(0)]}
-    for batch in [*batches, *[empty_micro_batch(lm.eos_ids[0])] * missing]:
-        found = pair_stats(lm, teacher, batch, vocab_size, config.loss, frozenset({"reverse_kl"}))
+    batches += [empty_micro_batch(lm.eos_ids[0])] * missing
+    scored = pair_stats(lm, teacher, batches, vocab_size, config.loss, frozenset({"reverse_kl"}), enter)
+    for batch, found in zip(batches, scored, strict=True):
         columns["sequence_id"].append(batch.sequence_id)
         columns["reverse_kl"].append(found["reverse_kl"])
         stop(True)

@@ -7,7 +7,7 @@ change the gradient.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,8 @@ from opd.loss import Head, divergence_sum, token_stats
 from opd.metrics import Stopwatch
 from opd.models import LanguageModel
 from opd.seeds import generator
+
+GROUP = 32  # micro-batches whose teacher states are held at once outside of an update
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def train_step(
     seed: int,
     measure: frozenset[str] = frozenset(),
     progress: Callable[[int, int], None] = lambda batches, tokens: None,
+    enter: Callable[[str], None] = lambda phase: None,
+    cache: teacher_scoring.Cache | None = None,
 ) -> StepResult:
     """Scores, weights and applies one update.
 
@@ -56,13 +60,14 @@ def train_step(
         vocab_size: ids compared (opd.models.shared_vocabulary).
         step: number of the update, from 1; with `seed` it seeds the weighter's generator.
         measure: fields of TokenStats wanted for diagnostics besides what the weighter needs.
-        progress: called with 1 and a number of tokens after each micro-batch of each of the three phases.
+        progress: called with 1 and a number of tokens after each micro-batch of each of the three passes.
+        enter: called with "teacher" and "update" before those parts (opd.phases).
+        cache: holds the teacher's hidden states meanwhile; None: host memory without a limit.
     Raises:
         ValueError: the weighter's answer is malformed.
         FloatingPointError: loss or gradient is not finite; weights and optimizer are unchanged.
     """
     watch = Stopwatch(student.device)
-    teacher_head = teacher.head(vocab_size)
     needs = weighter.needs | measure
     # A running weighter judges a rollout at a time. Where the gradient can be divided when it is summed, it does so in the
     # update's own forward (one pass); else after the scoring pass, with the same result.
@@ -72,8 +77,13 @@ def train_step(
     missing = int(distributed.largest(len(micro_batches))) - len(micro_batches)
     micro_batches = [*micro_batches, *[empty_micro_batch(student.eos_ids[0])] * missing]
 
+    with watch("move"):
+        enter("teacher")
     with watch("teacher"):
-        teacher_states = teacher_scoring.score(teacher, micro_batches, progress)
+        teacher_states = teacher_scoring.score(teacher, micro_batches, progress, cache)
+    with watch("move"):
+        enter("update")
+    teacher_head = teacher.head(vocab_size)
 
     with watch("score"):
         columns = [_names_of_rows(batch, number) for number, batch in enumerate(micro_batches)]
@@ -102,8 +112,9 @@ def train_step(
         def divergence(own: Tensor, states: Tensor, keep: Tensor, weight: Tensor, share: Tensor | None) -> Tensor:
             device = own.device
             share = None if share is None else share[keep].to(device)
+            states = states.to(device, non_blocking=True)[keep.to(device)]  # whole: picked rows would not be pinned
             return student.head_scope(own, lambda own: divergence_sum(
-                own, student.head(vocab_size), states[keep].to(device), teacher_head, weight[keep].to(device), share,
+                own, student.head(vocab_size), states, teacher_head, weight[keep].to(device), share,
                 loss.divergence, loss.jsd_beta, loss.chunk_bytes,
             ))  # fmt: skip
 
@@ -192,11 +203,21 @@ def _scored(
 
 
 def pair_stats(
-    student: LanguageModel, teacher: LanguageModel, batch: MicroBatch, vocab_size: int, loss: Loss, needs: frozenset[str]
-) -> dict[str, Tensor]:  # fmt: skip
-    """TokenStats columns of one micro-batch outside of an update, in the batch's own order; on the CPU."""
-    (states,) = teacher_scoring.score(teacher, [batch])
-    return _scored(student, batch, states, teacher.head(vocab_size), vocab_size, loss, needs)
+    student: LanguageModel, teacher: LanguageModel, micro_batches: Sequence[MicroBatch], vocab_size: int, loss: Loss,
+    needs: frozenset[str], enter: Callable[[str], None] = lambda phase: None,
+) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+    """TokenStats columns of each micro-batch outside of an update, in the batch's own order; on the CPU.
+
+    The teacher scores GROUP micro-batches, then the student does; `enter` is called before each (opd.phases).
+    """
+    for start in range(0, len(micro_batches), GROUP):
+        group = micro_batches[start : start + GROUP]
+        enter("teacher")
+        teacher_states = teacher_scoring.score(teacher, group)
+        enter("update")
+        head = teacher.head(vocab_size)
+        for batch, states in zip(group, teacher_states, strict=True):
+            yield _scored(student, batch, states, head, vocab_size, loss, needs)
 
 
 def score_update(
@@ -205,8 +226,8 @@ def score_update(
 ) -> TokenStats:  # fmt: skip
     """What a weighter would see of these micro-batches; nothing is trained."""
     columns = []
-    for number, batch in enumerate(micro_batches):
-        found = pair_stats(student, teacher, batch, vocab_size, loss, needs)
+    scored = pair_stats(student, teacher, micro_batches, vocab_size, loss, needs)
+    for number, (batch, found) in enumerate(zip(micro_batches, scored, strict=True)):
         columns.append(_names_of_rows(batch, number) | found)
         progress(1, len(batch.token_ids))
     joined, _ = _gathered(columns, needs)

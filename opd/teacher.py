@@ -4,14 +4,75 @@ Hidden states, not logits: H_t numbers a token instead of V (a factor 30 to 100)
 leave the device before the student's backward pass starts.
 """
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from opd import distributed
 from opd.batch import MicroBatch
+from opd.cli import RunError
 from opd.models import LanguageModel
+
+
+class Cache(Sequence[Tensor]):
+    """Hidden states by micro-batch: in host memory, pinned where there is a GPU; above a limit in files.
+
+    Args:
+        limit: bytes of host memory; None: no limit.
+        folder: where what is above it goes, one safetensors file for a micro-batch. Removed by `clear`.
+    """
+
+    def __init__(self, limit: int | None = None, folder: Path | None = None):
+        self.limit, self.folder = limit, folder
+        self.held = 0
+        self.states: list[Tensor | Path] = []
+
+    def add(self, states: Tensor) -> None:
+        """Takes (N, H_t) states from the device. Raises RunError where the file cannot be written."""
+        if self.limit is not None and self.held + states.nbytes > self.limit:
+            path = self.folder / f"rank_{distributed.rank()}_batch_{len(self.states):06d}.safetensors"
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_file({"states": states.contiguous().cpu()}, path)
+            except (OSError, SafetensorError) as error:
+                raise RunError(
+                    f"the teacher's hidden states are above teacher.cache_gb and {path} cannot be written ({error}); a "
+                    f"micro-batch takes {states.nbytes / 2**20:.1f} MiB. Checkpoints are intact; make room, raise "
+                    "teacher.cache_gb, or lower rollout.prompts_per_step."
+                ) from error
+            self.states.append(path)
+        else:
+            kept = torch.empty_like(states, device="cpu", pin_memory=states.is_cuda)
+            self.states.append(kept.copy_(states, non_blocking=True))
+            self.held += states.nbytes
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, number: int) -> Tensor:
+        kept = self.states[number]
+        return load_file(kept)["states"] if isinstance(kept, Path) else kept
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[number] for number in range(len(self)))
+
+    def clear(self) -> None:
+        """Forgets all states, and this process's files."""
+        for kept in self.states:
+            if isinstance(kept, Path):
+                kept.unlink()
+        self.states, self.held = [], 0
+
+
+def clear_folder(folder: Path) -> None:
+    """Removes what a killed process has left."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -19,11 +80,14 @@ def score(
     teacher: LanguageModel,
     micro_batches: Sequence[MicroBatch],
     progress: Callable[[int, int], None] = lambda batches, tokens: None,
-) -> list[Tensor]:
-    """Per micro-batch (N, H_t) hidden states in the teacher's dtype, on the CPU."""
-    found = []
+    cache: Cache | None = None,
+) -> Cache:
+    """Per micro-batch (N, H_t) hidden states in the teacher's dtype, on the CPU. Raises RunError as Cache.add."""
+    found = Cache() if cache is None else cache
+    found.clear()
     for batch in micro_batches:
-        states = teacher.run(partial(teacher.states, batch, torch.arange(len(batch.token_ids))))
-        found.append(states.cpu())
+        found.add(teacher.run(partial(teacher.states, batch, torch.arange(len(batch.token_ids)))))
         progress(1, len(batch.token_ids))
+    if teacher.device.type == "cuda":
+        torch.cuda.synchronize(teacher.device)  # copies into pinned memory run on
     return found

@@ -13,8 +13,10 @@ import shutil
 import signal
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 import transformers
 
 from opd import checkpoint, distributed, dump, evaluate, grading, launch, models, plan, run_folder
+from opd import teacher as teacher_scoring
 from opd.batch import make_micro_batches, share_of_rank
 from opd.cli import InputError, Interrupted, RunError, main, parser, say
 from opd.config import Config, load_config
@@ -30,11 +33,13 @@ from opd.engine import DeepSpeedEngine, TorchEngine, load_student, load_teacher,
 from opd.hooks import Observer, RunningWeighter, TokenWeighter, UniformWeighter
 from opd.metrics import MetricsLog, Progress, Stopwatch, duration, peak_memory_gb, reset_peak_memory, write_whole
 from opd.models import LanguageModel
+from opd.phases import Phases
 from opd.rollout import Decoding, own_logprobs, sample
 from opd.seeds import generator
 from opd.step import StepResult, pair_stats, train_step
 from opd.vllm_engine import VllmEngine
 
+SPILL = "teacher_states"  # folder of a run for what is above teacher.cache_gb
 DIAGNOSTICS = {  # TokenStats field -> metric, the mean over response tokens
     "student_entropy": "student/entropy",
     "teacher_entropy": "teacher/entropy",
@@ -60,6 +65,7 @@ class Parts:
     log: MetricsLog | None  # of the first rank
     grader: grading.Grader
     stop: "Stop"
+    phases: Phases
 
 
 def run(
@@ -114,8 +120,13 @@ def run(
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every chunk of logits once more
     reset_peak_memory(device)
     student_section = replace(config.student, path=str(start), revision=None) if start else config.student
+    phases = Phases(config.engine.phases == 2, config.rollout.engine == "vllm")
     student = load_student(student_section, device, identity["deepspeed"])
+    phases.add("student", student.model.parameters)
     teacher = load_teacher(config, device)
+    head = set(teacher.head_scope.parameters())
+    phases.add("teacher", lambda: [p for p in teacher.model.parameters() if p not in head])
+    phases.add("teacher head", lambda: head)
     vocab_size = models.shared_vocabulary(student, teacher)
     prompts, validation = read_training_prompts(config.data, student.tokenizer, config.seed)
     benchmarks = evaluate.load_benchmarks(config, student, config.eval.limit)
@@ -133,14 +144,18 @@ def run(
     engine = (
         DeepSpeedEngine(student, config, total_steps, settings)
         if settings
-        else TorchEngine(student, config, total_steps)
+        else TorchEngine(student, config, total_steps, phases.value)
     )
+    if not settings:
+        phases.add("optimizer", engine.moments)
+    phases.weights = engine.named_weights
     student = engine.student
     if config.rollout.engine == "vllm":
         answers = [config.rollout.max_response_tokens, *(b.benchmark.max_response_tokens for b in benchmarks)]
         asked = [*prompts, *(p for b in benchmarks for p in b.prompts)]
         longest = max(len(p.token_ids) for p in asked) + max(answers)
-        student = replace(student, sampler=VllmEngine(student, config.student, config, longest))
+        phases.sampler = VllmEngine(student, config.student, config, longest)
+        student = replace(student, sampler=phases.sampler)
     for name, section in identity["config"].items():
         say(f"  {name}: {json.dumps(section)}")
     longest = max((b.max_response_tokens for b in specs.values()), default=0)
@@ -154,6 +169,7 @@ def run(
     step = 0
     if start:
         step = checkpoint.step_of(start)
+        phases.enter("update")
         checkpoint.load_optimizer(start, engine)
         if isinstance(weighter, RunningWeighter):
             weighter.load_state(checkpoint.load_weighter(start))
@@ -165,9 +181,12 @@ def run(
             )
     if first:
         run_folder.rewind(run_dir, step)
+        teacher_scoring.clear_folder(run_dir / SPILL)
     log = MetricsLog(run_dir, total_steps, step) if first else None
     stop, grader = Stop(), grading.Grader()
-    parts = Parts(config, student, teacher, engine, weighter, observer, prompts, vocab_size, run_dir, log, grader, stop)
+    parts = Parts(
+        config, student, teacher, engine, weighter, observer, prompts, vocab_size, run_dir, log, grader, stop, phases
+    )
 
     def measure(name: str, lm: LanguageModel) -> None:
         if benchmarks:
@@ -177,7 +196,18 @@ def run(
                 if shared is None or name not in ("teacher", "step_000000")
                 else run_folder.alike(shared, identity) / name
             )
-            found = evaluate.evaluate(lm, teacher, benchmarks, config, vocab_size, folder, grader, stop.check)
+            with _evaluated(parts, lm, benchmarks, folder) as (sampled, enter):
+                found = evaluate.evaluate(
+                    sampled,
+                    sampled if lm is teacher else teacher,
+                    benchmarks,
+                    config,
+                    vocab_size,
+                    folder,
+                    grader,
+                    stop.check,
+                    enter,
+                )
             if log is None:
                 return
             if folder != own:
@@ -194,8 +224,7 @@ def run(
     def all_updates() -> None:
         nonlocal step
         if student.sampler:
-            student.sampler.sync(engine.named_weights())
-            say(f"vLLM has the student's weights: probe within {_parity(parts, step):.1e} nats")
+            say(f"vLLM has the student's weights: probe within {_parity(parts):.1e} nats")
         if step == 0:
             measure("teacher", teacher)
             measure("step_000000", student)
@@ -258,10 +287,9 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     config, student = parts.config, parts.student
     begin = time.perf_counter()
     watch = Stopwatch(student.device)
+    parts.phases.enter("rollout")
     with watch("rollout"):
         rollouts = _sample_rollouts(parts, step)
-    if student.sampler:
-        student.sampler.sleep()
     mine = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
     micro_batches = make_micro_batches(
         mine, config.optim.micro_batch_tokens, student.eos_ids[0], config.rollout.truncated
@@ -272,21 +300,27 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
         measure |= frozenset(DIAGNOSTICS) | (parts.observer.needs if parts.observer else frozenset())
     if write_dump:
         measure |= dump.STATS | dump.TOP5 | (parts.observer.column_needs if parts.observer else frozenset())
+    limit = None if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
+    cache = teacher_scoring.Cache(limit, parts.run_dir / SPILL)
     try:
         with Progress(f"scoring and update of step {step}", 3 * len(micro_batches), "micro-batches") as progress:
             result = train_step(
                 student=student, teacher=parts.teacher, engine=parts.engine, micro_batches=micro_batches,
                 weighter=parts.weighter, loss=config.loss, vocab_size=parts.vocab_size, step=step, seed=config.seed,
-                measure=measure, progress=progress.advance,
+                measure=measure, progress=progress.advance, enter=parts.phases.enter, cache=cache,
             )  # fmt: skip
     except FloatingPointError as error:
         raise RunError(_dump_offenders(parts, step, rollouts, str(error))) from error
+    finally:
+        cache.clear()
+    parts.phases.changed = True
     parity = {}
     if student.sampler:
         with watch("sync"):
-            student.sampler.sync(parts.engine.named_weights())
-        if _due(step, config.rollout.parity_every):
-            parity = {"rollout/parity": _parity(parts, step)}
+            if _due(step, config.rollout.parity_every):
+                parity = {"rollout/parity": _parity(parts)}
+            else:
+                parts.phases.enter("rollout")
     peak = distributed.largest(peak_memory_gb(student.device))
     if parts.log is None:
         return {}
@@ -309,11 +343,36 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     return metrics
 
 
-def _parity(parts: Parts, step: int) -> float:
-    """vLLM's logprobs against the trainer's, on the same prompts in every update."""
+def _parity(parts: Parts) -> float:
+    """vLLM, with the student's present weights, against the student: the same prompts in every update."""
     probe = [prompt.token_ids for prompt in parts.prompts[:8]]
+    parts.phases.enter("update")
     own = own_logprobs(parts.student, probe)
+    parts.phases.enter("rollout")
     return parts.student.sampler.check_parity(probe, own)
+
+
+@contextmanager
+def _evaluated(
+    parts: Parts, lm: LanguageModel, benchmarks: list[evaluate.LoadedBenchmark], folder: Path
+) -> Iterator[tuple[LanguageModel, Callable[[str], None]]]:
+    """The model with what samples it, and how its evaluation changes phases.
+
+    vLLM has the student; for the teacher, which is evaluated once, it is closed and another one started.
+    """
+    phases, own = parts.phases, parts.student.sampler
+    known = distributed.from_first(str((folder / "summary.json").exists())) == "True"
+    if lm is not parts.teacher or own is None or known:
+        yield lm, phases.enter
+        return
+    own.close()
+    phases.sampler = None
+    phases.enter("teacher")
+    apart = partial(phases.enter, "rollout")  # vLLM has weights of its own
+    with evaluate.evaluated(lm, parts.config.teacher, benchmarks, parts.config, apart) as sampled:
+        yield sampled, lambda phase: None
+    own.open()
+    phases.sampler, phases.changed = own, True
 
 
 def _sample_rollouts(parts: Parts, step: int) -> list[Rollout]:
@@ -363,19 +422,13 @@ def _dump_offenders(parts: Parts, step: int, rollouts: list[Rollout], reason: st
     """Writes the update's rollouts, each with whether its statistics are finite, and says what happened."""
     path = parts.run_dir / f"not_finite_step_{step:06d}.jsonl"
     lines, broken = [], []
-    for rollout in rollouts:
-        finite = all(
-            column.isfinite().all()
-            for batch in make_micro_batches([rollout], 1, parts.student.eos_ids[0], "keep")
-            for column in pair_stats(
-                parts.student,
-                parts.teacher,
-                batch,
-                parts.vocab_size,
-                parts.config.loss,
-                frozenset({"reverse_kl", "forward_kl"}),
-            ).values()
-        )
+    batches = [make_micro_batches([r], 1, parts.student.eos_ids[0], "keep")[0] for r in rollouts]
+    needs = frozenset({"reverse_kl", "forward_kl"})
+    scored = pair_stats(
+        parts.student, parts.teacher, batches, parts.vocab_size, parts.config.loss, needs, parts.phases.enter
+    )
+    for rollout, columns in zip(rollouts, scored, strict=True):
+        finite = all(column.isfinite().all() for column in columns.values())
         broken += [] if finite else [rollout.sequence_id]
         record = {"sequence_id": rollout.sequence_id, "id": rollout.prompt.id, "finite": bool(finite),
                   "prompt_ids": rollout.prompt.token_ids, "response_ids": rollout.response_ids}  # fmt: skip

@@ -147,7 +147,7 @@ class _Server:
 
     def sleep(self) -> None:
         """Frees its GPU's memory, weights included; `give` wakes it. A server somewhere else, or on a CPU, stays awake."""
-        if self.where is None:
+        if self.where is None and not self.asleep:
             self.send(do="sleep")
             self.asleep = self.receive()["asleep"]
 
@@ -281,7 +281,7 @@ class VllmEngine:
 
         `progress` may raise to stop; nothing is kept then. Raises RunError when a server is lost for the second time.
         """
-        rows = self.lm.model.get_output_embeddings().out_features
+        rows = self.lm.model.get_output_embeddings().out_features  # also of a model that is put away
         common = {
             "do": "generate",
             "vocabulary": None if rows == vocab_size else vocab_size,  # never a padded vocabulary row
@@ -429,13 +429,15 @@ class VllmEngine:
 
 @contextmanager
 def sampling(
-    lm: LanguageModel, section: Student | Teacher, config: Config, prompts: Sequence[Prompt], response: int
-) -> Iterator[LanguageModel]:
+    lm: LanguageModel, section: Student | Teacher, config: Config, prompts: Sequence[Prompt], response: int,
+    apart: Callable[[], None] = lambda: None,
+) -> Iterator[LanguageModel]:  # fmt: skip
     """The model, sampled by what rollout.engine says, for as long as the context lasts; it does not change meanwhile.
 
     Args:
         section: where its weights lie.
         prompts, response: the prompts, and tokens of the longest response.
+        apart: called before vLLM starts; the trainer's own model is not used after it.
     Raises:
         InputError: as VllmEngine.
         RunError: vLLM's logprobs are not the model's.
@@ -443,10 +445,12 @@ def sampling(
     if config.rollout.engine == "transformers":
         yield lm
         return
+    probe = [prompt.token_ids for prompt in prompts[:8]]
+    own = own_logprobs(lm, probe)
+    apart()
     engine = VllmEngine(lm, section, config, max(len(p.token_ids) for p in prompts) + response)
     try:
-        probe = [prompt.token_ids for prompt in prompts[:8]]
-        engine.check_parity(probe, own_logprobs(lm, probe))
+        engine.check_parity(probe, own)
         yield replace(lm, sampler=engine)
     finally:
         engine.close()

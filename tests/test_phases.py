@@ -1,0 +1,266 @@
+"""Two phases on one device give the run of one phase bit for bit, and hold only what a phase needs."""
+
+import errno
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import engine_for, one_each, random_lm, random_rollouts, tiny_config
+from safetensors.torch import load_file
+
+from opd import teacher as teacher_scoring
+from opd import train
+from opd.cli import RunError
+from opd.config import load_config
+from opd.hooks import UniformWeighter
+from opd.phases import Phases
+from opd.step import train_step
+from opd.teacher import Cache, score
+from tip.config import SECTIONS
+from tip.weighter import TipWeighter
+
+RULES = {
+    "all tokens": None,  # no scoring pass
+    "soft_or": {"rule": "soft_or", "retention": 0.5},
+    "running": {"rule": "soft_or", "retention": 0.5, "scope": "running"},  # in the update's own forward
+}
+
+
+def run(out, rule, *settings, resume="auto"):
+    tip = [f"tip.{key}={value}" for key, value in (RULES[rule] or {}).items()]
+    config, sections = load_config("configs/tiny.json", [
+        f"output_dir={out}", "run_name=run", "optim.steps=4", "optim.warmup_steps=0", "eval.limit=6", "eval.k=1", "checkpoint.every=2",
+        "eval.reverse_kl=true", "log.diagnostics_every=2", *tip, *settings], SECTIONS)  # fmt: skip
+    weighter = TipWeighter(sections["tip"]) if RULES[rule] else UniformWeighter()
+    return train.run(config, weighter, sections, resume)
+
+
+def results(folder):
+    """All that a run says and writes, but for times and memory."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    numbers = [{k: v for k, v in r.items() if not k.startswith(("time/", "memory/"))} for r in rows]
+    files = {str(p.relative_to(folder)): p.read_bytes() for kind in ("checkpoints/**/*.safetensors", "eval/**/tiny.jsonl", "tokens/*")
+             for p in sorted(folder.glob(kind))}  # fmt: skip
+    return numbers, files
+
+
+@pytest.fixture(scope="module")
+def one_phase(tiny_pair, tmp_path_factory):
+    return {rule: results(run(tmp_path_factory.mktemp("one"), rule)) for rule in RULES}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_phases_give_the_same_run_bit_for_bit(rule, one_phase, tmp_path):
+    numbers, files = results(run(tmp_path, rule, "engine.phases=2"))
+    assert len(numbers) == 4 and any("optimizer" in name for name in files) and any("eval" in name for name in files)
+    assert (numbers, files) == one_phase[rule]
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_spilled_states_give_the_same_run_bit_for_bit_and_are_gone_afterwards(share, one_phase, tmp_path, monkeypatch):
+    whole, spilled = [], []
+    add, clear = Cache.add, Cache.clear
+
+    def added(self, states):
+        add(self, states)
+        if self.folder:
+            whole.append(self.states[-1])
+
+    def cleared(self):
+        if self.folder and self.folder.exists():
+            spilled.append(sorted(p.name for p in self.folder.iterdir()))
+        clear(self)
+
+    monkeypatch.setattr(Cache, "add", added)
+    monkeypatch.setattr(Cache, "clear", cleared)
+    # the states of an update of this pair: 32 rollouts of some 37 tokens, 128 float32 numbers each
+    limit = share * 32 * 37 * 128 * 4 / 2**30
+    folder = run(tmp_path, "soft_or", f"teacher.cache_gb={limit}", "optim.micro_batch_tokens=512")
+    assert results(folder) == results(run(tmp_path / "plain", "soft_or", "optim.micro_batch_tokens=512"))
+    files = [name for names in spilled for name in names]
+    assert files and all(name.startswith("rank_0_batch_") and name.endswith(".safetensors") for name in files)
+    held = [states for states in whole if isinstance(states, torch.Tensor)]
+    assert bool(held) == (share > 0)
+    assert not list((folder / "teacher_states").iterdir())
+
+
+def test_a_stopped_two_phase_run_continues_bit_for_bit_even_in_one_phase(one_phase, tmp_path, monkeypatch):
+    original = train._update
+
+    def dies(parts, step):
+        if step == 4:
+            raise KeyboardInterrupt
+        return original(parts, step)
+
+    monkeypatch.setattr(train, "_update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "soft_or", "engine.phases=2")
+    left = tmp_path / "run" / "teacher_states"
+    left.mkdir(exist_ok=True)
+    (left / "rank_0_batch_000000.safetensors").write_bytes(b"of a killed process")
+    monkeypatch.undo()
+    assert results(run(tmp_path, "soft_or", "engine.phases=2")) == one_phase["soft_or"]
+    assert not left.exists()
+
+
+def bytes_of(tensors):
+    return sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in tensors if t.numel()}.values())
+
+
+class Sampler:
+    """Stands for vLLM: writes down what is asked, and what was on the device then."""
+
+    def __init__(self, told, held):
+        self.told, self.held, self.weights = told, held, {}
+
+    def sleep(self):
+        self.told.append("sleep")
+
+    def wake(self):
+        self.told.append("wake")
+        assert self.held() == (0, 0, 0, 0)
+
+    def sync(self, weights):
+        self.told.append("sync")
+        assert self.held() == (0, 0, 0, 0)  # on a GPU its memory is free for vLLM
+        self.weights = {name: tensor.clone() for name, tensor in weights}
+
+
+def parts(two, vllm, told=None):
+    student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
+    phases = Phases(two, vllm)
+    phases.add("student", student.model.parameters)
+    head = set(teacher.head_scope.parameters())
+    phases.add("teacher", lambda: [p for p in teacher.model.parameters() if p not in head])
+    phases.add("teacher head", lambda: head)
+    reference = engine_for(student)
+    engine = type(reference)(student, reference.config, 10, phases.value)
+    phases.add("optimizer", engine.moments)
+    phases.weights = engine.named_weights
+
+    def held():
+        body = [p for p in teacher.model.parameters() if p not in head]
+        return tuple(bytes_of(t) for t in (student.model.parameters(), engine.moments(), body, head))
+
+    if vllm:
+        phases.sampler = Sampler(told, held)
+    return student, teacher, engine, phases, held
+
+
+def test_a_phase_holds_what_it_needs_and_nothing_else():
+    student, teacher, engine, phases, held = parts(True, False)
+    whole = sum(p.nbytes for p in random_lm(1).model.parameters())
+    body = sum(p.nbytes for p in random_lm(2, hidden=48, layers=3).model.parameters())
+    head = 48 * 35 * 4
+    seen = {}
+    states = teacher_scoring.score
+
+    def enter(phase):
+        phases.enter(phase)
+        seen.setdefault(phase, []).append(held())
+
+    assert held() == (0, 0, 0, 0)
+    for step in (1, 2):
+        enter("rollout")
+        train_step(student=student, teacher=teacher, engine=engine, micro_batches=one_each(random_rollouts(student)), weighter=UniformWeighter(),
+                   loss=tiny_config().loss, vocab_size=35, step=step, seed=0, enter=enter)  # fmt: skip
+    assert states is teacher_scoring.score
+    assert seen["rollout"] == [(whole, 0, 0, 0), (whole, 0, 0, 0)]
+    assert seen["teacher"] == [(0, 0, body - head, head), (0, 0, body - head, head)]
+    assert seen["update"] == [(whole, 0, 0, head), (whole, 2 * whole, 0, head)]  # moments are made in the first step
+    phases.enter("teacher")
+    with pytest.raises((RuntimeError, IndexError, ValueError)):  # never a silent answer from what is put away
+        student.model(torch.zeros(1, 3, dtype=torch.long))
+    phases.enter("update")
+    with pytest.raises((RuntimeError, IndexError, ValueError)):
+        teacher.model(torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_one_phase_leaves_everything_where_it_is():
+    _, _, _, phases, held = parts(False, False)
+    before = held()
+    for phase in ("rollout", "teacher", "update"):
+        phases.enter(phase)
+        assert held() == before and all(before[i] > 0 for i in (0, 2, 3))
+
+
+def test_vllm_sleeps_before_the_teacher_comes_and_gets_the_new_weights_when_the_student_has_left():
+    told = []
+    student, teacher, engine, phases, held = parts(True, True, told)
+    plain, _, reference, _, _ = parts(False, False)
+
+    def enter(phase):
+        told.append(phase)
+        phases.enter(phase)
+
+    for step in (1, 2):
+        enter("rollout")
+        for lm, own, how in ((student, engine, enter), (plain, reference, lambda phase: None)):
+            teacher_of = teacher if lm is student else random_lm(2, hidden=48, layers=3, name="teacher")
+            train_step(student=lm, teacher=teacher_of, engine=own, micro_batches=one_each(random_rollouts(lm)), weighter=UniformWeighter(),
+                       loss=tiny_config().loss, vocab_size=35, step=step, seed=0, enter=how)  # fmt: skip
+        phases.changed = True
+    enter("rollout")
+    enter("teacher")  # an evaluation: nothing was trained
+    enter("rollout")
+    update = ["rollout", "sync", "teacher", "sleep", "update", "sleep"]
+    assert told == [*update, *update, "rollout", "sync", "teacher", "sleep", "rollout", "wake"]
+    expected = plain.model.state_dict()
+    assert phases.sampler.weights.keys() == expected.keys() and "lm_head.weight" in expected
+    assert all(torch.equal(phases.sampler.weights[name], expected[name]) for name in expected)
+    assert held() == (0, 0, 0, 0)
+    # and a checkpoint can be written of what is put away
+    assert all(torch.equal(engine.weights()[name], expected[name]) for name in expected)
+    moments = reference.state()
+    assert engine.state().keys() == moments.keys() and all(torch.equal(engine.state()[n], moments[n]) for n in moments)
+
+
+def test_a_cache_keeps_what_fits_and_reads_the_rest_back(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    random.seed(0)
+    states = [torch.randn(random.randint(1, 9), 16, generator=g).to(torch.bfloat16) for _ in range(12)]
+    cache = Cache(sum(s.nbytes for s in states) // 2, tmp_path / "states")
+    for one in states:
+        cache.add(one)
+    files = sorted((tmp_path / "states").iterdir())
+    assert 0 < len(files) < len(cache) == 12 and cache.held <= cache.limit
+    for _ in range(2):
+        assert all(torch.equal(a, b) and a.dtype == torch.bfloat16 for a, b in zip(cache, states, strict=True))
+    assert torch.equal(load_file(files[-1])["states"], states[-1])
+    cache.clear()
+    assert len(cache) == 0 and not list((tmp_path / "states").iterdir())
+
+
+def test_states_go_back_to_their_own_micro_batches(tmp_path):
+    """The second use of a cache forgets the first."""
+    teacher = random_lm(2, name="teacher")
+    cache = Cache(2000, tmp_path / "states")
+    for seed in (0, 1):
+        batches = one_each(random_rollouts(teacher, seed=seed))
+        assert score(teacher, batches, cache=cache) is cache
+        for batch, states in zip(batches, cache, strict=True):
+            with torch.no_grad():
+                assert torch.equal(states, teacher.states(batch, torch.arange(len(batch.token_ids))))
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tiny_pair, tmp_path, monkeypatch):
+    def full(tensors, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(teacher_scoring, "save_file", full)
+    with pytest.raises(
+        RunError,
+        match=r"above teacher.cache_gb and .*teacher_states.* cannot be written .*make room, raise teacher.cache_gb",
+    ):
+        run(tmp_path, "soft_or", "teacher.cache_gb=0")
+
+
+def test_a_model_that_is_put_away_still_knows_its_device_and_shapes_for_the_optimizer():
+    student, *_ = parts(True, False)
+    assert student.device == torch.device("cpu")
+    engine = engine_for(student)
+    dimensions = [{p.ndim for p in group["params"]} for group in engine.optimizer.param_groups]
+    assert dimensions == [{2}, {1}]  # weight decay on matrices alone
+    assert replace(student, name="x").head(35).size == 35
