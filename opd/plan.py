@@ -66,6 +66,7 @@ class Plan:
     processes: int
     phases: dict[str, dict[str, int]]  # phase -> what takes how much of the device
     host: dict[str, int]  # in host memory throughout
+    spilled: int  # teacher states on disk, during an update
     checkpoint: int
     seconds: dict[str, float]  # per phase of one update
     updates: int
@@ -100,7 +101,15 @@ def make_plan(
     gradients = held.pop("gradients")
     scoring = _teacher_memory(teacher, t_bytes, config.teacher.placement, processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
-    host["teacher states"] = rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
+    states = rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
+    limit = states if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
+    host["teacher states"] = min(states, limit)
+    beside_student = beside_teacher = learning = held | scoring
+    if config.engine.phases == 2:
+        waiting = {"student": held["weights"], "moments": held["optimizer"], "teacher": scoring["teacher"]}
+        host |= {f"{name} waiting": size for name, size in waiting.items()}
+        beside_student = {name: size for name, size in held.items() if name != "optimizer"}
+        beside_teacher, learning = scoring, held | {"teacher head": teacher.head * t_bytes}
     split = 1 if zero is None or zero["stage"] == 0 else processes
     one_layer = micro * (8 * student.hidden + 3 * student.intermediate) * s_bytes
     kept_layers = student.layers * (
@@ -111,7 +120,17 @@ def make_plan(
     def generation(responses: int, tokens: int) -> dict[str, int]:
         logits = responses * student.vocab * (4 + 4 + 8 + 8)  # scores, softmax, and both in float64
         cache = responses * (config.data.max_prompt_tokens + tokens) * student.cache_per_token * s_bytes
-        return {"KV cache": cache, "logits": logits}
+        return beside_student | {"KV cache": cache, "logits": logits}
+
+    if config.rollout.engine == "vllm":
+        sent = (student.parameters + student.head) * s_bytes
+        host["weights for vLLM"] = sent
+        sampler = {} if config.rollout.servers else {"vLLM": _vllm(config, device, sent)}
+        beside_vllm = ({} if config.engine.phases == 2 else held | scoring) | sampler
+        rollout = evaluation = beside_vllm
+    else:
+        rollout = generation(together, config.rollout.max_response_tokens)
+        evaluation = generation(config.rollout.batch_size, longest_answer)
 
     backward = {"activations": one_layer + kept_layers, "loss": loss + 4 * student.head}
     adam = {"AdamW's temporaries": 0 if "optimizer" in host else 4 * student.parameters // split}
@@ -120,13 +139,13 @@ def make_plan(
     )  # DeepSpeed rounds what is loaded in float32
     phases = {
         "loading": scoring | {"float32 weights": 4 * student.parameters} if rounded else {},
-        "rollout": held | scoring | generation(together, config.rollout.max_response_tokens),
-        "teacher": held | scoring | {
+        "rollout": rollout,
+        "teacher": beside_teacher | {
             "teacher layers gathered": gathered,
             "activations": micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
         },
-        "update": held | scoring | {"gradients": gradients} | max(backward, adam, key=lambda parts: sum(parts.values())),
-        "evaluation": held | scoring | generation(config.rollout.batch_size, longest_answer) if longest_answer else {},
+        "update": learning | {"gradients": gradients} | max(backward, adam, key=lambda parts: sum(parts.values())),
+        "evaluation": evaluation if longest_answer else {},
     }  # fmt: skip
     phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items() if parts}
 
@@ -142,7 +161,14 @@ def make_plan(
         "teacher": 2 * teacher.multiplied * tokens / flops + launches * 2e-4 * teacher.layers,
         "update": 2 * student.multiplied * tokens * passes / flops + launches * passes * overhead,
     }
-    return Plan(processes, phases, host, 12 * student.parameters, seconds, updates)
+    return Plan(processes, phases, host, states - host["teacher states"], 12 * student.parameters, seconds, updates)
+
+
+def _vllm(config: Config, device: torch.device, weights: int) -> int:
+    """Bytes it takes while it is awake."""
+    if device.type == "cuda":
+        return int(config.rollout.gpu_memory * torch.cuda.get_device_properties(device).total_memory)
+    return weights + 2**30
 
 
 def _student_memory(
@@ -232,7 +258,7 @@ def text(plan: Plan, config: Config, student: Size, teacher: Size, device: torch
         f"  memory{each}, by phase:", *peaks,
         f"    host memory throughout: {amount(sum(plan.host.values()))} = {host}",
         f"  disk: {amount((config.checkpoint.keep + 1) * plan.checkpoint)} for checkpoints ({config.checkpoint.keep} kept, one "
-        "being written)",
+        "being written)" + (f", and {amount(plan.spilled)} for teacher states above teacher.cache_gb" if plan.spilled else ""),
         f"  time, if every response were of full length: {per_update:.2g} s an update ({times}), "
         f"{plan.updates * per_update / 3600:.2g} h in all; evaluations not counted",
     ])  # fmt: skip

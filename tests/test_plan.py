@@ -60,6 +60,38 @@ def test_the_plain_engine_by_hand():
     assert half.seconds["rollout"] < found.seconds["rollout"] and "evaluation" not in half.phases
 
 
+def test_two_phases_and_vllm_by_hand():
+    s, t = plan.size_of(random_lm(0).model), plan.size_of(random_lm(0, hidden=48, layers=3).model)
+    settings = ["student.dtype=bfloat16", "engine.phases=2", "teacher.cache_gb=1e-4"]
+    found = plan.make_plan(tiny_config(*settings), s, t, torch.device("cpu"), 60, longest_answer=30)
+    p, q = s.parameters, t.parameters
+    assert found.phases["rollout"].keys() == {"weights", "copy for autocast", "KV cache", "logits"}
+    assert found.phases["teacher"].keys() == {"teacher", "activations"} and found.phases["teacher"]["teacher"] == 4 * q
+    update = found.phases["update"]
+    assert update["teacher head"] == 4 * 35 * 48 and "teacher" not in update and update["optimizer"] == 8 * p
+    large = plan.size_of(random_lm(0, hidden=256, layers=4).model)  # whose optimizer takes more than its activations
+    wide = plan.make_plan(tiny_config(*settings, "optim.micro_batch_tokens=64", "engine.gradient_checkpointing=true"), large, t,
+                          torch.device("cpu"), 60)  # fmt: skip
+    assert wide.phases["update"]["AdamW's temporaries"] == 4 * large.parameters
+    states = 32 * 40 * 48 * 4
+    assert found.host == {"teacher states": int(1e-4 * 2**30), "student waiting": 4 * p, "moments waiting": 8 * p,
+                          "teacher waiting": 4 * q}  # fmt: skip
+    assert found.spilled == states - found.host["teacher states"] > 0
+    vllm = plan.make_plan(
+        tiny_config(*settings, "rollout.engine=vllm"), s, t, torch.device("cpu"), 60, longest_answer=30
+    )
+    sent = 2 * (p + 35 * 32)  # bfloat16; the tied head by its own name too
+    assert vllm.phases["rollout"] == vllm.phases["evaluation"] == {"vLLM": sent + 2**30}
+    assert vllm.host["weights for vLLM"] == sent and vllm.phases["update"] == update
+    together = plan.make_plan(tiny_config("rollout.engine=vllm"), s, t, torch.device("cpu"), 60)
+    assert (
+        together.phases["rollout"].keys() == {"weights", "optimizer", "teacher", "vLLM"}
+        and "vLLM" not in together.phases["update"]
+    )
+    elsewhere = tiny_config("rollout.engine=vllm", 'rollout.servers=["a:1"]')
+    assert "vLLM" not in plan.make_plan(elsewhere, s, t, torch.device("cpu"), 60).phases["rollout"]
+
+
 # (hidden, intermediate, layers, heads, key-value heads, head_dim, vocabulary, tied): the models' published config.json
 MODELS = {
     "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, 8, 128, 151936, True),
