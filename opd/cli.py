@@ -30,6 +30,39 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+class Stop:
+    """SIGINT, SIGTERM and SIGHUP ask for a stop at the next safe place; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self.when = 0.0
+
+    def __enter__(self) -> None:
+        kinds = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            kinds.append(signal.SIGHUP)
+        self.previous = {s: signal.signal(s, self._receive) for s in kinds}
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, frame: object) -> None:
+        if self.signum:
+            if distributed.world_size() > 1 and time.monotonic() - self.when < 5:
+                return  # the same one again: a scheduler tells both the launcher and its processes
+            raise KeyboardInterrupt
+        self.signum, self.when = signum, time.monotonic()
+        say(f"{signal.Signals(signum).name}: stopping after a checkpoint (again: at once)")
+
+    def check(self, together: bool = False) -> None:
+        """Raises Interrupted when a signal came. Several processes stop only where all of them ask `together`."""
+        if distributed.world_size() > 1 and not together:
+            return
+        if signum := int(distributed.largest(self.signum)):
+            raise Interrupted(signum)
+
+
 def main(command: Callable[[list[str]], None]) -> None:
     """Runs a command on `sys.argv[1:]` and exits: 0 done, 2 wrong input, 128 + signal when stopped, 1 anything else."""
     try:

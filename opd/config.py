@@ -69,7 +69,8 @@ class Teacher:
         float | None,
         doc(
             "GiB of host memory, per process, for its hidden states of one update, which wait there for the student; what is "
-            "above goes to RUN/teacher_states/ on disk. null: no limit.",
+            "above goes to RUN/teacher_states/ on disk. Beside a GPU it is pinned, where torch rounds each micro-batch up to a "
+            "power of two bytes. null: no limit.",
             ge=0,
         ),
     ]

@@ -32,12 +32,13 @@ class Phases:
     """Moves student, optimizer, teacher and vLLM in and out.
 
     Args:
+        device: where they compute.
         two: engine.phases is 2; else tensors stay where they are.
         vllm: rollout.engine is "vllm".
     """
 
-    def __init__(self, two: bool, vllm: bool):
-        self.two, self.vllm = two, vllm
+    def __init__(self, device: torch.device, two: bool, vllm: bool):
+        self.device, self.two, self.vllm = device, two, vllm
         self.tensors: dict[str, Callable[[], Iterable[Tensor]]] = {}  # who -> its tensors
         self.host: dict[Tensor, Tensor] = {}  # tensor on the device -> its buffer in host memory, made once
         self.away: set[str] = set()
@@ -62,7 +63,7 @@ class Phases:
             for who in self.away & wanted:
                 self._bring(who)
         if self.sampler and phase == "rollout":
-            if torch.cuda.is_available():
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # vLLM is another process: what torch keeps for later it cannot have
             if self.changed:
                 self.sampler.sync(self.weights())
@@ -78,7 +79,7 @@ class Phases:
             if not known or not who.startswith("teacher"):  # which is frozen: its buffer still holds it
                 self.host[tensor].copy_(tensor, non_blocking=True)
             tensor.data = tensor.new_empty((0,) * tensor.ndim)
-        if torch.cuda.is_available():
+        if self.device.type == "cuda":
             torch.cuda.synchronize()  # who reads the buffers next is the CPU
         self.away.add(who)
 

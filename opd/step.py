@@ -148,11 +148,12 @@ def train_step(
             warnings.warn(
                 f"step {step}: no token has weight above 0; weights and optimizer stay unchanged", stacklevel=2
             )
-        if not math.isfinite(total_loss):
-            raise FloatingPointError(f"step {step}: the loss is {total_loss}")
         try:
+            if not math.isfinite(total_loss):
+                raise FloatingPointError(f"the loss is {total_loss}")
             norm = engine.finish(apply=total_weight > 0, divisor=total_weight if one_pass else 1.0)
         except FloatingPointError as error:
+            engine.finish(apply=False)  # what looks into the cause needs the gradients' room
             raise FloatingPointError(f"step {step}: {error}") from None
 
     learnt = weighter.learn(stats, weights) if isinstance(weighter, RunningWeighter) else {}

@@ -41,10 +41,12 @@ class Cache(Sequence[Tensor]):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 save_file({"states": states.contiguous().cpu()}, path)
             except (OSError, SafetensorError) as error:
+                path.unlink(missing_ok=True)
+                free = shutil.disk_usage(self.folder.parent).free
                 raise RunError(
-                    f"the teacher's hidden states are above teacher.cache_gb and {path} cannot be written ({error}); a "
-                    f"micro-batch takes {states.nbytes / 2**20:.1f} MiB. Checkpoints are intact; make room, raise "
-                    "teacher.cache_gb, or lower rollout.prompts_per_step."
+                    f"the teacher's hidden states are above teacher.cache_gb and {path} cannot be written ({error}): it takes "
+                    f"{states.nbytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free. Checkpoints are intact; make room, "
+                    "raise teacher.cache_gb, or lower rollout.prompts_per_step."
                 ) from error
             self.states.append(path)
         else:

@@ -10,7 +10,6 @@ on a share of the rollouts and knows all of them; the first one alone writes, gr
 import argparse
 import json
 import shutil
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +25,7 @@ import transformers
 from opd import checkpoint, distributed, dump, evaluate, grading, launch, models, plan, run_folder
 from opd import teacher as teacher_scoring
 from opd.batch import make_micro_batches, share_of_rank
-from opd.cli import InputError, Interrupted, RunError, main, parser, say
+from opd.cli import InputError, Interrupted, RunError, Stop, main, parser, say
 from opd.config import Config, load_config
 from opd.data import Prompt, Rollout, count_steps, prompts_of_step, read_problems, read_training_prompts
 from opd.engine import DeepSpeedEngine, TorchEngine, load_student, load_teacher, pick_device, read_deepspeed
@@ -64,7 +63,7 @@ class Parts:
     run_dir: Path
     log: MetricsLog | None  # of the first rank
     grader: grading.Grader
-    stop: "Stop"
+    stop: Stop
     phases: Phases
 
 
@@ -120,7 +119,7 @@ def run(
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every chunk of logits once more
     reset_peak_memory(device)
     student_section = replace(config.student, path=str(start), revision=None) if start else config.student
-    phases = Phases(config.engine.phases == 2, config.rollout.engine == "vllm")
+    phases = Phases(device, config.engine.phases == 2, config.rollout.engine == "vllm")
     student = load_student(student_section, device, identity["deepspeed"])
     phases.add("student", student.model.parameters)
     teacher = load_teacher(config, device)
@@ -287,7 +286,8 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     config, student = parts.config, parts.student
     begin = time.perf_counter()
     watch = Stopwatch(student.device)
-    parts.phases.enter("rollout")
+    with watch("move"):
+        parts.phases.enter("rollout")
     with watch("rollout"):
         rollouts = _sample_rollouts(parts, step)
     mine = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
@@ -327,6 +327,7 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     texts = [student.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
     metrics = {
         **result.metrics, **_rollout_metrics(rollouts, texts, parts.grader), **watch.times,
+        "time/move": watch.times["time/move"] + result.metrics["time/move"],
         **parity, "time/step": time.perf_counter() - begin, "memory/peak_gb": peak,
     }  # fmt: skip
     if diagnose:
@@ -373,6 +374,7 @@ def _evaluated(
         yield sampled, lambda phase: None
     own.open()
     phases.sampler, phases.changed = own, True
+    _parity(parts)
 
 
 def _sample_rollouts(parts: Parts, step: int) -> list[Rollout]:
@@ -448,39 +450,6 @@ def _dump_offenders(parts: Parts, step: int, rollouts: list[Rollout], reason: st
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class Stop:
-    """SIGINT, SIGTERM and SIGHUP ask for a stop at the next safe place; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.signum = 0
-        self.when = 0.0
-
-    def __enter__(self) -> None:
-        kinds = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-            kinds.append(signal.SIGHUP)
-        self.previous = {s: signal.signal(s, self._receive) for s in kinds}
-
-    def __exit__(self, *error: object) -> None:
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum: int, frame: object) -> None:
-        if self.signum:
-            if distributed.world_size() > 1 and time.monotonic() - self.when < 5:
-                return  # the same one again: a scheduler tells both the launcher and its processes
-            raise KeyboardInterrupt
-        self.signum, self.when = signum, time.monotonic()
-        say(f"{signal.Signals(signum).name}: stopping after a checkpoint (again: at once)")
-
-    def check(self, together: bool = False) -> None:
-        """Raises Interrupted when a signal came. Several processes stop only where all of them ask `together`."""
-        if distributed.world_size() > 1 and not together:
-            return
-        if signum := int(distributed.largest(self.signum)):
-            raise Interrupted(signum)
 
 
 def start(

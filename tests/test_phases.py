@@ -1,5 +1,6 @@
 """Two phases on one device give the run of one phase bit for bit, and hold only what a phase needs."""
 
+import copy
 import errno
 import json
 import random
@@ -10,12 +11,13 @@ import torch
 from helpers import engine_for, one_each, random_lm, random_rollouts, tiny_config
 from safetensors.torch import load_file
 
+from opd import models, train, vllm_engine
 from opd import teacher as teacher_scoring
-from opd import train
 from opd.cli import RunError
 from opd.config import load_config
 from opd.hooks import UniformWeighter
 from opd.phases import Phases
+from opd.rollout import own_logprobs, sample
 from opd.step import train_step
 from opd.teacher import Cache, score
 from tip.config import SECTIONS
@@ -131,7 +133,7 @@ class Sampler:
 
 def parts(two, vllm, told=None):
     student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
-    phases = Phases(two, vllm)
+    phases = Phases(torch.device("cpu"), two, vllm)
     phases.add("student", student.model.parameters)
     head = set(teacher.head_scope.parameters())
     phases.add("teacher", lambda: [p for p in teacher.model.parameters() if p not in head])
@@ -169,6 +171,7 @@ def test_a_phase_holds_what_it_needs_and_nothing_else():
     assert seen["rollout"] == [(whole, 0, 0, 0), (whole, 0, 0, 0)]
     assert seen["teacher"] == [(0, 0, body - head, head), (0, 0, body - head, head)]
     assert seen["update"] == [(whole, 0, 0, head), (whole, 2 * whole, 0, head)]  # moments are made in the first step
+    assert all(p.data_ptr() != phases.host[p].data_ptr() for p in student.model.parameters())  # moved, here too
     phases.enter("teacher")
     with pytest.raises((RuntimeError, IndexError, ValueError)):  # never a silent answer from what is put away
         student.model(torch.zeros(1, 3, dtype=torch.long))
@@ -246,14 +249,99 @@ def test_states_go_back_to_their_own_micro_batches(tmp_path):
 
 def test_a_full_disk_is_said_and_leaves_nothing(tiny_pair, tmp_path, monkeypatch):
     def full(tensors, path):
+        path.write_bytes(b"the first part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(teacher_scoring, "save_file", full)
     with pytest.raises(
         RunError,
-        match=r"above teacher.cache_gb and .*teacher_states.* cannot be written .*make room, raise teacher.cache_gb",
+        match=r"above teacher.cache_gb and .*teacher_states.* cannot be written .*MiB are free.*make room, raise",
     ):
         run(tmp_path, "soft_or", "teacher.cache_gb=0")
+    assert not list((tmp_path / "run" / "teacher_states").iterdir())
+
+
+def test_the_teacher_is_loaded_when_the_student_has_left(tiny_pair, tmp_path, monkeypatch):
+    students, seen = [], []
+    load_student, load_teacher = train.load_student, train.load_teacher
+
+    def student_loaded(*arguments):
+        students.append(load_student(*arguments))
+        return students[-1]
+
+    def teacher_loaded(*arguments):
+        seen.append(bytes_of(students[-1].model.parameters()))
+        return load_teacher(*arguments)
+
+    monkeypatch.setattr(train, "load_student", student_loaded)
+    monkeypatch.setattr(train, "load_teacher", teacher_loaded)
+    for phases in (1, 2):
+        run(
+            tmp_path / str(phases),
+            "all tokens",
+            f"engine.phases={phases}",
+            "optim.steps=1",
+            "eval.benchmarks=[]",
+            "eval.k=null",
+        )
+    assert seen[0] > 0 and seen[1] == 0
+
+
+class Elsewhere:
+    """An engine with weights of its own, as vLLM is, that samples with transformers."""
+
+    def __init__(self, lm, section, config, longest):
+        self.own = replace(lm, model=copy.deepcopy(lm.model))
+        if lm.model.get_input_embeddings().weight.numel() == 0:  # put away: vLLM reads the files
+            self.own = models.load(section, torch.device("cpu"), "student")
+        self.lm = lm
+
+    def open(self):
+        pass
+
+    sleep = wake = close = open
+
+    def sync(self, weights):
+        self.own.model.load_state_dict(dict(weights))
+
+    def generate(self, prompts, decoding, vocab_size, seeds, progress):
+        drawn = sample(self.own, prompts, decoding, vocab_size, 64, [(seed,) for seed in seeds], progress)
+        return {i: rollout.response_ids for i, rollout in enumerate(drawn)}
+
+    def check_parity(self, sequences, own):
+        difference = (own_logprobs(self.own, sequences) - own).abs().max().item()
+        assert difference == 0
+        return difference
+
+
+def test_an_engine_with_weights_of_its_own_has_the_students_after_every_update(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "VllmEngine", Elsewhere)
+    monkeypatch.setattr(vllm_engine, "VllmEngine", Elsewhere)
+    found = [
+        results(
+            run(
+                tmp_path / str(phases),
+                "soft_or",
+                "rollout.engine=vllm",
+                "rollout.parity_every=1",
+                f"engine.phases={phases}",
+            )
+        )
+        for phases in (1, 2)
+    ]
+    assert found[0] == found[1]
+    assert [row["rollout/parity"] for row in found[0][0]] == [0] * 4
+
+
+def test_what_looks_into_a_loss_that_is_not_finite_has_the_gradients_room(monkeypatch):
+    student, teacher = random_lm(1), random_lm(2, name="teacher")
+    engine = engine_for(student)
+    with torch.no_grad():
+        teacher.model.model.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
+        train_step(student=student, teacher=teacher, engine=engine, micro_batches=one_each(random_rollouts(student)), weighter=UniformWeighter(),
+                   loss=tiny_config().loss, vocab_size=35, step=1, seed=0)  # fmt: skip
+    assert all(p.grad is None for p in student.model.parameters()) and not student.model.training
 
 
 def test_a_model_that_is_put_away_still_knows_its_device_and_shapes_for_the_optimizer():

@@ -195,7 +195,7 @@ def test_statistics_equal_those_of_the_models_own_logits(name, byte_level, tmp_p
     student, teacher = build_pair(tmp_path, name, byte_level, student_rows=24)
     student = opd_models.load(Student(path=str(student), revision=None, dtype="float32", attn_implementation=attention(name)),
                               torch.device("cpu"), "student")  # fmt: skip
-    teacher = opd_models.load(Teacher(mode="local", placement="device", path=str(teacher), revision=None, dtype="float32",
+    teacher = opd_models.load(Teacher(mode="local", placement="device", path=str(teacher), revision=None, dtype="float32", cache_gb=None,
                                       attn_implementation=attention(name)), torch.device("cpu"), "teacher")  # fmt: skip
     vocab = opd_models.shared_vocabulary(student, teacher)
     assert vocab == len(student.tokenizer)
@@ -203,7 +203,7 @@ def test_statistics_equal_those_of_the_models_own_logits(name, byte_level, tmp_p
     rollout = Rollout(0, Prompt("x", tuple(ids[:5]), None), tuple(ids[5:]), "stop")
     (batch,) = make_micro_batches([rollout], 1, 0, "keep")
     config = load_config("configs/tiny.json")[0]
-    found = pair_stats(student, teacher, batch, vocab, config.loss, frozenset({"reverse_kl", "forward_kl"}))
+    (found,) = pair_stats(student, teacher, [batch], vocab, config.loss, frozenset({"reverse_kl", "forward_kl"}))
     with torch.no_grad():
         s, t = (m.model(input_ids=torch.tensor([ids])).logits[0, 4:-1, :vocab] for m in (student, teacher))
     for key, column in found.items():

@@ -82,12 +82,14 @@ def move(lm, scale=0.02, seed=0):
             parameter.add_(torch.randn(parameter.shape, generator=g) * scale)
 
 
-def test_greedy_responses_are_those_of_transformers(student, made):
+def test_greedy_responses_are_those_of_transformers(student, made, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "BUCKET", 50_000)  # many of them
     _, _, prompts = made
     for change in (False, True):
         if change:
             move(student)
             sync(student)
+            assert len(list(student.sampler.folder.iterdir())) > 5
         ours = sample(student, prompts, GREEDY, 35, 64, seeds(len(prompts)))
         theirs = sample(replace(student, sampler=None), prompts, GREEDY, 35, 64, seeds(len(prompts)))
         assert ours == theirs
@@ -304,14 +306,14 @@ def test_two_gpus_share_one_model(student, made):
 def test_two_processes_with_split_weights_have_an_engine_each(tiny_pair, tmp_path):
     """ZeRO-3: what vLLM gets is gathered in buckets; every sync is compared."""
     arguments = ["rollout.engine=vllm", "rollout.parity_every=1", "engine.kind=deepspeed", "engine.deepspeed=zero3", f"output_dir={tmp_path}",
-                 "run_name=run", "optim.steps=3", "optim.warmup_steps=0", "optim.lr=1e-3", "eval.limit=8", "eval.k=0"]  # fmt: skip
+                 "run_name=run", "optim.steps=3", "optim.warmup_steps=0", "optim.lr=1e-3", "eval.benchmarks=[]", "eval.k=null"]  # fmt: skip
     command = [sys.executable, "-m", "opd.launch", "opd.train", "--config", "configs/tiny.json"]
     command += [x for a in arguments for x in ("--set", a)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NUM_GPUS": "2"}, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = rows(tmp_path / "run")
     assert len(found) == 3 and all(0 < r["rollout/parity"] <= 1e-4 for r in found)
-    one = run(tmp_path / "one", "optim.steps=3", "optim.lr=1e-3", "eval.limit=8", "eval.k=0", weighter=None)
+    one = run(tmp_path / "one", "optim.steps=3", "optim.lr=1e-3", "eval.benchmarks=[]", "eval.k=null", weighter=None)
     for ours, theirs in zip(found, rows(one), strict=True):  # the same responses: seeds go by response, not by process
         assert ours["tokens/response"] == theirs["tokens/response"]
         assert ours["loss/divergence"] == pytest.approx(theirs["loss/divergence"], rel=1e-4)
@@ -321,7 +323,8 @@ def run(out, *settings, weighter=TipWeighter):
     config, sections = load_config("configs/tiny.json", [
         "rollout.engine=vllm", "rollout.parity_every=1", f"output_dir={out}", "run_name=run", "optim.steps=5", "eval.limit=24",
         "eval.k=1", "optim.warmup_steps=0", "checkpoint.every=2", "log.token_dump_every=0", *settings], SECTIONS)  # fmt: skip
-    return train.run(config, weighter(sections["tip"]), sections) if weighter else train.run(config)
+    shared = out.parent / "shared"  # the teacher's evaluation, which has a vLLM of its own, only once
+    return train.run(config, weighter(sections["tip"]), sections, shared=shared) if weighter else train.run(config)
 
 
 def rows(folder):
@@ -349,10 +352,18 @@ def test_a_run_keeps_parity_evaluates_on_the_engine_and_continues_exactly(tiny_p
     _killed_twice(unbroken, tmp_path / "killed", monkeypatch)
     for name in ("eval/step_000000/tiny.jsonl", "eval/step_000005/tiny.jsonl"):
         assert (tmp_path / "broken/run" / name).read_text() == (unbroken / name).read_text()
-    greedy = [json.loads(x) for x in (unbroken / "eval/step_000000/tiny.jsonl").read_text().splitlines()]
+    two_phases = run(tmp_path / "two", "engine.phases=2")
+    assert rows(two_phases) == found
+    for weights in ("model.safetensors", "trainer/optimizer.safetensors"):
+        parts = (folder / "checkpoints/step_000005" / weights for folder in (unbroken, two_phases))
+        assert len({part.read_bytes() for part in parts}) == 1
     plain = run(tmp_path / "plain", "rollout.engine=transformers")
-    theirs = [json.loads(x) for x in (plain / "eval/step_000000/tiny.jsonl").read_text().splitlines()]
-    assert [r["response"] for r in greedy if r["sample"] == -1] == [r["response"] for r in theirs if r["sample"] == -1]
+    for who in ("teacher", "step_000000"):
+        lines = [
+            (folder / "eval" / who / "tiny.jsonl").read_text().splitlines() for folder in (unbroken, two_phases, plain)
+        ]
+        greedy = [[r["response"] for r in map(json.loads, found) if r["sample"] == -1] for found in lines]
+        assert greedy[0] == greedy[1] == greedy[2] and len(greedy[0]) == 24
 
 
 def _killed_twice(unbroken, out, monkeypatch):
