@@ -20,6 +20,7 @@ from opd.metrics import read_metrics, write_whole
 
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 DONE = "done"
+ELSEWHERE = ("servers", "timeout")  # of rollout: a run may continue where vLLM has moved, with the same result
 
 
 def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | str | None:
@@ -38,8 +39,12 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
         raise InputError(f"{run_dir} exists, and --resume none starts a new run. Choose another --set run_name=NAME.")
     try:
         recorded = json.loads((run_dir / "config.json").read_text())
-        differing = _differences({k: recorded.get(k) for k in identity}, json.loads(json.dumps(identity)))
-    except (OSError, ValueError, AttributeError):
+        there, here = {k: recorded.get(k) for k in identity}, json.loads(json.dumps(identity))
+        for config in (there["config"], here["config"]):
+            for name in ELSEWHERE:
+                config["rollout"].pop(name, None)
+        differing = _differences(there, here)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         raise InputError(
             f"{run_dir} exists and is not a run folder (no readable config.json). Choose another --set run_name=NAME."
         ) from None

@@ -183,6 +183,9 @@ def test_a_complete_run_is_left_alone_and_another_configuration_is_refused(small
     out = small.parent
     assert start(out, "small", *SMALL, tip=("tip.retention=0.2",)) == small
     assert "complete" in capsys.readouterr().err
+    assert (
+        start(out, "small", *SMALL, "rollout.timeout=5", tip=("tip.retention=0.2",)) == small
+    )  # where vLLM is, or how patient
     with pytest.raises(InputError, match=r"differs in optim.lr \(there 0.0003, here 0.1\); tip.retention"):
         start(out, "small", *SMALL, "optim.lr=0.1", tip=("tip.retention=0.1",))
     with pytest.raises(InputError, match="differs in tip"):
