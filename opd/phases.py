@@ -62,9 +62,9 @@ class Phases:
                 self._put_away(who)
             for who in self.away & wanted:
                 self._bring(who)
+        if self.vllm and phase == "rollout" and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # vLLM is another process: what torch keeps for later it cannot have
         if self.sampler and phase == "rollout":
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # vLLM is another process: what torch keeps for later it cannot have
             if self.changed:
                 self.sampler.sync(self.weights())
             else:

@@ -153,6 +153,7 @@ def run(
         answers = [config.rollout.max_response_tokens, *(b.benchmark.max_response_tokens for b in benchmarks)]
         asked = [*prompts, *(p for b in benchmarks for p in b.prompts)]
         longest = max(len(p.token_ids) for p in asked) + max(answers)
+        phases.enter("rollout")
         phases.sampler = VllmEngine(student, config.student, config, longest)
         student = replace(student, sampler=phases.sampler)
     for name, section in identity["config"].items():

@@ -159,7 +159,7 @@ def bytes_of(engine):
 
 def resumed(rank, folder):
     """Three updates, a checkpoint, two more; and the two more from the checkpoint. Beside it a teacher that is split."""
-    found = {}
+    found, sent = {}, {}
     teacher = random_lm(2, hidden=48, layers=3, name="teacher")
     for stage, *more in RESUMED:
         config = config_of(folder, stage, *more)
@@ -173,7 +173,10 @@ def resumed(rank, folder):
         loaded = bytes_of(again)
         updates(again.student, again, teacher, UniformWeighter(), mine_of(rank), range(4, 6))
         found[stage, *more] = bytes_of(engine), bytes_of(again), loaded, saved
-    torch.save(found, f"{folder}/resumed_{rank}.pt")
+        usual, engines.GATHERED = engines.GATHERED, 3000  # many buckets
+        sent[stage, *more] = {name: value.clone() for name, value in again.named_weights()}
+        engines.GATHERED = usual
+    torch.save((found, sent), f"{folder}/resumed_{rank}.pt")
 
 
 def in_bfloat16(rank, folder):
@@ -308,7 +311,8 @@ def same(one, other):
 
 def test_a_checkpoint_continues_bit_for_bit_and_on_another_number_of_processes(files):
     in_two_processes(resumed, files)
-    found = torch.load(files / "resumed_0.pt", weights_only=False)
+    found, sent = torch.load(files / "resumed_0.pt", weights_only=False)
+    _, sent_by_other = torch.load(files / "resumed_1.pt", weights_only=False)
     for case, (unbroken, continued, loaded, saved) in found.items():
         assert same(unbroken, continued), case
         written = load_file(saved / "model.safetensors"), load_file(saved / "trainer/optimizer.safetensors")
@@ -323,6 +327,14 @@ def test_a_checkpoint_continues_bit_for_bit_and_on_another_number_of_processes(f
             teacher = random_lm(2, hidden=48, layers=3, name="teacher")
             updates(lm, engine, teacher, UniformWeighter(), lambda i: True, range(4, 6))
             assert relative(flat({n: engine.weights()[n] for n in unbroken[0]}), flat(unbroken[0])) < 1e-5, case
+    names = random_lm(1).model.state_dict().keys()
+    assert "lm_head.weight" in names  # tied, and by its own name
+    for case, weights in sent.items():  # what vLLM gets, on every rank
+        kind = torch.bfloat16 if len(case) > 1 else torch.float32
+        trained = found[case][0][0] | {"lm_head.weight": found[case][0][0]["model.embed_tokens.weight"]}
+        for of_rank in (weights, sent_by_other[case]):
+            assert of_rank.keys() == names
+            assert all(torch.equal(of_rank[n], trained[n].to(kind)) for n in names), case
     # a bfloat16 weight would not move at this rate; the float32 copy does
     moved = found["zero2", "student.dtype=bfloat16"][0][0]
     assert all(
