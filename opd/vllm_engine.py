@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from opd import distributed, plan
@@ -39,7 +39,9 @@ from opd.models import LanguageModel
 from opd.rollout import Decoding, own_logprobs
 from opd.vllm_server import KEY, SHUTDOWN, Scratch, address_of, keep_alive
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}  # nats, of the largest difference of a logprob
+# Nats, of the mean difference of a logprob. In bfloat16 single tokens differ by 0.3 where nothing is wrong: vLLM rounds what
+# layers add up, autocast does not. Measured on SmolLM2-135M: mean 0.06, and 0.63 with two neighbouring layers swapped.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 BUCKET = 2**28  # bytes of weights that are brought together at once
 LOADING = 3600  # seconds that a server may take to load a model
 CONNECTING = 120  # seconds until a server that is told to be somewhere must be there
@@ -367,7 +369,7 @@ class VllmEngine:
             self._surely(server, lambda server=server: server.give(self.folder))
 
     def _write(self, bucket: dict[str, Tensor], number: int) -> int:
-        (self.scratch.path / f"{number:05}.safetensors").write_bytes(save(bucket))
+        save_file(bucket, self.scratch.path / f"{number:05}.safetensors")
         bucket.clear()
         return number + 1
 
@@ -397,26 +399,28 @@ class VllmEngine:
         Args:
             own: the trainer's logprobs of the sequences (opd.rollout.own_logprobs), one after the other.
         Raises:
-            RunError: with both numbers, where it is beyond the tolerance of the dtype.
+            RunError: with both numbers, where the mean difference is beyond the tolerance of the dtype.
         """
-        worst, message = 0.0, "another process's vLLM does not have the trainer's weights"
+        mean = worst = 0.0
+        message = "another process's vLLM does not have the trainer's weights"
         for server, found in zip(self.servers, self.logprobs(sequences), strict=True):
             engine = torch.cat(found)
             difference = (engine - own).abs().nan_to_num(torch.inf)
             where = int(difference.argmax())
-            if difference[where].item() >= worst:
-                worst = difference[where].item()
+            worst = max(worst, difference[where].item())
+            if difference.mean().item() >= mean:
+                mean = difference.mean().item()
                 message = (
-                    f"{server.name} does not have the trainer's weights: of a fixed probe it gives a token the logprob "
-                    f"{engine[where]:.6f} and the trainer {own[where]:.6f} (tolerance {self.tolerance:g})"
+                    f"{server.name} does not have the trainer's weights: on a fixed probe their logprobs are {mean:.6f} nats apart "
+                    f"on average (tolerance {self.tolerance:g}); at the worst it has {engine[where]:.6f} and the trainer "
+                    f"{own[where]:.6f}"
                 )
-        worst = distributed.largest(worst)
-        if not worst <= self.tolerance:
+        if not distributed.largest(mean) <= self.tolerance:
             raise RunError(
                 f"{message}, so its samples would not be on-policy. Checkpoints are intact; set rollout.engine=transformers "
                 "in a new run, and report this."
             )
-        return worst
+        return distributed.largest(worst)
 
     def close(self) -> None:
         """Gives the memory back, until the next `open`."""
