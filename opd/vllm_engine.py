@@ -411,7 +411,7 @@ class VllmEngine:
             if difference.mean().item() >= mean:
                 mean = difference.mean().item()
                 message = (
-                    f"{server.name} does not have the trainer's weights: on a fixed probe their logprobs are {mean:.6f} nats apart "
+                    f"{server.name} does not have the trainer's weights: on a fixed probe logprobs are {mean:.6f} nats apart "
                     f"on average (tolerance {self.tolerance:g}); at the worst it has {engine[where]:.6f} and the trainer "
                     f"{own[where]:.6f}"
                 )
