@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from opd.config import ROOT, Config, Student, Teacher
 from opd.data import Prompt
 from opd.models import LanguageModel
 from opd.rollout import Decoding, own_logprobs
-from opd.vllm_server import KEY, SHUTDOWN, Scratch, address_of, keep_alive
+from opd.vllm_server import KEY, SHUTDOWN, Scratch, address_of, limit
 
 # Nats, of the mean difference of a logprob. In bfloat16 single tokens differ by 0.3 where nothing is wrong: vLLM rounds what
 # layers add up, autocast does not. Measured on SmolLM2-135M: mean 0.06, and 0.63 with two neighbouring layers swapped.
@@ -54,7 +54,7 @@ class ServerLost(Exception):
 class _Server:
     """One vLLM: of this process's own, or somewhere else."""
 
-    def __init__(self, model: dict[str, Any], where: str | None, gpus: str | None, threads: int, timeout: float):
+    def __init__(self, model: dict[str, Any], where: str | None, gpus: str | None, threads: int, timeout: int):
         self.model, self.where, self.gpus, self.threads, self.timeout = model, where, gpus, threads, timeout
         self.name = f"the vLLM server {where}" if where else "vLLM"
         self.asleep = False
@@ -69,11 +69,10 @@ class _Server:
             self.folder = tempfile.TemporaryDirectory(prefix="opd-vllm-")  # nobody else may open it
             address, key = f"{self.folder.name}/socket", secrets.token_hex()
             self.process = subprocess.Popen(
-                [_python(), "-m", "opd.vllm_server", "--listen", address, "--once"],
+                [_python(), "-m", "opd.vllm_server", "--listen", address, "--child-of", str(os.getpid())],
                 env=self._environment(key), start_new_session=True,
             )  # fmt: skip
-        self.connection = self._connect(address_of(address), key.encode())
-        keep_alive(self.connection)
+        self._connect(address_of(address), key.encode())
         self.asleep = False
         self.send(do="open", model=self.model, threads=self.threads)
 
@@ -89,18 +88,21 @@ class _Server:
             found["CUDA_VISIBLE_DEVICES"] = self.gpus
         return found
 
-    def _connect(self, address: tuple[str, int] | str, key: bytes) -> Connection:
+    def _connect(self, address: tuple[str, int] | str, key: bytes) -> None:
         until = time.monotonic() + CONNECTING
         while True:
             try:
-                return Client(address, authkey=key)
+                self.connection = Client(address)
+                limit(self.connection, self.timeout)
+                answer_challenge(self.connection, key)
+                return deliver_challenge(self.connection, key)
             except AuthenticationError:
                 raise InputError(f"{self.name} does not accept the key: {KEY} is another one there.") from None
             except (OSError, EOFError) as error:
                 if self.process is not None and self.process.poll() is not None:
                     raise ServerLost(f"its process {self._ended()} before it was ready") from None
                 if time.monotonic() > until:
-                    raise ServerLost(f"nothing answers there ({error})") from None
+                    raise ServerLost(f"nobody there has time for this run ({error})") from None
                 time.sleep(0.1)
 
     def _ended(self) -> str:
@@ -116,11 +118,12 @@ class _Server:
         except OSError as error:
             raise ServerLost(self._why(error)) from None
 
-    def receive(self, patience: float | None = None) -> dict[str, Any]:
+    def receive(self, patience: int | None = None) -> dict[str, Any]:
         """The next answer. Raises ServerLost when there is none within the time, or it is that something failed."""
         try:
             if not self.connection.poll(patience or self.timeout):
-                raise ServerLost(f"it gave no sign of life for {patience or self.timeout:g} s (rollout.timeout)")
+                why = f"{patience} s while it loads" if patience else f"{self.timeout} s (rollout.timeout)"
+                raise ServerLost(f"it gave no sign of life for {why}")
             answer = json.loads(self.connection.recv_bytes())
         except (OSError, EOFError) as error:
             raise ServerLost(self._why(error)) from None

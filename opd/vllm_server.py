@@ -18,6 +18,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
@@ -226,31 +227,55 @@ def end_with(connection: Connection) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def keep_alive(connection: Connection) -> None:
-    """A host that vanished without a word is noticed within two minutes."""
+def _end_with_parent(parent: int) -> None:
+    """The same for who started this process, also before anyone has connected."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def limit(connection: Connection, seconds: int) -> None:
+    """A read that has begun, and a write, fail with BlockingIOError after so long; 0: never. A host that vanished without a
+    word is noticed within two minutes."""
     with socket.socket(fileno=os.dup(connection.fileno())) as raw:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            raw.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
         if raw.family in (socket.AF_INET, socket.AF_INET6):
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
                 raw.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def _serve_one(address: tuple[str, int] | str, key: bytes) -> None:
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # vLLM prints
+def _accepted(address: tuple[str, int] | str, key: bytes) -> Connection:
+    """The first who knows the key; nobody else can connect then."""
     try:
-        listener = Listener(address, authkey=key)
+        listener = Listener(address)
     except OSError as error:
         raise InputError(
             f"--listen {address}: cannot listen there ({error}). Give another address, or stop who has it."
         ) from None
     with listener:
         while True:
+            connection = listener.accept()
             try:
-                connection = listener.accept()
-                break
+                limit(connection, SHUTDOWN)  # who connects and says nothing does not keep others out
+                deliver_challenge(connection, key)
+                answer_challenge(connection, key)
+                limit(connection, 0)
+                return connection
             except (AuthenticationError, OSError, EOFError) as error:
+                connection.close()
                 print(f"vLLM server: refused a connection ({error})", file=sys.stderr, flush=True)
-    keep_alive(connection)
+
+
+def _serve_one(address: tuple[str, int] | str, key: bytes, parent: int) -> None:
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # vLLM prints
+    _end_with_parent(parent)
+    connection = _accepted(address, key)
     end_with(connection)
     server = Server(connection)
     try:
@@ -265,18 +290,21 @@ def _serve_one(address: tuple[str, int] | str, key: bytes) -> None:
 def command(arguments: list[str]) -> None:
     cli = argparse.ArgumentParser(prog="python -m opd.vllm_server", description="Generates for trainers, with vLLM.")
     cli.add_argument("--listen", required=True, metavar="HOST:PORT", help="where trainers connect (rollout.servers)")
-    cli.add_argument("--once", action="store_true", help="end after one trainer; used by the trainer itself")
+    cli.add_argument(
+        "--child-of", type=int, metavar="PID", help="end after one trainer, or with that process; for our own use"
+    )
     options = cli.parse_args(arguments)
     address, key = address_of(options.listen), os.environ.get(KEY, "")
     if not key:
         raise InputError(f"{KEY} is not set. Set it to a secret, the same one here and where the trainer runs.")
-    if options.once:
-        return _serve_one(address, key.encode())
+    if options.child_of:
+        return _serve_one(address, key.encode(), options.child_of)
     print(f"vLLM server: listening on {options.listen}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     while True:  # a fresh process for every trainer, and after every crash
         child = subprocess.Popen(
-            [sys.executable, "-m", "opd.vllm_server", *arguments, "--once"], start_new_session=True
+            [sys.executable, "-m", "opd.vllm_server", *arguments, "--child-of", str(os.getpid())],
+            start_new_session=True,
         )
         try:
             if child.wait() == 2:

@@ -272,7 +272,7 @@ def test_servers_elsewhere_share_the_responses_and_serve_one_run_after_another(s
             assert sample(lm, prompts, SAMPLED, 35, 64, seeds(len(prompts))) == expected
             if number == 0:  # the one that crashes is started again by its own supervisor
                 pids = subprocess.run(
-                    ["pgrep", "-f", f"listen {addresses[1]} --once"], capture_output=True, text=True
+                    ["pgrep", "-f", f"listen {addresses[1]} --child"], capture_output=True, text=True
                 ).stdout.split()
                 killed = []
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.connection import Client
 
@@ -17,7 +18,7 @@ from helpers import random_lm, tiny_config
 from opd import vllm_engine, vllm_server
 from opd.cli import InputError
 from opd.config import ROOT
-from opd.vllm_engine import VllmEngine
+from opd.vllm_engine import ServerLost, VllmEngine
 from opd.vllm_server import KEY, Scratch
 
 SERVER = [sys.executable, "-m", "opd.vllm_server", "--listen"]
@@ -65,13 +66,15 @@ def test_a_server_where_nobody_is(tiny_pair, monkeypatch):
     monkeypatch.setenv(KEY, "secret")
     monkeypatch.setattr(vllm_engine, "CONNECTING", 0.3)
     config = tiny_config("rollout.engine=vllm", 'rollout.servers=["127.0.0.1:9"]')
-    with pytest.raises(InputError, match=r"the vLLM server 127.0.0.1:9 did not start: nothing answers there"):
+    with pytest.raises(
+        InputError, match=r"the vLLM server 127.0.0.1:9 did not start: nobody there has time for this run"
+    ):
         VllmEngine(random_lm(0), config.student, config, 64)
 
 
 def test_a_server_listens_only_to_who_has_the_key_and_unpickles_nothing(tmp_path, monkeypatch):
     path = str(tmp_path / "socket")
-    server = process(path, "--once")
+    server = process(path, "--child-of", str(os.getpid()))
     connected_with_wrong_key = False
     try:
         connected(path, b"wrong")
@@ -101,7 +104,7 @@ def test_a_server_without_a_key_or_with_a_taken_address_says_so(tmp_path):
 def test_a_server_ends_with_its_trainer(how, tmp_path):
     """Whatever it is doing: no GPU stays occupied by a run that is gone."""
     path = str(tmp_path / "socket")
-    server = process(path, "--once")
+    server = process(path, "--child-of", str(os.getpid()))
     connected_in_child = (
         "import sys, time; from multiprocessing.connection import Client\n"
         f"c = Client({path!r}, authkey=b'secret'); print('here', flush=True)\n"
@@ -117,6 +120,51 @@ def test_a_server_ends_with_its_trainer(how, tmp_path):
         trainer.kill()
     assert gone(server.pid)
     trainer.kill()
+
+
+def test_a_server_nobody_has_connected_to_ends_with_who_started_it(tmp_path):
+    command = [*SERVER, str(tmp_path / "socket"), "--child-of"]
+    starts = (
+        f"import os, subprocess; print(subprocess.Popen([*{command!r}, str(os.getpid())], start_new_session=True).pid)"
+    )
+    environment = os.environ | {KEY: "secret"}
+    started = subprocess.run([sys.executable, "-c", starts], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert gone(int(started.stdout))
+
+
+def test_who_connects_and_says_nothing_keeps_nobody_out_and_a_busy_server_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_server, "SHUTDOWN", 1)
+    path, found = str(tmp_path / "socket"), []
+    thread = threading.Thread(target=lambda: found.append(vllm_server._accepted(path, b"secret")))
+    thread.start()
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(path)
+        with connected(path) as ours:
+            thread.join(20)
+            found[0].send_bytes(b"hello")
+            assert ours.recv_bytes() == b"hello"
+            with pytest.raises((FileNotFoundError, ConnectionRefusedError)):  # at once, not when we have finished
+                Client(path)
+            found[0].close()
+
+
+def test_a_server_that_does_not_read_is_lost_after_the_patience(tmp_path):
+    path, held = str(tmp_path / "socket"), []
+    thread = threading.Thread(target=lambda: held.append(vllm_server._accepted(path, b"secret")))
+    thread.start()
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    server = vllm_engine._Server({}, "somewhere:1", None, 1, 1)
+    server._connect(path, b"secret")
+    thread.join(20)
+    with pytest.raises(ServerLost, match=r"the connection is lost \(BlockingIOError\)"):
+        server.send(do="weights", much="x" * 10**8)
+    with pytest.raises(ServerLost):
+        server.receive()
+    server.end()
+    held[0].close()
 
 
 def test_a_supervisor_replaces_a_server_and_ends_with_it():
