@@ -289,7 +289,7 @@ class VllmEngine:
         rows = self.lm.model.get_output_embeddings().out_features  # also of a model that is put away
         common = {
             "do": "generate",
-            "vocabulary": None if rows == vocab_size else vocab_size,  # never a padded vocabulary row
+            "never": list(range(vocab_size, rows)),  # padded vocabulary rows
             "sampling": {
                 "temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_response_tokens,
                 "stop_token_ids": list(self.lm.eos_ids),

@@ -146,7 +146,7 @@ class Server:
         try:
             self.llm = vllm.LLM(
                 **model, generation_config="vllm", enforce_eager=on_cpu, enable_sleep_mode=not on_cpu, seed=0,
-                disable_log_stats=True, worker_extension_cls=f"{Weights.__module__}.{Weights.__qualname__}",
+                disable_log_stats=True, worker_extension_cls="opd.vllm_server.Weights",
             )  # fmt: skip
         except Exception as error:  # what a model it does not know raises depends on the model
             return self.say(refused=f"{type(error).__name__}: {error}")
@@ -178,29 +178,32 @@ class Server:
             self.received = None
         self.say(done=True)
 
-    def generate(self, requests: list[dict[str, Any]], sampling: dict[str, Any], vocabulary: int | None) -> None:
-        """Says after every step how many tokens it gave and which responses are finished; stops when a message comes."""
+    def generate(self, requests: list[dict[str, Any]], sampling: dict[str, Any], never: list[int]) -> None:
+        """Says after every step how many tokens it gave and which responses are finished; stops when a message comes.
+
+        `never` are the ids that are not sampled; they are few (padded vocabulary rows).
+        """
         engine = self.llm.llm_engine
-        allowed = None if vocabulary is None else list(range(vocabulary))
+        excluded = dict.fromkeys(never, -100.0)  # nats
         for request in requests:
             parameters = self.vllm.SamplingParams(
-                **sampling, seed=request["seed"], allowed_token_ids=allowed, detokenize=False
-            )
+                **sampling, seed=request["seed"], logit_bias=excluded or None, detokenize=False,
+                output_kind=self.vllm.sampling_params.RequestOutputKind.DELTA,
+            )  # fmt: skip
             engine.add_request(
                 str(request["id"]), self.vllm.TokensPrompt(prompt_token_ids=request["prompt"]), parameters
             )
-        told = {str(request["id"]): 0 for request in requests}
+        running: dict[str, list[int]] = {str(request["id"]): [] for request in requests}
         while engine.has_unfinished_requests() and not self.connection.poll():
             new, finished = 0, []
             for output in engine.step():
-                ids = list(output.outputs[0].token_ids)
-                new += len(ids) - told[output.request_id]
-                told[output.request_id] = len(ids)
+                ids = output.outputs[0].token_ids
+                running[output.request_id].extend(ids)
+                new += len(ids)
                 if output.finished:
-                    finished.append([int(output.request_id), ids])
-                    del told[output.request_id]
+                    finished.append([int(output.request_id), running.pop(output.request_id)])
             self.say(new=new, finished=finished)
-        engine.abort_request(list(told))
+        engine.abort_request(list(running))
         self.say(done=True)
 
     def logprobs(self, sequences: list[list[int]]) -> None:

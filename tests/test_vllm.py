@@ -115,14 +115,19 @@ def test_rollouts_are_on_policy_seeded_and_told_as_they_come(student, made):
         torch.testing.assert_close(engines, own_logprobs(student, [ids]), rtol=0, atol=1e-4)
 
 
-def test_samples_have_the_students_distribution(student, made):
-    """2,000 first tokens of one prompt against the exact probabilities."""
+@pytest.mark.parametrize("vocabulary", [35, 20])
+def test_samples_have_the_students_distribution(vocabulary, student, made):
+    """2,000 first tokens of one prompt against the exact probabilities; ids beyond the vocabulary are never drawn."""
     _, _, prompts = made
-    drawn = sample(student, [prompts[0]] * 2000, Decoding(1.0, 1.0, 1), 35, 64, seeds(2000))
+    drawn = sample(student, [prompts[0]] * 2000, Decoding(1.0, 1.0, 1), vocabulary, 64, seeds(2000))
     ids = torch.tensor(prompts[0].token_ids)[None]
     with torch.no_grad():
-        exact = student.model(ids).logits[0, -1].double().softmax(-1)
-    counts = torch.bincount(torch.tensor([r.response_ids[0] for r in drawn]), minlength=len(exact)).double()
+        logits = student.model(ids).logits[0, -1].double()
+    if vocabulary == 20:
+        assert logits.softmax(-1)[20:].sum() > 0.1  # or it would show nothing
+    exact = logits[:vocabulary].softmax(-1)
+    counts = torch.bincount(torch.tensor([r.response_ids[0] for r in drawn]), minlength=vocabulary).double()
+    assert len(counts) == vocabulary
     likely = exact * 2000 > 5
     chi2 = ((counts - 2000 * exact)[likely] ** 2 / (2000 * exact)[likely]).sum().item()
     assert chi2 < 4 * likely.sum().item() + 10 and counts[~likely].sum() < 60
