@@ -184,6 +184,7 @@ def test_the_evaluation_script_killed_and_restarted_gives_the_same_summary(math_
     assert not list((tmp_path / "killed").glob("*.partial.jsonl"))
 
 
+@pytest.mark.slow
 def test_the_main_job_on_prepared_data(math_problems, tiny_llama, tmp_path):
     """Prepared DAPO in, MATH-500 and AIME out, with the paper pair's file and small models."""
     from data.prepare import prepare
