@@ -133,6 +133,8 @@ def evaluated(
 ) -> AbstractContextManager[LanguageModel]:  # fmt: skip
     """A model that is evaluated as it is, with the engine that samples its responses (opd.vllm_engine.sampling)."""
     prompts = [prompt for b in benchmarks for prompt in b.prompts]
+    if not prompts:
+        return nullcontext(lm)
     return sampling(lm, section, config, prompts, max(b.benchmark.max_response_tokens for b in benchmarks), apart)
 
 

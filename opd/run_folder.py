@@ -20,7 +20,11 @@ from opd.metrics import read_metrics, write_whole
 
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 DONE = "done"
-ELSEWHERE = ("servers", "timeout")  # of rollout: a run may continue where vLLM has moved, with the same result
+MACHINE = {  # section -> keys that fit a run to a machine and change nothing else: it may continue with others
+    "rollout": ("servers", "timeout", "gpu_memory"),
+    "engine": ("phases",),
+    "teacher": ("cache_gb",),
+}
 
 
 def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | str | None:
@@ -40,9 +44,7 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
     try:
         recorded = json.loads((run_dir / "config.json").read_text())
         there, here = {k: recorded.get(k) for k in identity}, json.loads(json.dumps(identity))
-        for config in (there["config"], here["config"]):
-            for name in ELSEWHERE:
-                config["rollout"].pop(name, None)
+        there["config"], here["config"] = _anywhere(there["config"]), _anywhere(here["config"])
         differing = _differences(there, here)
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         raise InputError(
@@ -68,11 +70,21 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
 
 def alike(shared: Path, identity: Mapping[str, Any]) -> Path:
     """The folder below `shared` for runs that agree in all that decides how their step-0 models evaluate."""
-    config = identity["config"]
+    config = _anywhere(identity["config"])
     same = {key: config[key] for key in ("student", "teacher", "data", "rollout", "eval", "engine", "seed")}
     same |= {key: identity[key] for key in ("benchmarks", "grader", "files")}
     same["loss"] = config["loss"]["chunk_bytes"]  # of the reverse KL that an evaluation measures, to the last bit
     return shared / f"start_{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def _anywhere(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what fits it to a machine."""
+    return {
+        section: {key: value for key, value in values.items() if key not in MACHINE[section]}
+        if section in MACHINE
+        else values
+        for section, values in config.items()
+    }
 
 
 def digests(paths: Sequence[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ leave the device before the student's backward pass starts.
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class Cache(Sequence[Tensor]):
                 raise RunError(
                     f"the teacher's hidden states are above teacher.cache_gb and {path} cannot be written ({error}): it takes "
                     f"{states.nbytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free. Checkpoints are intact; make room, "
-                    "raise teacher.cache_gb, or lower rollout.prompts_per_step."
+                    "or raise teacher.cache_gb, and start the same command again."
                 ) from error
             self.states.append(path)
         else:
@@ -69,6 +70,9 @@ class Cache(Sequence[Tensor]):
         for kept in self.states:
             if isinstance(kept, Path):
                 kept.unlink()
+        if self.folder is not None:
+            with suppress(OSError):  # not there, or another process has files in it
+                self.folder.rmdir()
         self.states, self.held = [], 0
 
 

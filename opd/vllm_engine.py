@@ -10,6 +10,7 @@ and continues with the responses that were not finished; they are seeded, so not
 ends, with its checkpoints intact.
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -22,17 +23,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from opd import distributed, plan
-from opd.cli import InputError, RunError, say
+from opd.cli import InputError, RunError
 from opd.config import ROOT, Config, Student, Teacher
 from opd.data import Prompt
 from opd.models import LanguageModel
@@ -89,7 +92,7 @@ class _Server:
         return found
 
     def _connect(self, address: tuple[str, int] | str, key: bytes) -> None:
-        until = time.monotonic() + CONNECTING
+        until = time.monotonic() + (CONNECTING if self.process is None else LOADING)
         while True:
             try:
                 self.connection = Client(address)
@@ -118,12 +121,18 @@ class _Server:
         except OSError as error:
             raise ServerLost(self._why(error)) from None
 
-    def receive(self, patience: int | None = None) -> dict[str, Any]:
-        """The next answer. Raises ServerLost when there is none within the time, or it is that something failed."""
+    def receive(self, patience: int | None = None, waiting: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """The next answer. Raises ServerLost when there is none within the time, or it is that something failed.
+
+        `waiting` is called every second until it comes, and may raise.
+        """
+        until = time.monotonic() + (patience or self.timeout)
         try:
-            if not self.connection.poll(patience or self.timeout):
-                why = f"{patience} s while it loads" if patience else f"{self.timeout} s (rollout.timeout)"
-                raise ServerLost(f"it gave no sign of life for {why}")
+            while not self.connection.poll(min(1.0, patience or self.timeout)):
+                waiting()
+                if time.monotonic() >= until:
+                    why = f"{patience} s" if patience else f"{self.timeout} s (rollout.timeout)"
+                    raise ServerLost(f"it gave no sign of life for {why}")
             answer = json.loads(self.connection.recv_bytes())
         except (OSError, EOFError) as error:
             raise ServerLost(self._why(error)) from None
@@ -196,7 +205,8 @@ class VllmEngine:
             "tensor_parallel_size": rollout.tensor_parallel,
         }  # fmt: skip
         group = rollout.tensor_parallel
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # torchrun's name, and that of the deepspeed launcher
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world_size())
         if not rollout.servers and distributed.world_size() > 1 and here % group:
             raise InputError(
                 f"rollout.tensor_parallel is {group} and this machine has {here} processes: expected a divisor of them, since "
@@ -221,22 +231,29 @@ class VllmEngine:
         self.open()
 
     def open(self) -> None:
-        """Starts the servers, with the weights of the section. Raises InputError."""
+        """Starts the servers, with the weights of the section. Every process calls it. Raises InputError."""
         self.folder = None
+        if self.lm.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # what torch keeps for later a vLLM would take for occupied
+        distributed.wait()  # one vLLM may lie on the GPUs of several processes
+        failed: InputError | None = None
         try:
             for work in (_Server.start, self._opened):  # all load at the same time
                 for server in self.servers:
-                    self._first(server, work)
+                    work(server)
+        except InputError as error:
+            failed = error
+        except ServerLost as lost:
+            failed = InputError(f"rollout.engine is 'vllm', and {server.name} did not start: {lost}.")
         except BaseException:
             for server in self.servers:
                 server.end()
             raise
-
-    def _first(self, server: _Server, work: Callable[[_Server], None]) -> None:
-        try:
-            work(server)
-        except ServerLost as lost:
-            raise InputError(f"rollout.engine is 'vllm', and {server.name} did not start: {lost}.") from None
+        if distributed.largest(failed is not None):
+            for server in self.servers:
+                server.end()
+            raise failed or InputError("rollout.engine is 'vllm', and that of another process did not start.")
 
     def _opened(self, server: _Server) -> None:
         answer = server.receive(LOADING)
@@ -260,7 +277,7 @@ class VllmEngine:
                 "rollout.engine=transformers in a new run."
             )
         self.restarted = True
-        say(f"warning: {server.name} is lost: {lost}; starting it once more")
+        self._say(f"warning: {server.name} is lost: {lost}; starting it once more")
         try:
             server.start()
             self._opened(server)
@@ -269,7 +286,12 @@ class VllmEngine:
         except (ServerLost, InputError) as error:
             server.end()
             raise RunError(f"{server.name} was lost ({lost}) and does not come back: {error}") from None
-        say(f"{server.name} is back, with the weights it had")
+        self._say(f"{server.name} is back, with the weights it had")
+
+    def _say(self, text: str) -> None:
+        """On the console, whichever process it is."""
+        who = f"process {distributed.rank()}: " if distributed.world_size() > 1 else ""
+        print(f"{who}{text}", file=sys.stderr, flush=True)
 
     def _surely(self, server: _Server, work: Callable[[], Any]) -> Any:
         while True:
@@ -309,7 +331,7 @@ class VllmEngine:
         def take(server: _Server) -> None:
             """What it has to say, at least one answer."""
             while server in busy:
-                answer = server.receive()
+                answer = server.receive(waiting=partial(progress, 0, 0))
                 if "done" in answer:
                     busy.remove(server)
                 else:
@@ -336,11 +358,13 @@ class VllmEngine:
         return found
 
     def _stop(self, server: _Server) -> None:
-        """In the middle of its responses; it stays usable, and where it does not, the next request finds out."""
-        with suppress(ServerLost):
+        """In the middle of its responses. It stays usable; one that does not listen is ended, as the next request finds."""
+        try:
             server.send(do="stop")
-            while "done" not in server.receive():
+            while "done" not in server.receive(SHUTDOWN):
                 pass
+        except ServerLost:
+            server.end()
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Gives all servers the trainer's weights, and wakes them.
@@ -351,8 +375,7 @@ class VllmEngine:
         """
         writes = int(os.environ.get("LOCAL_RANK", "0")) == 0
         if writes:
-            if self.scratch is not None:
-                self.scratch.remove()
+            self._forget()
             self.scratch = Scratch(self.size)
         bucket: dict[str, Tensor] = {}
         held = number = 0
@@ -372,17 +395,26 @@ class VllmEngine:
             self._surely(server, lambda server=server: server.give(self.folder))
 
     def _write(self, bucket: dict[str, Tensor], number: int) -> int:
-        save_file(bucket, self.scratch.path / f"{number:05}.safetensors")
+        path = self.scratch.path / f"{number:05}.safetensors"
+        try:
+            save_file(bucket, path)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"the weights for vLLM, {self.size / 2**30:.1f} GiB, do not fit: {path} cannot be written ({error}). "
+                "Checkpoints are intact; make room in /dev/shm or in the folder TMPDIR names, and start the same command again."
+            ) from error
         bucket.clear()
         return number + 1
 
     def sleep(self) -> None:
-        """Leaves the memory of its GPU to the update."""
+        """Leaves the memory of its GPUs to the update. Every process calls it."""
         for server in self.servers:
             self._surely(server, server.sleep)
+        distributed.wait()  # also those who have no server, but one on their GPU
 
     def wake(self) -> None:
-        """Servers that sleep get the weights they had."""
+        """Servers that sleep get the weights they had. Every process calls it."""
+        distributed.wait()
         for server in self.servers:
             if server.asleep:
                 self._surely(server, lambda server=server: server.give(self.folder))
@@ -429,9 +461,12 @@ class VllmEngine:
         """Gives the memory back, until the next `open`."""
         for server in self.servers:
             server.close()
-        if self.scratch is not None:
-            self.scratch.remove()
-            self.scratch = None
+        self._forget()
+
+    def _forget(self) -> None:
+        scratch, self.scratch = self.scratch, None
+        if scratch is not None:
+            scratch.remove()
 
 
 @contextmanager

@@ -55,19 +55,23 @@ class Scratch:
 
     def __init__(self, size: int):
         roots = [Path("/dev/shm"), Path(tempfile.gettempdir())]
-        for left in (p for root in roots for p in root.glob("opd-weights-*") if p.stat().st_uid == os.getuid()):
-            handle = os.open(left, os.O_RDONLY)
-            with suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-            os.close(handle)
-        root = next((r for r in roots if r.is_dir() and shutil.disk_usage(r).free > 1.1 * size), roots[-1])
-        self.path = Path(tempfile.mkdtemp(prefix="opd-weights-", dir=root))
-        self.handle = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(self.handle, fcntl.LOCK_EX)
+        with (roots[-1] / f"opd-weights-{os.getuid()}.lock").open("w") as one_at_a_time:
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            for left in (p for root in roots for p in root.glob("opd-weights-*") if p.is_dir()):
+                with suppress(FileNotFoundError, PermissionError, BlockingIOError):  # its owner was faster, or lives
+                    handle = os.open(left, os.O_RDONLY)
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        shutil.rmtree(left, ignore_errors=True)
+                    finally:
+                        os.close(handle)
+            root = next((r for r in roots if r.is_dir() and shutil.disk_usage(r).free > 1.1 * size), roots[-1])
+            self.path = Path(tempfile.mkdtemp(prefix="opd-weights-", dir=root))
+            self.handle = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(self.handle, fcntl.LOCK_EX)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.handle)
 
 
@@ -172,7 +176,8 @@ class Server:
         if self.asleep:  # the larger part of its memory, only when loading is over
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache of the weights before is in use")
         if self.received is not None:
             self.received.remove()
             self.received = None
@@ -312,10 +317,10 @@ def command(arguments: list[str]) -> None:
         try:
             if child.wait() == 2:
                 sys.exit(2)  # it has said what is wrong
-            time.sleep(1)
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # its workers too, where it crashed
+        time.sleep(1)
 
 
 if __name__ == "__main__":

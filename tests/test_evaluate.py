@@ -222,3 +222,10 @@ def test_comparing_two_runs_from_the_command_line(tiny_pair, tmp_path):
                             capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "tiny greedy: A" in result.stdout and "tiny mean@k: A" in result.stdout and "of 24" in result.stdout
+
+
+def test_an_evaluation_without_benchmarks_says_nothing_and_fails_at_nothing(tiny_pair, tmp_path):
+    for engine in ("transformers", "vllm"):
+        evaluate.command(["--config", "configs/tiny.json", "--model", "outputs/tiny/student", "--out", str(tmp_path / engine),
+                          "--set", "eval.benchmarks=[]", "--set", f"rollout.engine={engine}"])  # fmt: skip
+        assert json.loads((tmp_path / engine / "summary.json").read_text()) == {}

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -96,6 +97,18 @@ def test_greedy_responses_are_those_of_transformers(student, made, monkeypatch):
     assert {r.finish_reason for r in ours} <= {"stop", "length"}
 
 
+def test_any_of_several_eos_ids_ends_a_response(student, made, monkeypatch):
+    _, engine, prompts = made
+    plain = replace(student, sampler=None)
+    drawn = sample(plain, prompts, GREEDY, 35, 64, seeds(len(prompts)))
+    counts = torch.bincount(torch.tensor([token for r in drawn for token in r.response_ids[1:-1]]), minlength=35)
+    both = (*student.eos_ids, int(counts.argmax()))
+    monkeypatch.setattr(engine, "lm", replace(student, eos_ids=both))
+    ours = sample(replace(student, eos_ids=both), prompts, GREEDY, 35, 64, seeds(len(prompts)))
+    assert ours == sample(replace(plain, eos_ids=both), prompts, GREEDY, 35, 64, seeds(len(prompts)))
+    assert sum(len(r.response_ids) for r in ours) < sum(len(r.response_ids) for r in drawn)
+
+
 def test_rollouts_are_on_policy_seeded_and_told_as_they_come(student, made):
     _, engine, prompts = made
     told = []
@@ -115,19 +128,24 @@ def test_rollouts_are_on_policy_seeded_and_told_as_they_come(student, made):
         torch.testing.assert_close(engines, own_logprobs(student, [ids]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("vocabulary", [35, 20])
-def test_samples_have_the_students_distribution(vocabulary, student, made):
-    """2,000 first tokens of one prompt against the exact probabilities; ids beyond the vocabulary are never drawn."""
+@pytest.mark.parametrize(("vocabulary", "top_p"), [(35, 1.0), (20, 1.0), (35, 0.5)])
+def test_samples_have_the_students_distribution(vocabulary, top_p, student, made):
+    """2,000 first tokens of one prompt against the exact probabilities; ids beyond vocabulary and nucleus are never drawn."""
     _, _, prompts = made
-    drawn = sample(student, [prompts[0]] * 2000, Decoding(1.0, 1.0, 1), vocabulary, 64, seeds(2000))
+    drawn = sample(student, [prompts[0]] * 2000, Decoding(1.0, top_p, 1), vocabulary, 64, seeds(2000))
     ids = torch.tensor(prompts[0].token_ids)[None]
     with torch.no_grad():
         logits = student.model(ids).logits[0, -1].double()
     if vocabulary == 20:
         assert logits.softmax(-1)[20:].sum() > 0.1  # or it would show nothing
     exact = logits[:vocabulary].softmax(-1)
+    ordered, ids = exact.sort(descending=True)
+    outside = ids[ordered.cumsum(-1) - ordered >= top_p]
+    assert len(outside) > 20 or top_p == 1
+    exact[outside] = 0
+    exact /= exact.sum()
     counts = torch.bincount(torch.tensor([r.response_ids[0] for r in drawn]), minlength=vocabulary).double()
-    assert len(counts) == vocabulary
+    assert len(counts) == vocabulary and not counts[outside].any()
     likely = exact * 2000 > 5
     chi2 = ((counts - 2000 * exact)[likely] ** 2 / (2000 * exact)[likely]).sum().item()
     assert chi2 < 4 * likely.sum().item() + 10 and counts[~likely].sum() < 60
@@ -229,6 +247,23 @@ def test_an_engine_lost_for_the_second_time_ends_the_run_and_names_the_cause(stu
     engine.restarted = False  # what follows finds it dead, and starts it again
 
 
+def test_a_stop_does_not_wait_for_an_engine_that_hangs(student, made, monkeypatch):
+    _, engine, prompts = made
+    monkeypatch.setattr(vllm_engine, "SHUTDOWN", 1)
+    stopped = []
+
+    def stop(responses, tokens):
+        if not stopped:
+            os.kill(engine.servers[0].process.pid, signal.SIGSTOP)
+            stopped.append(time.monotonic())
+        elif time.monotonic() - stopped[0] > 0.9:  # asked every second, although nothing comes
+            raise Interrupted(15)
+
+    with pytest.raises(Interrupted):
+        sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), stop)
+    assert time.monotonic() - stopped[0] < 10 and engine.servers[0].process.poll() is not None
+
+
 def test_an_engine_that_died_between_updates_gets_the_new_weights(student, made):
     _, engine, prompts = made
     os.kill(engine.servers[0].process.pid, signal.SIGKILL)
@@ -311,9 +346,10 @@ def test_two_gpus_share_one_model(student, made):
         engine.close()
 
 
-def test_two_processes_with_split_weights_have_an_engine_each(tiny_pair, tmp_path):
-    """ZeRO-3: what vLLM gets is gathered in buckets; every sync is compared."""
-    arguments = ["rollout.engine=vllm", "rollout.parity_every=1", "engine.kind=deepspeed", "engine.deepspeed=zero3", f"output_dir={tmp_path}",
+@pytest.mark.parametrize("group", [1, 2])
+def test_two_processes_with_split_weights_have_an_engine_each_or_share_one(group, tiny_pair, tmp_path):
+    """ZeRO-3: what vLLM gets is gathered; every sync is compared."""
+    arguments = [f"rollout.tensor_parallel={group}", "rollout.engine=vllm", "rollout.parity_every=1", "engine.kind=deepspeed", "engine.deepspeed=zero3", f"output_dir={tmp_path}",
                  "run_name=run", "optim.steps=3", "optim.warmup_steps=0", "optim.lr=1e-3", "eval.benchmarks=[]", "eval.k=null"]  # fmt: skip
     command = [sys.executable, "-m", "opd.launch", "opd.train", "--config", "configs/tiny.json"]
     command += [x for a in arguments for x in ("--set", a)]
@@ -383,7 +419,7 @@ def _killed_twice(unbroken, out, monkeypatch):
         advance(self, responses, tokens)
         if self.label in ("rollouts of step 2", "rollouts of step 4") and self.done >= 8 and self.label not in kills:
             kills.append(self.label)
-            subprocess.run(["pkill", "-9", "-f", "opd.vllm_server --listen /"], check=True)
+            subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "-f", "opd.vllm_server --listen /"], check=True)
 
     monkeypatch.setattr(Progress, "advance", hurt)
     with pytest.raises(RunError, match="vLLM is lost for the second time"):

@@ -2,11 +2,13 @@
 
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from multiprocessing.connection import Client
@@ -16,7 +18,7 @@ import torch
 from helpers import random_lm, tiny_config
 
 from opd import vllm_engine, vllm_server
-from opd.cli import InputError
+from opd.cli import InputError, RunError
 from opd.config import ROOT
 from opd.vllm_engine import ServerLost, VllmEngine
 from opd.vllm_server import KEY, Scratch
@@ -203,6 +205,46 @@ def test_weights_of_killed_processes_are_removed_and_those_of_living_ones_stay(t
     for scratch in (living, other):
         scratch.remove()
         assert not scratch.path.exists()
+
+
+def many_scratches(folder, count):
+    tempfile.tempdir = folder
+    for _ in range(count):
+        Scratch(10**18).remove()
+
+
+def test_processes_make_and_remove_their_folders_at_the_same_time(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=many_scratches, args=(str(tmp_path), 300)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert not list(tmp_path.glob("opd-weights-*/"))
+
+
+@pytest.mark.parametrize("fault", [None, "nan", "second server"])
+def test_parity_sees_every_server_and_what_is_no_number(fault, monkeypatch):
+    engine = VllmEngine.__new__(VllmEngine)
+    engine.tolerance = 1e-4
+    engine.servers = [vllm_engine._Server({}, where, None, 1, 1) for where in ("a:1", "b:2")]
+    own = torch.tensor([-1.0, -2.0, -3.0])
+    found = [[own[:2].clone(), own[2:].clone()] for _ in engine.servers]
+    if fault == "nan":
+        found[0][0][1] = float("nan")
+    elif fault == "second server":
+        found[1][1][0] -= 0.5
+    monkeypatch.setattr(engine, "logprobs", lambda sequences: found, raising=False)
+    if fault is None:
+        assert engine.check_parity([], own) == 0
+        return
+    expected = {
+        "nan": r"server a:1 .* it has nan and the trainer -2\.0",
+        "second server": r"server b:2 .* has -3\.5\d* and the trainer -3\.0",
+    }
+    with pytest.raises(RunError, match=expected[fault]):
+        engine.check_parity([], own)
 
 
 @pytest.mark.parametrize(
