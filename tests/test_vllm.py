@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import random_lm, random_rollouts, tiny_config
 
 from opd import evaluate, train, vllm_engine
 from opd.cli import InputError, Interrupted, RunError
@@ -325,6 +325,25 @@ def test_servers_elsewhere_share_the_responses_and_serve_one_run_after_another(s
                 assert sample(lm, prompts, SAMPLED, 35, 64, seeds(len(prompts)), kill) == expected
                 assert killed and engine.restarted
             engine.close()
+
+
+def test_nothing_computed_with_old_weights_is_reused(tmp_path):
+    """A prompt of more than two cache blocks, asked again after an update."""
+    lm = random_lm(1, head_dim=32, max_position_embeddings=512)
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    config = tiny_config("rollout.engine=vllm", f"student.path={tmp_path}")
+    engine = VllmEngine(lm, config.student, config, 400)
+    prompts = [replace(r.prompt, id=str(i)) for i, r in enumerate(random_rollouts(lm, count=2, prompt=(300, 320)))]
+    try:
+        for seed in (None, 0, 1):
+            if seed is not None:
+                move(lm, 0.05, seed)
+            sync(replace(lm, sampler=engine))
+            ours = sample(replace(lm, sampler=engine), prompts, GREEDY, 35, 64, seeds(2))
+            assert ours == sample(lm, prompts, GREEDY, 35, 64, seeds(2))
+    finally:
+        engine.close()
 
 
 def test_two_gpus_share_one_model(student, made):
