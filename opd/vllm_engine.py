@@ -257,6 +257,8 @@ class VllmEngine:
 
     def _opened(self, server: _Server) -> None:
         answer = server.receive(LOADING)
+        if server.folder is not None:
+            server.folder.cleanup()  # the socket is needed no more, and a run that is killed leaves nothing
         if "missing" in answer:
             raise InputError(
                 f"rollout.engine is 'vllm', which is not installed ({answer['missing']}). On a GPU it is part of "
