@@ -1,12 +1,10 @@
 """Student sampling: prompts -> responses, as token ids that are kept and never re-tokenised.
 
-Sampling is by inverse transform: response token t of a rollout is the
-quantile of u_t in the student's distribution, with u from a generator seeded by what the rollout *is* (run seed, step,
-sequence id), not by when it is computed. So a rollout does not depend on its batch, and a resumed run repeats it.
-Under bfloat16 compute, the distribution is that of the bfloat16 forward pass, head included; scoring projects the same
-states in float32 (the two differ by about 0.001 in total variation on the embedded pair).
-
-vLLM (opd.vllm_engine) draws with generators of its own, one seed for each response.
+Sampling is by inverse transform: response token t of a rollout is the quantile of u_t in the student's distribution, with u
+from a generator seeded by what the rollout *is* (run seed, step, sequence id), not by when it is computed. So a rollout
+does not depend on its batch, and a resumed run repeats it. Under bfloat16 compute, the distribution is that of the
+bfloat16 forward pass, head included; scoring projects the same states in float32 (the two differ by about 0.001 in total
+variation on the embedded pair). vLLM (opd.vllm_engine) draws with generators of its own, one seed for each response.
 """
 
 from collections.abc import Callable, Sequence

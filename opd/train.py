@@ -198,16 +198,9 @@ def run(
             )
             with _evaluated(parts, lm, benchmarks, folder) as (sampled, enter):
                 found = evaluate.evaluate(
-                    sampled,
-                    sampled if lm is teacher else teacher,
-                    benchmarks,
-                    config,
-                    vocab_size,
-                    folder,
-                    grader,
-                    stop.check,
-                    enter,
-                )
+                    sampled, sampled if lm is teacher else teacher, benchmarks, config, vocab_size, folder, grader,
+                    stop.check, enter,
+                )  # fmt: skip
             if log is None:
                 return
             if folder != own:

@@ -55,6 +55,20 @@ def one_each(rollouts, pad_id=0, truncated="keep"):
     return make_micro_batches(rollouts, 1, pad_id, truncated)
 
 
+def interrupted_before(update, monkeypatch):
+    """A run of this process ends like a killed one when it comes to that update; undone with the monkeypatch."""
+    from opd import train  # here: processes that only need small models start faster without it
+
+    original = train._update
+
+    def interrupted(parts, step):
+        if step == update:
+            raise KeyboardInterrupt
+        return original(parts, step)
+
+    monkeypatch.setattr(train, "_update", interrupted)
+
+
 def engine_for(lm, *overrides):
     return TorchEngine(lm, tiny_config(*overrides), 10)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import engine_for, one_each, random_lm, random_rollouts, tiny_config
+from helpers import engine_for, interrupted_before, one_each, random_lm, random_rollouts, tiny_config
 from safetensors.torch import load_file
 
 from opd import models, train, vllm_engine
@@ -89,15 +89,8 @@ def test_spilled_states_give_the_same_run_bit_for_bit_and_are_gone_afterwards(sh
     assert not (folder / "teacher_states").exists()
 
 
-def test_a_stopped_two_phase_run_continues_bit_for_bit_(one_phase, tmp_path, monkeypatch):
-    original = train._update
-
-    def dies(parts, step):
-        if step == 4:
-            raise KeyboardInterrupt
-        return original(parts, step)
-
-    monkeypatch.setattr(train, "_update", dies)
+def test_a_stopped_two_phase_run_continues_bit_for_bit(one_phase, tmp_path, monkeypatch):
+    interrupted_before(4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "soft_or", "engine.phases=2")
     left = tmp_path / "run" / "teacher_states"

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import random_lm, random_rollouts, tiny_config
+from helpers import interrupted_before, random_lm, random_rollouts, tiny_config
 
 from opd import evaluate, train, vllm_engine
 from opd.cli import InputError, Interrupted, RunError
@@ -400,14 +400,7 @@ def test_a_run_keeps_parity_evaluates_on_the_engine_and_continues_exactly(tiny_p
     found = rows(unbroken)
     assert [r["step"] for r in found] == [1, 2, 3, 4, 5] and all(r["rollout/parity"] <= 1e-4 for r in found)
     assert all("time/sync" in json.loads(x) for x in (unbroken / "metrics.jsonl").read_text().splitlines())
-    original = train._update
-
-    def dies(parts, step):
-        if step == 4:
-            raise KeyboardInterrupt
-        return original(parts, step)
-
-    monkeypatch.setattr(train, "_update", dies)
+    interrupted_before(4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken")
     monkeypatch.undo()
