@@ -15,7 +15,7 @@ from pathlib import Path
 from data.sources import BOXED
 from opd.cli import InputError, main, say
 from opd.data import read_problems
-from opd.metrics import write_whole
+from opd.files import write_whole
 
 SPAN = 10
 THRESHOLD = 0.5

@@ -22,7 +22,7 @@ from torch import Tensor
 from opd import distributed
 from opd.cli import RunError, say
 from opd.engine import DeepSpeedEngine, TorchEngine
-from opd.metrics import write_whole
+from opd.files import write_whole
 from opd.models import LanguageModel
 
 MANIFEST = "manifest.json"

@@ -6,12 +6,18 @@ so that shell scripts can capture it.
 
 import argparse
 import os
+import shlex
 import signal
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from opd import distributed
+
+NAME_BYTES = 255  # of one part of a path: what the usual file systems take
 
 
 class InputError(Exception):
@@ -85,8 +91,31 @@ def main(command: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # the reader of our output went away (`| head`); nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(1)
+    except Exception as error:  # the one place where whatever nobody expected becomes a line that a user can read
+        print(f"error: {_unexpected(error)}", file=sys.stderr, flush=True)
+        _exit(1)
     else:
         _exit(0)
+
+
+def _unexpected(error: Exception) -> str:
+    """One line about an exception that no code expected, with the path of a file that holds its traceback."""
+    what = f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
+    report = "".join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix="opd-traceback-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{sys.orig_argv}\n{report}")
+    except OSError as refused:
+        return f"{what}. Its traceback could not be written ({refused.strerror}); free some room in {tempfile.gettempdir()}."
+    cause = "the system refused" if isinstance(error, OSError | MemoryError) else "the program did not expect this"
+    return f"{what} ({cause}). The traceback is in {path}; files that were complete before stay as they are."
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line of at most 300 characters that any terminal can show."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _exit(code: int) -> None:
@@ -98,21 +127,56 @@ def _exit(code: int) -> None:
     sys.exit(code)
 
 
+def command_line() -> str:
+    """What started this process, as one could type it again."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
+
+
 def say(text: str) -> None:
     """On the console; of several processes the first alone."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `InputError`s."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
         raise InputError(f"{message}. Usage: {' '.join(self.format_usage().split()[1:])}")
 
 
-def parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """An argument parser whose errors are `InputError`s, with the two arguments that name a configuration."""
-    result = _Parser(prog=prog, description=description, allow_abbrev=False)
-    result.add_argument("--config", required=True, metavar="FILE", help="a pair file, for example configs/tiny.json")
+def path(text: str) -> Path:
+    """The type of arguments that are paths: what the system can have as one."""
+    if fault := path_fault(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} {fault}")
+    return Path(text)
+
+
+def path_fault(text: str) -> str | None:
+    """What keeps a text from being a path; None when nothing does."""
+    if not text:
+        return "is empty, expected a path"
+    if "\0" in text:
+        return "holds a null byte, which no path can"
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in text.split("/")) or len(os.fsencode(text)) > 4000:
+        return f"is too long for a path, expected names of at most {NAME_BYTES} bytes"
+    return None
+
+
+def seed(text: str) -> int:
+    """The type of arguments that are seeds: whole numbers from 0 to 2^31 - 1, which every generator takes."""
+    if not text.isascii() or not text.isdigit() or len(text) > 10 or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no seed, expected a whole number from 0 to 2147483647")
+    return int(text)
+
+
+def parser(prog: str, description: str) -> Parser:
+    """An argument parser with the two arguments that name a configuration."""
+    result = Parser(prog, description)
+    result.add_argument("--config", required=True, type=path, metavar="FILE", help="a pair file, for example configs/tiny.json")
     result.add_argument(
         "--set",
         action="append",

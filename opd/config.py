@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from opd.cli import InputError
+from opd.cli import InputError, path_fault
+from opd.files import NotJson, parse_json, read_text
 from opd.vllm_server import address_of
 
 strict = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
@@ -27,6 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 Text = Annotated[str, Field(min_length=1)]
+MOST_THREADS = 1024  # more crash the libraries that start them
+
+
+def _path(text: str) -> str:
+    if fault := path_fault(text):
+        raise ValueError(f"expected a path, and this {fault}")
+    return text
+
+
+PathText = Annotated[Text, AfterValidator(_path)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -38,7 +49,7 @@ def doc(text: str, **limits: Any) -> Any:
 class Student:
     """The model that samples and learns."""
 
-    path: Annotated[Text, doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")]
+    path: Annotated[PathText, doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")]
     revision: Annotated[str | None, doc("Hub commit or tag; null for a folder or the default branch.")]
     dtype: Annotated[
         Dtype,
@@ -54,7 +65,7 @@ class Teacher:
     """The frozen model that scores the student's tokens."""
 
     mode: Annotated[Literal["local"], doc("Where the teacher runs. local: in this process.")]
-    path: Annotated[Text, doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")]
+    path: Annotated[PathText, doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")]
     revision: Annotated[str | None, doc("Hub commit or tag; null for a folder or the default branch.")]
     dtype: Annotated[Dtype, doc("Dtype of the teacher's weights and arithmetic.")]
     attn_implementation: Annotated[Attention, doc("Attention kernel of transformers.")]
@@ -80,7 +91,7 @@ class Teacher:
 class Data:
     """Training prompts."""
 
-    train: Annotated[tuple[Text, ...], doc("JSONL files, one problem per line; several are one mixture.", min_length=1)]
+    train: Annotated[tuple[PathText, ...], doc("JSONL files, one problem per line; several are one mixture.", min_length=1)]
     validation: Annotated[
         int,
         doc(
@@ -214,7 +225,7 @@ class Engine:
         ),
     ]
     deepspeed: Annotated[
-        Text | None,
+        PathText | None,
         doc(
             "Name of configs/deepspeed/NAME.json, or path of such a file: ZeRO stage and offload. null with kind torch. What "
             "the pair file decides (optimizer, schedule, clipping, dtype, batch) has no place in it."
@@ -229,7 +240,7 @@ class Engine:
     ]
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda when there is one, else cpu.")]
     cpu_threads: Annotated[
-        Count | None,
+        Annotated[int, Field(ge=1, le=MOST_THREADS)] | None,
         doc("Threads of CPU arithmetic; null: torch's choice. 1 for tiny models, whose kernels slow down with more."),
     ]
     gradient_checkpointing: Annotated[bool, doc("Recompute activations in the backward pass: less memory, more time.")]
@@ -239,7 +250,7 @@ class Engine:
 class Eval:
     """Held-out accuracy of the step-0 student, the teacher, and the student in training and at the end."""
 
-    benchmarks: Annotated[tuple[Text, ...], doc("Names of configs/benchmarks/NAME.json, or paths of such files.")]
+    benchmarks: Annotated[tuple[PathText, ...], doc("Names of configs/benchmarks/NAME.json, or paths of such files.")]
     k: Annotated[int | None, doc("Samples per problem, instead of each benchmark's own k; null: its own.", ge=0)]
     every: Annotated[int, doc("Evaluate every so many updates as well; 0: only before and after.", ge=0)]
     reverse_kl: Annotated[
@@ -296,8 +307,10 @@ class Config:
     checkpoint: Checkpoint
     log: Log
     seed: Annotated[int, doc("Seed of data order, sampling and random rules.", ge=0, lt=2**31)]
-    run_name: Annotated[str, doc("Name of the run's folder below output_dir.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    output_dir: Annotated[Text, doc("Folder that holds the run folders.")]
+    run_name: Annotated[
+        str, doc("Name of the run's folder below output_dir.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    ]
+    output_dir: Annotated[PathText, doc("Folder that holds the run folders.")]
 
     @property
     def run_dir(self) -> Path:
@@ -344,25 +357,11 @@ def load_config(
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object without repeated keys. Raises InputError with file, line and column."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise InputError(f"{path}: key {repeated[0]!r} stands twice in one object. Keep one of them.")
-        return dict(pairs)
-
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except FileNotFoundError:
+    """Reads a JSON file that holds an object without repeated keys. Raises InputError naming file and place."""
+    if not Path(path).exists():
         near = difflib.get_close_matches(str(path), [str(p) for p in Path(path).parent.glob("*.json")], 1, 0.5)
-        raise InputError(f"{path}: no such file.{f' Did you mean {near[0]}?' if near else ''}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}). Expected a JSON file.") from None
-    return _section(values, "the file", path)
+        raise InputError(f"{path}: no such file.{f' Did you mean {near[0]}?' if near else ''}")
+    return _section(parse_json(read_text(path, "a JSON file"), str(path)), "the file", path)
 
 
 def _section(value: Any, name: str, path: str | Path) -> dict[str, Any]:
@@ -376,8 +375,8 @@ def _override(values: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise InputError(f"--set {text!r}: expected KEY=VALUE, for example --set optim.lr=1e-6.")
     try:
-        value = json.loads(raw)
-    except json.JSONDecodeError:
+        value = parse_json(raw, f"--set {text[:80]!r}")
+    except NotJson:
         value = raw
     *parents, name = key.split(".")
     node = values

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.cli import InputError, say
 from opd.config import Data
+from opd.files import read_rows
 from opd.seeds import generator
 
 
@@ -48,26 +49,9 @@ class Rollout:
 
 def read_problems(path: str | Path, prompt_field: str, answer_field: str | None) -> list[Problem]:
     """Reads a JSONL file. Raises InputError with file and line for what is not JSON, lacks a field, or is empty."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        near = " Made by: python -m data.tiny.build [--task addition]" if "tiny" in str(path) else ""
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.{near}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}).") from None
     problems = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, row in read_rows(path, "a JSONL file of problems"):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}). Expected one object per line.") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: {type(row).__name__}, expected a JSON object.")
         messages = _messages(_field(row, prompt_field, where), prompt_field, where)
         answer = None if answer_field is None else _answer(_field(row, answer_field, where), answer_field, where)
         problems.append(Problem(str(row.get("id", row.get("unique_id", number))), messages, answer))

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd.data import Rollout
+from opd.files import write_whole
 from opd.hooks import TokenStats, TokenWeights
-from opd.metrics import write_whole
 
 TOP5 = frozenset(f"{who}_top5_{what}" for who in ("student", "teacher") for what in ("ids", "logprobs"))
 STATS = frozenset({

@@ -1,6 +1,6 @@
 """Accuracy on held-out problems: a greedy response and k sampled ones per problem, every response written to disk.
 
-    python -m opd.evaluate --config configs/tiny.json --model outputs/tiny/student
+    python -m opd.evaluate --config configs/tiny.json --model outputs/tiny/checkpoints/step_000060
 
 A benchmark is data (configs/benchmarks/NAME.json): problems, prompt, decoding and version; with the grader's version
 they are written beside every number. Sampling is seeded per problem and sample, so that two models are compared on
@@ -23,10 +23,24 @@ import torch
 from opd import distributed, grading, models
 from opd.batch import empty_micro_batch, make_micro_batches, share_of_rank
 from opd.cli import InputError, main, parser, say
-from opd.config import ROOT, Config, Count, Student, Teacher, Text, build, doc, load_config, read_json_object, strict
+from opd.config import (
+    ROOT,
+    Config,
+    Count,
+    PathText,
+    Student,
+    Teacher,
+    Text,
+    build,
+    doc,
+    load_config,
+    read_json_object,
+    strict,
+)
 from opd.data import Prompt, Rollout, make_prompts, read_problems
 from opd.engine import load_teacher, pick_device
-from opd.metrics import Progress, write_whole
+from opd.files import write_whole
+from opd.metrics import Progress
 from opd.models import LanguageModel
 from opd.rollout import Decoding, sample
 from opd.step import pair_stats
@@ -40,7 +54,7 @@ class Benchmark:
     """What an accuracy is measured on, and how."""
 
     version: Annotated[int, doc("Raised whenever any field changes the numbers.", ge=1)]
-    file: Annotated[Text, doc("JSONL file, one problem per line.")]
+    file: Annotated[PathText, doc("JSONL file, one problem per line.")]
     prompt_field: Annotated[Text, doc("Field with the problem: a string or a list of messages.")]
     answer_field: Annotated[Text, doc("Field with the reference answer.")]
     instruction: Annotated[str, doc("Text appended to the problem.")]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from opd import distributed
 from opd.cli import say
+from opd.files import write_whole
 
 CONSOLE = (  # label, metric, format
     ("loss", "loss/divergence", ".4f"),
@@ -169,13 +170,3 @@ def _step_of(line: str) -> float:
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all, and survives a crash of the machine."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -278,8 +278,7 @@ def _check_folder(path: str, where: str) -> None:
     if not folder.is_dir():
         if path.count("/") == 1 and not path.startswith((".", "~", "/")) and not folder.parent.is_dir():
             return  # a hub name, owner/model
-        hint = " Made by: python -m data.tiny.build [--task addition]" if "tiny" in folder.parent.name else ""
-        raise InputError(f"{where}: no such folder, and not a hub name (owner/model).{hint}")
+        raise InputError(f"{where}: no such folder, and not a hub name (owner/model).")
     if not (folder / "config.json").is_file():
         raise InputError(f"{where}: the folder has no config.json. Expected a Hugging Face checkpoint.")
     if not any(folder.glob("*.safetensors")):

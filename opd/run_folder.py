@@ -3,20 +3,19 @@
 import hashlib
 import json
 import platform
-import shlex
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from opd import checkpoint
-from opd.cli import InputError
+from opd.cli import InputError, command_line
 from opd.config import ROOT
-from opd.metrics import read_metrics, write_whole
+from opd.files import write_whole
+from opd.metrics import read_metrics
 
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 DONE = "done"
@@ -94,10 +93,7 @@ def digests(paths: Sequence[str]) -> dict[str, str]:
         try:
             found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         except OSError as error:
-            hint = " Made by: python -m data.tiny.build [--task addition]" if "tiny" in path else ""
-            raise InputError(
-                f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.{hint}"
-            ) from None
+            raise InputError(f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.") from None
     return found
 
 
@@ -146,11 +142,6 @@ def write_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
         raise InputError(
             f"{run_dir} cannot be written ({error.strerror}). Set output_dir to a folder you may write to."
         ) from None
-
-
-def command_line() -> str:
-    """What started this process, as one could type it again."""
-    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def _git_commit() -> str | None:

@@ -25,12 +25,13 @@ import transformers
 from opd import checkpoint, distributed, dump, evaluate, grading, launch, models, plan, run_folder
 from opd import teacher as teacher_scoring
 from opd.batch import make_micro_batches, share_of_rank
-from opd.cli import InputError, Interrupted, RunError, Stop, main, parser, say
+from opd.cli import InputError, Interrupted, RunError, Stop, command_line, main, parser, say
 from opd.config import Config, load_config
 from opd.data import Prompt, Rollout, count_steps, prompts_of_step, read_problems, read_training_prompts
 from opd.engine import DeepSpeedEngine, TorchEngine, load_student, load_teacher, pick_device, read_deepspeed
+from opd.files import write_whole
 from opd.hooks import Observer, RunningWeighter, TokenWeighter, UniformWeighter
-from opd.metrics import MetricsLog, Progress, Stopwatch, duration, peak_memory_gb, reset_peak_memory, write_whole
+from opd.metrics import MetricsLog, Progress, Stopwatch, duration, peak_memory_gb, reset_peak_memory
 from opd.models import LanguageModel
 from opd.phases import Phases
 from opd.rollout import Decoding, own_logprobs, sample
@@ -480,7 +481,7 @@ def dry_run(config: Config, sections: Mapping[str, Any]) -> None:
     here, machines = launch.processes(config.engine)
     found = plan.make_plan(config, *sizes, device, updates, longest, zero, here * machines)
     print(plan.text(found, config, *sizes, device))
-    print(f"  command: {run_folder.command_line()}\ndry run: nothing was started")
+    print(f"  command: {command_line()}\ndry run: nothing was started")
 
 
 def command(arguments: list[str]) -> None:

@@ -8,8 +8,4 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then config="$(realpath "$1")"; shift; f
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh "$@"
 source .venv/bin/activate
-case "$(basename "$config" .json)" in
-  tiny) python -m data.tiny.build >/dev/null ;;
-  tiny_addition) python -m data.tiny.build --task addition >/dev/null ;;
-esac
 exec python -m tip.reproduce "${what[@]}" --config "$config" "$@"

@@ -1,11 +1,9 @@
-"""Fixtures. Tests marked slow run with --run-slow; the embedded pair is built once into outputs/tiny and reused."""
+"""Fixtures. Tests marked slow run with --run-slow; the embedded pair is the shipped one."""
 
 from pathlib import Path
 
 import pytest
 import torch
-
-from data.tiny import build
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,4 +29,4 @@ def _one_thread(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_pair() -> Path:
     """Folder of the embedded pair."""
-    return build.build(ROOT / "outputs" / "tiny")
+    return ROOT / "data" / "tiny" / "pairs" / "chain"

@@ -27,9 +27,10 @@ from opd.cli import InputError, main, parser, say
 from opd.config import Config, load_config
 from opd.data import Prompt, prompts_of_step, read_training_prompts
 from opd.engine import load_teacher, pick_device
+from opd.files import write_whole
 from opd.hooks import TokenStats
 from opd.loss import divergence_sum
-from opd.metrics import Progress, write_whole
+from opd.metrics import Progress
 from opd.models import LanguageModel
 from opd.rollout import Decoding, sample
 from opd.seeds import generator

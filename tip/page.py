@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from opd.metrics import read_metrics, write_whole
+from opd.files import write_whole
+from opd.metrics import read_metrics
 from tip import figures, results
 
 MANY = 9  # lines in one plot

@@ -11,10 +11,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.cli import InputError, main
+from opd.cli import InputError, command_line, main
 from opd.evaluate import GREEDY, percent
-from opd.metrics import write_whole
-from opd.run_folder import command_line
+from opd.files import write_whole
 from tip import page, results
 from tip.grid import grid
 

@@ -121,7 +121,9 @@ def arm_config(path: str, overrides: list[str], arm: Arm, seed: int) -> tuple[Co
 def student_of(config: Config, seed: int) -> str | Path:
     """An embedded pair has a student for every seed."""
     pair = Path(config.student.path).parent
-    return build.student(pair, seed) if (pair / "recipe.json").exists() else config.student.path
+    if not (pair / "recipe.json").exists():
+        return config.student.path
+    return build.student(pair, seed, Path(config.output_dir) / "students")
 
 
 def run_seed(table: Table, path: str, overrides: list[str], seed: int, tell: Callable[[str], None] = say) -> int:

@@ -21,7 +21,8 @@ import torch
 
 from opd.compare import per_problem
 from opd.config import ROOT, read_json_object
-from opd.metrics import read_metrics, write_whole
+from opd.files import write_whole
+from opd.metrics import read_metrics
 from tip.grid import grid
 
 if TYPE_CHECKING:

@@ -1,12 +1,14 @@
-"""Builds an embedded pair on a CPU: `python -m data.tiny.build` writes outputs/tiny/{teacher,student,*.jsonl}.
+"""Trains an embedded pair on a CPU: teacher and student from nothing, on a task with a verifiable answer.
 
-`--task addition` makes the second one, in outputs/tiny_addition; `student(pair, seed)` another student of the same pair.
+    python -m data.tiny.build --task chain --seed 1 --out outputs/my_pair
 
-The recipe (this folder's source, the seed, and the library versions that change its result) is hashed; a folder made
-by the same recipe is left alone. Built under a temporary name and renamed, so that it is there whole or not at all.
+The pairs of seed 0 are shipped in data/tiny/pairs/, made by this file, because the same recipe trains another pair on
+another kind of processor. `student(pair, seed)` is another student of a pair. Weights are stored in float16.
+
+The recipe (this folder's source, the seed, and the library versions that change its result) is hashed; a folder made by
+the same recipe is left alone. Built under a temporary name and renamed, so that it is there whole or not at all.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -25,7 +27,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from data.tiny import addition, task
+from opd import cli
 from opd.cli import InputError, main, say
+from opd.files import lock, read_object
 
 TRAIN_PROBLEMS, TEST_PROBLEMS = 8192, 512
 TEST_SEED, TRAIN_SEED = 1_000_003, 1_000_033
@@ -148,57 +152,72 @@ def write_problems(path: Path, task: ModuleType, count: int, seed: int, without:
 
 
 def build(out: Path, seed: int = 0, name: str = "chain") -> Path:
-    """Makes the pair in `out` unless the same recipe already did. Returns `out`."""
-    mark = fingerprint(name, seed)
-    recorded = out / "recipe.json"
-    if recorded.exists() and json.loads(recorded.read_text())["fingerprint"] == mark:
-        say(f"embedded pair: {out} is current")
-        return out
-    if out.exists() and not recorded.exists():
-        raise InputError(f"--out {out}: it exists and holds no embedded pair. Choose a folder that does not exist.")
-    say(f"embedded pair: training teacher and student into {out} (one to two minutes of one core)")
-    pair = PAIRS[name]
+    """Makes the pair in `out` unless the same recipe already did; waits for another process that does. Returns `out`.
 
-    def make(folder: Path) -> None:
-        _save(
-            train_model("teacher", pair.task, pair.teacher, pair.task.tokenizer(), seed * 2), pair, folder / "teacher"
-        )
-        _save(
-            train_model("student", pair.task, pair.student, pair.task.tokenizer(), seed * 2 + 1),
-            pair,
-            folder / "student",
-        )
-        test = write_problems(folder / "test.jsonl", pair.task, TEST_PROBLEMS, TEST_SEED, set())
-        write_problems(folder / "train.jsonl", pair.task, TRAIN_PROBLEMS, TRAIN_SEED, test)
-        recipe = {
-            "fingerprint": mark, "task": name, "seed": seed, "teacher": asdict(pair.teacher), "student": asdict(pair.student),
-        }  # fmt: skip
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    Raises InputError when `out` is something else.
+    """
+    with lock(out, "--out", wait=True):
+        recorded = out / "recipe.json"
+        if _is_current(out, name, seed):
+            say(f"embedded pair: {out} is current")
+            return out
+        if out.exists() and not recorded.exists():
+            raise InputError(f"--out {out}: it exists and holds no embedded pair. Choose a folder that does not exist.")
+        say(f"embedded pair: training teacher and student into {out} (one to two minutes of one core)")
+        pair = PAIRS[name]
 
-    _made_whole(out, make)
+        def make(folder: Path) -> None:
+            for who, recipe, number in (("teacher", pair.teacher, seed * 2), ("student", pair.student, seed * 2 + 1)):
+                _save(train_model(who, pair.task, recipe, pair.task.tokenizer(), number), pair, folder / who)
+            test = write_problems(folder / "test.jsonl", pair.task, TEST_PROBLEMS, TEST_SEED, set())
+            write_problems(folder / "train.jsonl", pair.task, TRAIN_PROBLEMS, TRAIN_SEED, test)
+            _record(folder, name, seed)
+
+        _made_whole(out, make)
     return out
 
 
-def student(pair_folder: Path, seed: int) -> Path:
-    """Another student of an embedded pair, made with another seed; returns its folder, which is made unless it is there."""
-    recorded = json.loads((pair_folder / "recipe.json").read_text())
+def student(pair_folder: Path, seed: int, students: Path) -> Path:
+    """The student that another seed gives an embedded pair; returns its folder below `students`, made unless it is there.
+
+    A process that wants one that another process is making waits for it.
+    """
+    recorded = read_object(pair_folder / "recipe.json", "the recipe of an embedded pair")
     if seed == recorded["seed"]:
         return pair_folder / "student"
-    out = pair_folder / "students" / f"seed_{seed}"
-    if not out.exists():
-        say(f"embedded pair: training the student of seed {seed} into {out} (about half a minute of one core)")
-        pair = PAIRS[recorded["task"]]
-        _made_whole(
-            out,
-            lambda f: _save(
-                train_model("student", pair.task, pair.student, pair.task.tokenizer(), seed * 2 + 1), pair, f
-            ),
-        )
+    name = recorded["task"]
+    out = students / name / f"seed_{seed}"
+    with lock(out, "output_dir", wait=True):
+        if not _is_current(out, name, seed):
+            say(f"embedded pair: training the student of seed {seed} into {out} (about half a minute of one core)")
+            pair = PAIRS[name]
+
+            def make(folder: Path) -> None:
+                _save(train_model("student", pair.task, pair.student, pair.task.tokenizer(), seed * 2 + 1), pair, folder)
+                _record(folder, name, seed)
+
+            _made_whole(out, make)
     return out
+
+
+def _record(folder: Path, name: str, seed: int) -> None:
+    """Writes how the folder was made."""
+    pair = PAIRS[name]
+    recipe = {
+        "task": name, "seed": seed, "teacher": asdict(pair.teacher), "student": asdict(pair.student),
+        "fingerprint": fingerprint(name, seed),
+    }  # fmt: skip
+    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+
+
+def _is_current(folder: Path, name: str, seed: int) -> bool:
+    """Whether today's recipe made the folder."""
+    path = folder / "recipe.json"
+    return path.exists() and read_object(path, "a recipe").get("fingerprint") == fingerprint(name, seed)
 
 
 def _save(model: Qwen3ForCausalLM, pair: Pair, folder: Path) -> None:
-    model.save_pretrained(folder)
+    model.half().save_pretrained(folder)
     pair.task.tokenizer().save_pretrained(folder)
 
 
@@ -221,13 +240,12 @@ def _made_whole(out: Path, make: Callable[[Path], None]) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.tiny.build", description="Build an embedded pair.")
+    parser = cli.Parser("python -m data.tiny.build", "Trains an embedded pair.")
     parser.add_argument("--task", choices=PAIRS, default="chain")
-    parser.add_argument("--out", type=Path, help="default: outputs/tiny, or outputs/tiny_addition")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=cli.path, required=True, help="folder of the pair")
+    parser.add_argument("--seed", type=cli.seed, default=0)
     options = parser.parse_args(arguments)
-    default = Path("outputs") / ("tiny" if options.task == "chain" else f"tiny_{options.task}")
-    print(build(options.out or default, options.seed, options.task))
+    print(build(options.out, options.seed, options.task))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,186 @@
+"""What everything that touches the disk shares: files that are there whole or not at all, and folders with one writer.
+
+Whatever comes from outside (a configuration, problems, a run folder) is read through here, so that a damaged or foreign
+file ends in one message that names the file and the line.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from opd.cli import InputError, say
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks answers
+DEPTH = 100  # levels of nested lists and objects; deeper ones exhaust the stack of whoever walks them
+
+
+class NotJson(InputError):
+    """A text is no JSON at all."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all, and survives a crash of the machine."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextmanager
+def lock(folder: Path, setting: str, wait: bool = False) -> Iterator[None]:
+    """Makes this process the only writer of a folder, or of a file, for the length of the block.
+
+    The operating system holds the lock, on `.NAME.lock` beside the folder, and drops it when the process ends, however it
+    ends. Between machines it works as far as their shared disk passes locks on. Nothing is left behind: neither the lock's
+    file nor parents that were made for it and stayed empty.
+
+    Args:
+        setting: what the user may set to choose another folder, for the message.
+        wait: whether to wait for the other writer instead of refusing.
+    Raises:
+        InputError: another process writes there (its host and process id are named), or nobody can.
+    """
+    path = Path(os.path.realpath(folder))
+    path = path.with_name(f".{path.name}.lock")
+    made = [parent for parent in path.parents if not os.path.lexists(parent)]
+    try:
+        handle = _acquire(path, folder, setting, wait)
+    except OSError as error:
+        _remove_empty(made)
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}). Set {setting} to a folder you may write to."
+        ) from None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            path.unlink(missing_ok=True)  # while the lock is held, so that nobody else can hold a file that is gone
+            os.close(handle)
+        _remove_empty(made)
+
+
+def _acquire(path: Path, folder: Path, setting: str, wait: bool) -> int | None:
+    """The descriptor that holds the lock; None where the file system knows no locks."""
+    waiting = False
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # another process removed the parent, which it had made and which was empty again
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            if error.errno in NO_LOCKS:
+                say(f"note: {path.parent} is on a file system without locks, so nothing keeps a second writer away")
+                return None
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+            if not wait:
+                raise InputError(
+                    f"{folder} is being written by {owner}. Two writers would destroy each other's files: wait until it has "
+                    f"ended, or choose another folder ({setting})."
+                ) from None
+            if not waiting:
+                say(f"{folder}: waiting for {owner}")
+            waiting = True
+            time.sleep(0.2)
+            continue
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return handle
+        os.close(handle)  # its former owner removed the file between our opening and our locking it
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes folders, the deepest first, as far as they are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text from outside.
+
+    Raises:
+        NotJson: naming `where`, for what is not JSON.
+        InputError: likewise, for an object with a key twice, an integer of more digits than Python
+            converts, a nesting deeper than DEPTH, or an escape that is half a character (a lone surrogate), which no file
+            or tokenizer can take.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{where}: key {repeated!r} stands twice in one object. Keep one of them.")
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise NotJson(f"{where}: not JSON ({error.msg}, {line}column {error.colno}).") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("ascii", "backslashreplace").decode()
+        raise InputError(f"{where}: holds {half}, half of a character (a lone surrogate). Remove it.") from None
+    except RecursionError:
+        raise InputError(f"{where}: lists and objects are nested too deep, expected at most {DEPTH} levels.") from None
+    except ValueError as error:  # an integer beyond sys.get_int_max_str_digits()
+        raise InputError(f"{where}: {str(error).split(';')[0]}. Expected a number of fewer digits.") from None
+    if text.count("[") + text.count("{") > DEPTH and _depth(value) > DEPTH:
+        raise InputError(f"{where}: lists and objects are nested too deep, expected at most {DEPTH} levels.")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, counted level by level, so that the count itself does not recurse."""
+    level, depth = [value], 0
+    while level:
+        children = [list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level, depth = [child for group in children for child in group], depth + 1
+    return depth
+
+
+def read_text(path: str | Path, expected: str) -> str:
+    """A UTF-8 text file. Raises InputError; `expected` ends the message, for example "a JSONL file of problems"."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {expected}.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}). Expected {expected}.") from None
+
+
+def read_object(path: str | Path, expected: str) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises InputError naming the file."""
+    value = parse_json(read_text(path, expected), str(path))
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {type(value).__name__}, expected {expected}, which is a JSON object.")
+    return value
+
+
+def read_rows(path: str | Path, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) for every line of a JSONL file that is not blank. Raises InputError naming file and line."""
+    for number, line in enumerate(read_text(path, expected).split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            value = parse_json(line, where)
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: {type(value).__name__}, expected a JSON object.")
+            yield number, value
