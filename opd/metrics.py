@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from opd import distributed
 from opd.cli import say
-from opd.files import write_whole
+from opd.files import check, read_rows
 
 CONSOLE = (  # label, metric, format
     ("loss", "loss/divergence", ".4f"),
@@ -31,6 +32,18 @@ CONSOLE = (  # label, metric, format
     ("lr", "optim/lr", ".1e"),
     ("s", "time/step", ".2f"),
 )
+
+
+# A line of metrics.jsonl holds at least these.
+Row = TypedDict("Row", {"step": int, "tokens/response": float, "tokens/kept": float, "memory/peak_gb": float})
+
+
+class Warned(TypedDict):
+    """A line of warnings.jsonl."""
+
+    step: int
+    kind: str
+    message: str
 
 
 class Stopwatch:
@@ -114,9 +127,6 @@ class MetricsLog:
         self.path = run_dir / "metrics.jsonl"
         self.total_steps = total_steps
         self.last_step = last_step
-        if self.path.exists():  # lines after the checkpoint we resume from will be written again
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last_step]
-            write_whole(self.path, "".join(f"{line}\n" for line in kept))
         self.warned: set[str] = set()
         self.seconds: deque[float] = deque(maxlen=20)  # of the latest updates
         self.file = self.path.open("a", encoding="utf-8")
@@ -161,12 +171,8 @@ class MetricsLog:
         self.board.close()
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # cut off while it was written
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl. Raises InputError naming the damaged one."""
+    path, expected = run_dir / "metrics.jsonl", "the metrics of an update, with its step"
+    rows = read_rows(path, expected)
+    return [check(row, Row, f"{path}, line {number}", expected) for number, row in rows]

@@ -58,6 +58,9 @@ def _call(work: Callable[[], Any]) -> Any:
     return work()
 
 
+HEAD_KEYS = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # multiplier, divisor, soft cap of logits
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A loaded model with what the trainer asks of it."""
@@ -122,14 +125,23 @@ def head_of(model: PreTrainedModel, vocab_size: int) -> Head:
     """The head of a model, cut to the first `vocab_size` ids. Its tensors are the parameters themselves."""
     layer = model.get_output_embeddings()
     values = _text_values(model)
-    scale = float(values.get("logit_scale") or 1.0) / float(values.get("logits_scaling") or 1.0)
-    return Head(layer.weight, layer.bias, scale, values.get("final_logit_softcapping"), vocab_size)
+    multiplier, divisor, soft_cap = (values.get(name) for name in HEAD_KEYS)
+    return Head(layer.weight, layer.bias, (multiplier or 1.0) / (divisor or 1.0), soft_cap, vocab_size)
+
+
+def _check_head_keys(model: PreTrainedModel, where: str) -> None:
+    """Refuses a scale or soft cap of the head that is no number. Raises InputError."""
+    values = _text_values(model)
+    for name in HEAD_KEYS:
+        value = values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"{where}: config.json has {name} = {value!r}, expected a number.")
 
 
 def check_paths(config: Config) -> None:
     """What can be known of the two models without loading them. Raises InputError."""
     for name, section in (("student", config.student), ("teacher", config.teacher)):
-        _check_folder(section.path, f"{name}.path {section.path!r}")
+        _check_folder(section, name)
 
 
 def load(
@@ -142,7 +154,7 @@ def load(
     Raises InputError when folder, weights, tokenizer or architecture are not usable.
     """
     where = f"{name}.path {section.path!r}"
-    _check_folder(section.path, where)
+    _check_folder(section, name)
     dtype = getattr(torch, section.dtype)
     weights_dtype = torch.float32 if isinstance(section, Student) else dtype
     try:
@@ -178,6 +190,7 @@ def load(
             f"{where}: its attention has a soft cap (attn_logit_softcapping), which sdpa leaves out without a word. Set "
             f"{name}.attn_implementation to 'eager' or 'flash_attention_2'."
         )
+    _check_head_keys(model, where)
     model.eval()
     if isinstance(section, Teacher):
         model.requires_grad_(False)
@@ -273,12 +286,18 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
     return tuple(sorted(found))
 
 
-def _check_folder(path: str, where: str) -> None:
+def _check_folder(section: Student | Teacher, name: str) -> None:
+    path, where = section.path, f"{name}.path {section.path!r}"
     folder = Path(path)
     if not folder.is_dir():
         if path.count("/") == 1 and not path.startswith((".", "~", "/")) and not folder.parent.is_dir():
             return  # a hub name, owner/model
         raise InputError(f"{where}: no such folder, and not a hub name (owner/model).")
+    if section.revision is not None:
+        raise InputError(
+            f"{name}.revision is {section.revision!r} and {where} is a folder, which has no revisions. Set it to null, or name "
+            "a hub repository."
+        )
     if not (folder / "config.json").is_file():
         raise InputError(f"{where}: the folder has no config.json. Expected a Hugging Face checkpoint.")
     if not any(folder.glob("*.safetensors")):

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opd.cli import InputError
 from opd.config import Config, Student, Teacher
+from opd.files import amount
 
 
 @dataclass(frozen=True)
@@ -262,12 +263,3 @@ def text(plan: Plan, config: Config, student: Size, teacher: Size, device: torch
         f"  time, if every response were of full length: {per_update:.2g} s an update ({times}), "
         f"{plan.updates * per_update / 3600:.2g} h in all; evaluations not counted",
     ])  # fmt: skip
-
-
-def amount(size: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

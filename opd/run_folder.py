@@ -11,11 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from opd import checkpoint
-from opd.cli import InputError, command_line
+from typing_extensions import TypedDict
+
+from opd import checkpoint, evaluate
+from opd.cli import InputError, command_line, path_fault, say
 from opd.config import ROOT
-from opd.files import write_whole
-from opd.metrics import read_metrics
+from opd.files import check, read_object, sha256, step_number, whole_rows, write_whole
+from opd.metrics import Row, Warned, read_metrics
 
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 DONE = "done"
@@ -26,14 +28,79 @@ MACHINE = {  # section -> keys that fit a run to a machine and change nothing el
 }
 
 
+class Evaluations(TypedDict):
+    """Benchmark -> figures, of each model; None: not evaluated."""
+
+    teacher: dict[str, evaluate.Figures] | None
+    step_0: dict[str, evaluate.Figures] | None
+    final: dict[str, evaluate.Figures] | None
+
+
+class Tokens(TypedDict):
+    """Of all updates."""
+
+    response: float
+    kept: float
+
+
+class Seconds(TypedDict):
+    """Of all updates, by phase."""
+
+    rollout: float
+    teacher: float
+    score: float
+    update: float
+    step: float
+
+
+class Recorded(TypedDict):
+    """What is read again of a run's configuration; any section may stand beside it."""
+
+    student: dict[str, Any]
+    teacher: dict[str, Any]
+    data: dict[str, Any]
+    seed: int
+    run_name: str
+
+
+class Record(TypedDict):
+    """What is read again of a run's config.json."""
+
+    config: Recorded
+    versions: dict[str, str]
+    git_commit: str | None
+
+
+class Summary(TypedDict):
+    """The final figures of a run, in its summary.json."""
+
+    steps: int
+    eval: Evaluations
+    tokens: Tokens
+    seconds: Seconds
+    seconds_evaluating: float
+    peak_memory_gb: float
+    mass_covered: float | None
+
+
+def read_final(run_dir: Path) -> Summary:
+    """The final figures of a finished run. Raises InputError where it is none."""
+    path, expected = run_dir / "summary.json", "the final figures of a finished run"
+    return check(read_object(path, expected), Summary, str(path), expected)
+
+
+def read_record(run_dir: Path) -> Record:
+    """How a run was started. Raises InputError where the folder is none of a run."""
+    path, expected = run_dir / "config.json", "what a run was started with"
+    return check(read_object(path, expected), Record, str(path), expected)
+
+
 def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | str | None:
     """Where to start: None for the beginning, the path of a checkpoint, or DONE. Changes nothing on disk.
 
     Raises InputError for a folder that is not a run, a run of another configuration (naming the differing keys), or a
     `resume` that does not fit.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"{run_dir} is a file, expected a run folder. Choose another --set run_name=NAME.")
     if not run_dir.exists() or all(p.name.startswith(".") for p in run_dir.iterdir()):
         if resume not in ("auto", "none"):
             raise InputError(f"--resume {resume}: {run_dir} has no run to continue. Expected an existing run folder.")
@@ -41,11 +108,11 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
     if resume == "none":
         raise InputError(f"{run_dir} exists, and --resume none starts a new run. Choose another --set run_name=NAME.")
     try:
-        recorded = json.loads((run_dir / "config.json").read_text())
+        recorded = read_object(run_dir / "config.json", "what a run was started with")
         there, here = {k: recorded.get(k) for k in identity}, json.loads(json.dumps(identity))
         there["config"], here["config"] = _anywhere(there["config"]), _anywhere(here["config"])
         differing = _differences(there, here)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (InputError, AttributeError, KeyError, TypeError):
         raise InputError(
             f"{run_dir} exists and is not a run folder (no readable config.json). Choose another --set run_name=NAME."
         ) from None
@@ -56,15 +123,70 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
         )
     if resume != "auto":
         try:
-            if Path(resume).resolve().parent != (run_dir / "checkpoints").resolve():
+            if path_fault(resume) or Path(resume).resolve().parent != (run_dir / "checkpoints").resolve():
                 raise checkpoint.CheckpointError(f"{resume} does not stand in {run_dir / 'checkpoints'}")
             checkpoint.verify(Path(resume))
         except checkpoint.CheckpointError as error:
             raise InputError(f"--resume {resume}: {error}. Expected a whole checkpoint of {run_dir}.") from None
-        return Path(resume)
-    if (run_dir / "summary.json").exists():
+        found = Path(resume)
+    elif _is_complete(run_dir):
         return DONE
-    return checkpoint.newest(run_dir)
+    else:
+        found = checkpoint.newest(run_dir)
+    if found is not None:
+        config = identity["config"]
+        evaluated = bool(identity["benchmarks"]) or config["data"]["validation"] > 0
+        check_history(run_dir, checkpoint.step_of(found), config["eval"]["every"], evaluated)
+    return found
+
+
+def _is_complete(run_dir: Path) -> bool:
+    """Whether a run has its final figures; unreadable ones are said to be, and are made again.
+
+    Raises InputError for a complete run whose last checkpoint is damaged: to train it once more is for the user to decide.
+    A last checkpoint that was removed is not missed.
+    """
+    path = run_dir / "summary.json"
+    try:
+        last = checkpoint.folder(run_dir, read_final(run_dir)["steps"]) if path.exists() else None
+    except InputError as error:
+        say(f"warning: {error} It is made again.")
+        return False
+    if last is not None and last.exists():
+        try:
+            checkpoint.verify(last)
+        except checkpoint.CheckpointError as error:
+            raise InputError(
+                f"{run_dir} is complete, and {error}. To have the run go on from the checkpoint before it, or from the start "
+                f"where there is none, remove {path} and give the same command."
+            ) from None
+    return last is not None
+
+
+def check_history(run_dir: Path, step: int, every: int, evaluated: bool) -> None:
+    """Refuses a run that continues after `step` without what it has recorded up to there and cannot make again.
+
+    Args:
+        every: of eval.every.
+        evaluated: whether the run evaluates anything.
+    Raises:
+        InputError: naming the file, and how to go on.
+    """
+    then = (
+        f"A run cannot make that again once it has gone on. Restore it, continue from an earlier checkpoint of "
+        f"{run_dir / 'checkpoints'} with --resume DIR, or start anew under another --set run_name=NAME."
+    )
+    path = run_dir / "metrics.jsonl"
+    try:
+        steps = {row["step"] for row in whole_rows(path, Row)[0]}
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}). {then}") from None
+    if missing := sorted(set(range(1, step + 1)) - steps):
+        raise InputError(f"{path}: update {missing[0]} of the {step} behind the checkpoint is damaged or missing. {then}")
+    for number in range(0, step, every or step) if evaluated else ():
+        folder = run_dir / "eval" / f"step_{number:06d}"
+        if evaluate.finished(folder) is None:
+            raise InputError(f"{folder}: the evaluation after update {number} is damaged or missing. {then}")
 
 
 def alike(shared: Path, identity: Mapping[str, Any]) -> Path:
@@ -91,30 +213,35 @@ def digests(paths: Sequence[str]) -> dict[str, str]:
     found = {}
     for path in paths:
         try:
-            found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            found[path] = sha256(Path(path))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.") from None
     return found
 
 
-def rewind(run_dir: Path, step: int) -> None:
+def rewind(run_dir: Path, step: int, start: Path | None) -> None:
     """Removes what a run wrote after `step`, from where it continues: checkpoints, evaluations, token dumps, the summary.
 
     For a run that goes on from an older checkpoint they are an abandoned future; damaged checkpoints go with them.
-    Checkpoints go first: stopped half-way, the run still continues from `step`.
+    Checkpoints go first: stopped half-way, the run still continues from `step`. What the run did not write is left alone.
+
+    Args:
+        start: the checkpoint it continues from, if any.
     """
     checkpoint.remove_after(run_dir, step)
+    if start is not None:
+        checkpoint.point(start)
     (run_dir / "summary.json").unlink(missing_ok=True)
-    warnings = run_dir / "warnings.jsonl"
-    if warnings.exists():
-        lines = warnings.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_whole(warnings, "".join(line for line in lines if json.loads(line)["step"] <= step))
-    for tokens in (run_dir / "tokens").glob("step_*.jsonl"):
-        if int(tokens.stem.removeprefix("step_")) > step:
-            tokens.unlink()
-    for folder in (run_dir / "eval").glob("step_*"):
-        if int(folder.name.removeprefix("step_")) > step:
-            shutil.rmtree(folder)
+    for path, kind in ((run_dir / "metrics.jsonl", Row), (run_dir / "warnings.jsonl", Warned)):
+        if path.exists():
+            rows, damaged = whole_rows(path, kind)
+            if damaged:
+                say(f"warning: {path}: {damaged} damaged lines are dropped")
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    for path in ((run_dir / "tokens").glob("step_*"), (run_dir / "eval").glob("step_*")):
+        for written in path:
+            if (number := step_number(written)) is not None and number > step:
+                shutil.rmtree(written) if written.is_dir() else written.unlink()
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -152,11 +279,12 @@ def _git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def write_summary(run_dir: Path) -> dict[str, Any]:
+def write_summary(run_dir: Path) -> Summary:
     """summary.json: the final figures of a run, computed from its own files."""
     rows = read_metrics(run_dir)
-    evals = {p.parent.name: json.loads(p.read_text()) for p in sorted((run_dir / "eval").glob("*/summary.json"))}
-    steps = sorted(n for n in evals if n.startswith("step_"))
+    evals = {folder.name: evaluate.finished(folder) for folder in (run_dir / "eval").glob("*") if folder.is_dir()}
+    evals = {name: found for name, found in evals.items() if found is not None}
+    steps = sorted((n for n in evals if step_number(Path(n)) is not None), key=lambda n: step_number(Path(n)))
     phases = sorted({k for row in rows for k in row if k.startswith("time/")})
     figures = {
         "steps": len(rows),
@@ -167,7 +295,7 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
         },
         "tokens": {k: sum(r[f"tokens/{k}"] for r in rows) for k in ("response", "kept")},
         "seconds": {k.removeprefix("time/"): sum(r[k] for r in rows) for k in phases},
-        "seconds_evaluating": sum(b["time/evaluation"] for e in evals.values() for b in e.values()),
+        "seconds_evaluating": sum(b["time/evaluation"] for n in (*steps, "teacher") for b in evals.get(n, {}).values()),
         "peak_memory_gb": max(r["memory/peak_gb"] for r in rows),
         "mass_covered": _mean(r["tip/mass_covered"] for r in rows if "tip/mass_covered" in r),
     }

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,18 @@ from typing import Any
 import torch
 import transformers
 
-from opd import checkpoint, distributed, dump, evaluate, grading, launch, models, plan, run_folder
+from opd import checkpoint, distributed, dump, evaluate, files, grading, launch, models, plan, run_folder
 from opd import teacher as teacher_scoring
 from opd.batch import make_micro_batches, share_of_rank
+from opd.benchmarks import (
+    Benchmark,
+    LoadedBenchmark,
+    check_benchmarks,
+    check_context,
+    load_benchmarks,
+    read_benchmarks,
+    validation_benchmark,
+)
 from opd.cli import InputError, Interrupted, RunError, Stop, command_line, main, parser, say
 from opd.config import Config, load_config
 from opd.data import Prompt, Rollout, count_steps, prompts_of_step, read_problems, read_training_prompts
@@ -93,7 +102,7 @@ def run(
     """
     weighter = weighter or UniformWeighter()
     device = pick_device(config.engine)
-    specs = evaluate.read_benchmarks(config)
+    specs = read_benchmarks(config)
     identity = {
         "config": {**asdict(config), **{name: asdict(s) for name, s in (sections or {}).items()}},
         "benchmarks": {name: asdict(b) for name, b in specs.items()},
@@ -105,6 +114,29 @@ def run(
     }
     if identity["deepspeed"]:
         distributed.start(device)
+    with files.lock(config.run_dir, "output_dir") if distributed.is_first() else nullcontext():
+        try:
+            return _run(config, weighter, identity, resume, observer, shared, device, specs)
+        except ConnectionError:  # of a server, not of the disk
+            raise
+        except OSError as error:
+            raise RunError(
+                f"{config.run_dir} cannot be read or written ({error}). Checkpoints are intact; mend the cause and start the "
+                "same command again."
+            ) from error
+
+
+def _run(
+    config: Config,
+    weighter: TokenWeighter,
+    identity: dict[str, Any],
+    resume: str,
+    observer: Observer | None,
+    shared: Path | None,
+    device: torch.device,
+    specs: dict[str, Benchmark],
+) -> Path:
+    """`run` as the only writer of its folder."""
     run_dir = config.run_dir
     start = run_folder.open_run(run_dir, identity, resume)
     if distributed.largest(str(start) != distributed.from_first(str(start))):
@@ -129,12 +161,12 @@ def run(
     phases.add("teacher head", lambda: head)
     vocab_size = models.shared_vocabulary(student, teacher)
     prompts, validation = read_training_prompts(config.data, student.tokenizer, config.seed)
-    benchmarks = evaluate.load_benchmarks(config, student, config.eval.limit)
+    benchmarks = load_benchmarks(config, student, config.eval.limit)
     if validation:
-        benchmarks.append(evaluate.validation_benchmark(config, validation))
+        benchmarks.append(validation_benchmark(config, validation))
     for lm in (student, teacher):
-        evaluate.check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
-        evaluate.check_benchmarks(lm, benchmarks)
+        check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
+        check_benchmarks(lm, benchmarks)
     models.check_prompt_ids([p for b in benchmarks for p in b.prompts] + prompts, teacher)
     total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
     if config.optim.warmup_steps >= total_steps:
@@ -181,13 +213,19 @@ def run(
                 "moments and data, but sums in another order, so the run is not the unbroken one bit for bit"
             )
     if first:
-        run_folder.rewind(run_dir, step)
+        run_folder.rewind(run_dir, step, start)
         teacher_scoring.clear_folder(run_dir / SPILL)
     log = MetricsLog(run_dir, total_steps, step) if first else None
     stop, grader = Stop(), grading.Grader()
     parts = Parts(
         config, student, teacher, engine, weighter, observer, prompts, vocab_size, run_dir, log, grader, stop, phases
     )
+
+    def alone(folder: Path) -> AbstractContextManager:
+        """Runs that share an evaluation make it once: the others wait."""
+        if folder.parent == run_dir / "eval" or not first:
+            return nullcontext()
+        return files.lock(folder, "output_dir", wait=stop.check)
 
     def measure(name: str, lm: LanguageModel) -> None:
         if benchmarks:
@@ -197,7 +235,7 @@ def run(
                 if shared is None or name not in ("teacher", "step_000000")
                 else run_folder.alike(shared, identity) / name
             )
-            with _evaluated(parts, lm, benchmarks, folder) as (sampled, enter):
+            with alone(folder), _evaluated(parts, lm, benchmarks, folder) as (sampled, enter):
                 found = evaluate.evaluate(
                     sampled, sampled if lm is teacher else teacher, benchmarks, config, vocab_size, folder, grader,
                     stop.check, enter,
@@ -219,8 +257,9 @@ def run(
         nonlocal step
         if student.sampler:
             say(f"vLLM has the student's weights: probe within {_parity(parts):.1e} nats")
-        if step == 0:
+        if step == 0 or distributed.from_first(str(evaluate.finished(run_dir / "eval" / "teacher") is None)) == "True":
             measure("teacher", teacher)
+        if step == 0:
             measure("step_000000", student)
         while True:
             if step and (step == total_steps or _due(step, config.eval.every)):
@@ -245,11 +284,6 @@ def run(
                 say(f"checkpoint of step {step} is written; the same command continues from it")
                 distributed.wait()  # a process that ended now would look like one that failed
                 raise
-    except OSError as error:
-        raise RunError(
-            f"after step {step}: {run_dir} cannot be written ({error}). Checkpoints are intact; mend the cause and start "
-            "the same command again."
-        ) from error
     except FloatingPointError as error:
         saved = checkpoint.newest(run_dir)
         raise RunError(
@@ -350,14 +384,14 @@ def _parity(parts: Parts) -> float:
 
 @contextmanager
 def _evaluated(
-    parts: Parts, lm: LanguageModel, benchmarks: list[evaluate.LoadedBenchmark], folder: Path
+    parts: Parts, lm: LanguageModel, benchmarks: list[LoadedBenchmark], folder: Path
 ) -> Iterator[tuple[LanguageModel, Callable[[str], None]]]:
     """The model with what samples it, and how its evaluation changes phases.
 
     vLLM has the student; for the teacher, which is evaluated once, it is closed and another one started.
     """
     phases, own = parts.phases, parts.student.sampler
-    known = distributed.from_first(str((folder / "summary.json").exists())) == "True"
+    known = distributed.from_first(str(evaluate.finished(folder) is not None)) == "True"
     if lm is not parts.teacher or own is None or known:
         yield lm, phases.enter
         return
@@ -477,7 +511,7 @@ def dry_run(config: Config, sections: Mapping[str, Any]) -> None:
         updates = count_steps(range(count), config.rollout.prompts_per_step, data.epochs, None)
     print(json.dumps({**asdict(config), **{name: asdict(s) for name, s in sections.items()}}, indent=1))
     zero = read_deepspeed(config)["zero_optimization"] if config.engine.kind == "deepspeed" else None
-    longest = max((b.max_response_tokens for b in evaluate.read_benchmarks(config).values()), default=0)
+    longest = max((b.max_response_tokens for b in read_benchmarks(config).values()), default=0)
     here, machines = launch.processes(config.engine)
     found = plan.make_plan(config, *sizes, device, updates, longest, zero, here * machines)
     print(plan.text(found, config, *sizes, device))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from opd.benchmarks import Benchmark, read_benchmarks
 from opd.cli import InputError
 from opd.config import Config, build, load_config, read_json_object, schema
-from opd.evaluate import Benchmark, read_benchmarks
 from tip.config import SECTIONS, TipConfig
 from tip.rules import RULES
 
@@ -146,7 +146,7 @@ def test_plain_training_refuses_a_file_with_a_selection():
 
 
 @pytest.mark.parametrize("text,message", [
-    ("{", "line 1, column 2: not JSON"),
+    ("{", "not JSON (Expecting property name enclosed in double quotes, column 2)"),
     ("[1]", "the file is list, expected an object"),
     ('{"a": 1, "a": 2}', "key 'a' stands twice"),
     ("\ufeff{}", "not JSON"), ("{}", "student is missing"),

@@ -215,7 +215,7 @@ def test_the_main_job_on_prepared_data(math_problems, tiny_llama, tmp_path):
 
 def test_comparing_two_runs_from_the_command_line(tiny_pair, tmp_path):
     for name, model in (("a", "student"), ("b", "teacher")):
-        command = [sys.executable, "-m", "opd.evaluate", "--config", "configs/tiny.json", "--model", f"outputs/tiny/{model}",
+        command = [sys.executable, "-m", "opd.evaluate", "--config", "configs/tiny.json", "--model", f"data/tiny/pairs/chain/{model}",
                    "--limit", "24", "--out", str(tmp_path / name), "--set", "eval.reverse_kl=false"]  # fmt: skip
         assert subprocess.run(command, capture_output=True).returncode == 0
     result = subprocess.run([sys.executable, "-m", "opd.compare", str(tmp_path / "a"), str(tmp_path / "b")],
@@ -226,6 +226,6 @@ def test_comparing_two_runs_from_the_command_line(tiny_pair, tmp_path):
 
 def test_an_evaluation_without_benchmarks_says_nothing_and_fails_at_nothing(tiny_pair, tmp_path):
     for engine in ("transformers", "vllm"):
-        evaluate.command(["--config", "configs/tiny.json", "--model", "outputs/tiny/student", "--out", str(tmp_path / engine),
+        evaluate.command(["--config", "configs/tiny.json", "--model", "data/tiny/pairs/chain/student", "--out", str(tmp_path / engine),
                           "--set", "eval.benchmarks=[]", "--set", f"rollout.engine={engine}"])  # fmt: skip
         assert json.loads((tmp_path / engine / "summary.json").read_text()) == {}

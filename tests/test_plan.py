@@ -11,7 +11,8 @@ import torch
 from helpers import random_lm, tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-from opd import evaluate, plan
+from opd import plan
+from opd.benchmarks import read_benchmarks
 from opd.config import load_config
 from opd.engine import read_deepspeed
 
@@ -135,7 +136,7 @@ def of_recipe(name, tmp_path, processes=1):
     sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")
     by_hand = parameters_by_hand(pair.student.path), parameters_by_hand(pair.teacher.path)
     assert tuple(s.parameters for s in sizes) == by_hand
-    longest = max(b.max_response_tokens for b in evaluate.read_benchmarks(config).values())
+    longest = max(b.max_response_tokens for b in read_benchmarks(config).values())
     zero = read_deepspeed(config)["zero_optimization"] if config.engine.kind == "deepspeed" else None
     return config, *by_hand, plan.make_plan(config, *sizes, torch.device("cpu"), 100, longest, zero, processes)
 

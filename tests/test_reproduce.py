@@ -59,7 +59,7 @@ def test_deepplanning_shows_the_papers_values_and_nothing_else(capsys):
 
 
 @pytest.mark.parametrize("options,message", [
-    (["--table", "9"], "there is no table 'table9'"), (["--table", "main", "--seeds", "0,x"], "whole numbers"),
+    (["--table", "9"], "there is no table 'table9'"), (["--table", "main", "--seeds", "0,x"], "expected a whole number"),
     (["--table", "main", "--set", "tip.rule=q3"], "Leave it out"), (["--table", "main", "--arms", "q3 0.2"], "has no arm 'q3 0.2'"),
     (["--table", "main", "--seeds", "0,0"], "different seeds"),
 ])  # fmt: skip
@@ -197,7 +197,7 @@ def test_with_deepspeed_every_arm_is_a_group_of_processes_and_one_that_fails_sto
 ):
     settings = ["--set", "engine.kind=deepspeed", "--set", "engine.deepspeed=zero2", "--seeds", "0,1", "--jobs", "2"]
     monkeypatch.setattr(FakeChild, "code", 1)
-    monkeypatch.setattr(build, "student", lambda pair, seed: Path("outputs/tiny/student"))
+    monkeypatch.setattr(build, "student", lambda pair, seed, students: Path("data/tiny/pairs/chain/student"))
     with pytest.raises(RunError, match="6 of the runs failed"):
         started(monkeypatch, tmp_path, *settings)
     labels = [arm.label for arm in reproduce.read_table("main").arms]

@@ -206,7 +206,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoints(tiny_pair,
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(
-        RunError, match=r"no room for the checkpoint of step 6: it takes 0.00 GiB .* Earlier checkpoints are"
+        RunError, match=r"no room for the checkpoint of step 6: it takes 1 MiB and .* has 1000 B free. Earlier checkpoints are"
     ):
         train(tmp_path)
     assert checkpoint.newest(tmp_path / "run").name == "step_000004"
@@ -284,6 +284,6 @@ def test_going_back_forgets_later_warnings_and_dumps(tmp_path):
         (tmp_path / "tokens" / f"step_{step:06d}.jsonl").write_text("{}\n")
     rows = [json.dumps({"step": step, "kind": "little_mass", "message": "m"}) + "\n" for step in (1, 3, 4)]
     (tmp_path / "warnings.jsonl").write_text("".join(rows))
-    run_folder.rewind(tmp_path, 3)
+    run_folder.rewind(tmp_path, 3, None)
     assert (tmp_path / "warnings.jsonl").read_text() == "".join(rows[:2])
     assert [p.name for p in (tmp_path / "tokens").iterdir()] == ["step_000002.jsonl"]

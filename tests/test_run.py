@@ -100,7 +100,7 @@ def test_the_report_compares_them(arms, tmp_path):
     other = start(tmp_path, "short", *SMALL)
     with pytest.raises(InputError, match="differ in benchmark tiny"):
         report.table([report.read_run(arms[0]), report.read_run(other)])
-    with pytest.raises(InputError, match="not a finished run"):
+    with pytest.raises(InputError, match="Expected what a run was started with"):
         report.read_run(tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_is_a_plain_model_with_its_tokenizer(small):
     folder = small / "checkpoints" / (small / "checkpoints" / "latest").read_text().strip()
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert folder.name == "step_000004" and model.dtype == torch.float32
-    start_model = AutoModelForCausalLM.from_pretrained("outputs/tiny/student")
+    start_model = AutoModelForCausalLM.from_pretrained("data/tiny/pairs/chain/student")
     assert not torch.equal(model.model.norm.weight, start_model.model.norm.weight)
     assert model.generation_config.eos_token_id == start_model.generation_config.eos_token_id
     assert AutoTokenizer.from_pretrained(folder).chat_template
@@ -253,7 +253,7 @@ def test_plain_training_refuses_a_tip_section_on_the_command_line():
 
 
 def test_evaluation_from_the_command_line(tiny_pair, tmp_path):
-    command = [sys.executable, "-m", "opd.evaluate", "--config", "configs/tiny.json", "--model", "outputs/tiny/teacher",
+    command = [sys.executable, "-m", "opd.evaluate", "--config", "configs/tiny.json", "--model", "data/tiny/pairs/chain/teacher",
                "--limit", "16", "--out", str(tmp_path), "--set", "eval.k=2"]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

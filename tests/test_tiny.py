@@ -83,9 +83,13 @@ def test_building_is_deterministic_and_happens_once(name, monkeypatch, tmp_path)
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert files and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     stamp = (tmp_path / "a" / "recipe.json").stat().st_mtime_ns
-    other = build.student(tmp_path / "a", 7)
+    students = tmp_path / "students"
+    other = build.student(tmp_path / "a", 7, students)
     assert (other / "model.safetensors").read_bytes() != (tmp_path / "a" / "student" / "model.safetensors").read_bytes()
-    assert build.student(tmp_path / "a", 7) == other and build.student(tmp_path / "a", 0) == tmp_path / "a" / "student"
+    made = (other / "model.safetensors").stat().st_mtime_ns
+    assert build.student(tmp_path / "a", 7, students) == other == students / name / "seed_7"
+    assert build.student(tmp_path / "a", 0, students) == tmp_path / "a" / "student"
+    assert (other / "model.safetensors").stat().st_mtime_ns == made
     build.build(tmp_path / "a", name=name)
     assert (tmp_path / "a" / "recipe.json").stat().st_mtime_ns == stamp
     build.build(tmp_path / "a", seed=1, name=name)  # another recipe: rebuilt

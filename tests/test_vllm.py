@@ -444,7 +444,7 @@ def _killed_twice(unbroken, out, monkeypatch):
 def test_a_checkpoint_is_evaluated_on_the_engine(tiny_pair, tmp_path, capsys):
     found = []
     for engine in ("vllm", "transformers"):
-        evaluate.command(["--config", "configs/tiny.json", "--model", "outputs/tiny/student", "--limit", "16", "--out",
+        evaluate.command(["--config", "configs/tiny.json", "--model", "data/tiny/pairs/chain/student", "--limit", "16", "--out",
                           str(tmp_path / engine), "--set", f"rollout.engine={engine}", "--set", "eval.k=0"])  # fmt: skip
         found.append((tmp_path / engine / "tiny.jsonl").read_text())
     assert found[0] == found[1]  # greedy responses and their verdicts

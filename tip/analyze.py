@@ -21,13 +21,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from opd import distributed, evaluate, models
+from opd import distributed, models
 from opd.batch import MicroBatch, make_micro_batches
-from opd.cli import InputError, main, parser, say
+from opd.benchmarks import check_context
+from opd.cli import InputError, main, parser, path_argument, say
 from opd.config import Config, load_config
 from opd.data import Prompt, prompts_of_step, read_training_prompts
 from opd.engine import load_teacher, pick_device
-from opd.files import write_whole
+from opd.files import lock, write_whole
 from opd.hooks import TokenStats
 from opd.loss import divergence_sum
 from opd.metrics import Progress
@@ -314,7 +315,7 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
     vocab_size = models.shared_vocabulary(student, teacher)
     prompts, _ = read_training_prompts(config.data, student.tokenizer, config.seed)
     for lm in (student, teacher):
-        evaluate.check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
+        check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
     models.check_prompt_ids(prompts, teacher)
     TipWeighter(tip)  # refuses settings that do not go together
     if tip.scope != "update":
@@ -362,7 +363,7 @@ def command(arguments: list[str]) -> None:
         "--oracle-tokens", type=int, metavar="N",
         help=f"tokens whose own gradient is taken (1024 up to {SMALL_STUDENT:,} student parameters, else 0)",
     )  # fmt: skip
-    cli.add_argument("--out", type=Path, metavar="DIR", help="default: output_dir/<run_name>-analysis")
+    cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: output_dir/<run_name>-analysis")
     options = cli.parse_args(arguments)
     for name, least in (("prompts", 1), ("oracle_tokens", 0)):
         value = vars(options)[name]
@@ -371,7 +372,8 @@ def command(arguments: list[str]) -> None:
     config, sections = load_config(options.config, options.overrides, SECTIONS)
     out = options.out or config.run_dir.with_name(f"{config.run_name}-analysis")
     from_user = " ".join(["python -m tip.analyze", *arguments])
-    print(run(config, sections["tip"], options.prompts, options.oracle_tokens, out, from_user))
+    with lock(out, "--out"):
+        print(run(config, sections["tip"], options.prompts, options.oracle_tokens, out, from_user))
 
 
 if __name__ == "__main__":

@@ -6,38 +6,42 @@ Numbers come from the run folders alone. Runs that did not start from the same s
 refused: their accuracies do not compare.
 """
 
-import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.cli import InputError, command_line, main
-from opd.evaluate import GREEDY, percent
-from opd.files import write_whole
+from typing_extensions import TypedDict
+
+from opd.cli import InputError, Parser, command_line, main, path_argument
+from opd.evaluate import GREEDY, percent, read_responses
+from opd.files import check, lock, write_whole
+from opd.run_folder import Recorded, Summary, read_final, read_record
 from tip import page, results
 from tip.grid import grid
 
 PHASES = ("rollout", "teacher", "score", "update")
 
 
+class Selection(TypedDict):
+    """What is read of a recorded tip section."""
+
+    rule: str
+    retention: float
+
+
 @dataclass(frozen=True)
 class Run:
     folder: Path
     label: str
-    config: dict
-    summary: dict
+    config: Recorded
+    summary: Summary
 
 
 def read_run(folder: Path) -> Run:
     """Reads a finished run. Raises InputError when it is not one."""
-    try:
-        config = json.loads((folder / "config.json").read_text())["config"]
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: not a finished run ({error}). Expected config.json and summary.json in it."
-        ) from None
+    config, summary = read_record(folder)["config"], read_final(folder)
     tip = config.get("tip")
+    if tip is not None:
+        check(tip, Selection, f"{folder / 'config.json'}: config.tip", "a rule and its retention")
     label = f"{tip['rule']} {tip['retention']:g}" if tip and tip["rule"] != "all" else "all tokens"
     return Run(folder, label, config, summary)
 
@@ -132,7 +136,7 @@ def example(runs: list[Run]) -> str:
 
 def _first_responses(folder: Path, name: str) -> dict[str, dict]:
     """Problem id -> its response with the lowest sample number (the greedy one has the lowest)."""
-    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    rows = read_responses(folder / f"{name}.jsonl")
     first = min(row["sample"] for row in rows)
     return {row["id"]: row for row in rows if row["sample"] == first}
 
@@ -150,17 +154,18 @@ def _start(run: Run) -> dict[str, object]:
 
 
 def command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tip.report", description="One table of finished runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write table.md, figures and report.html there")
+    parser = Parser("python -m tip.report", "One table of finished runs.")
+    parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run folder")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="also write table.md, figures and report.html there")
     parser.add_argument("--example", action="store_true", help="also one problem's responses before and after")
     options = parser.parse_args(arguments)
     runs = [read_run(folder) for folder in options.runs]
     text = table(runs) + (f"\n\n{example(runs)}" if options.example else "")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out / "table.md", text + "\n")
-        page.write(results.of_runs(runs) | {"command": command_line()}, options.out)
+        with lock(options.out, "--out"):
+            options.out.mkdir(exist_ok=True)
+            write_whole(options.out / "table.md", text + "\n")
+            page.write(results.of_runs(runs) | {"command": command_line()}, options.out)
     print(text)
 
 

@@ -17,7 +17,9 @@ import subprocess
 import sys
 import threading
 import traceback
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ import transformers
 
 from data.tiny import build
 from opd import distributed, launch
-from opd.cli import InputError, Interrupted, RunError, main, parser, say
+from opd.cli import InputError, Interrupted, RunError, main, parser, say, seed_argument
 from opd.config import ROOT, Config, load_config, read_json_object
+from opd.files import lock
 from opd.train import dry_run
 from opd.train import run as train
 from tip import page, results
@@ -79,11 +82,10 @@ class Table:
 
 def read_table(name: str) -> Table:
     """Reads configs/tables/<name>.json. Raises InputError when there is none, or when it is not one."""
+    known = sorted(p.stem for p in TABLES.glob("*.json"))
+    if name not in known:
+        raise InputError(f"there is no table {name[:80]!r}; there are {', '.join(known)}.")
     path = TABLES / f"{name}.json"
-    if not path.exists():
-        raise InputError(
-            f"there is no table {name!r}; there are {', '.join(sorted(p.stem for p in TABLES.glob('*.json')))}."
-        )
     values = read_json_object(path)
     try:
         panels = tuple((p["title"], tuple(Arm(a) for a in p["arms"])) for p in values.pop("panels"))
@@ -236,7 +238,7 @@ def command(arguments: list[str]) -> None:
     cli.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds at a time, each in a process of its own")
     cli.add_argument("--arms", metavar="A,B", help="only these arms, by the labels of --dry-run, and the baselines")
     cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")
-    cli.add_argument("--only-seed", type=int, metavar="N", help="run this seed's arms here and write no table")
+    cli.add_argument("--only-seed", type=seed_argument, metavar="N", help="run this seed's arms here and write no table")
     cli.add_argument("--only-arm", metavar="A", help="with --only-seed: this arm of it alone")
     options = cli.parse_args(arguments)
     name = f"figure{options.figure}" if options.figure else options.table
@@ -248,11 +250,11 @@ def command(arguments: list[str]) -> None:
     if options.arms:
         table = only(table, options.arms.split(","))
     try:
-        seeds = [int(text) for text in options.seeds.split(",")]
-    except ValueError:
-        raise InputError(f"--seeds {options.seeds}: expected whole numbers with commas, for example 0,1,2.") from None
-    if len(set(seeds)) < len(seeds) or min(seeds) < 0 or options.jobs < 1:
-        raise InputError(f"--seeds {options.seeds} --jobs {options.jobs}: expected different seeds >= 0 and jobs >= 1.")
+        seeds = [seed_argument(text) for text in options.seeds.split(",")]
+    except ArgumentTypeError as error:
+        raise InputError(f"--seeds: {error}. Give them with commas, for example 0,1,2.") from None
+    if len(set(seeds)) < len(seeds) or options.jobs < 1:
+        raise InputError(f"--seeds {options.seeds} --jobs {options.jobs}: expected different seeds and jobs >= 1.")
     base, _ = load_config(options.config, options.overrides, SECTIONS)
     fixed = {"seed", "run_name"}.union(*(arm.settings for arm in table.arms))
     for text in options.overrides:
@@ -280,6 +282,12 @@ def command(arguments: list[str]) -> None:
         if run_seed(table, options.config, options.overrides, options.only_seed, tell):
             raise RunError("not every arm finished")
         return
+    with lock(_root(base), "output_dir") if launch.machine() == 0 else nullcontext():
+        _all_seeds(table, base, seeds, options, arguments)
+
+
+def _all_seeds(table: Table, base: Config, seeds: list[int], options: Namespace, arguments: list[str]) -> None:
+    """Runs what has not run, then writes the table, as the only writer of its folder."""
     root = _root(base)
     jobs = min(options.jobs, torch.cuda.device_count() or options.jobs)
     if base.engine.kind == "deepspeed":  # a group of processes for each arm: one that fails does not take others along
@@ -293,7 +301,7 @@ def command(arguments: list[str]) -> None:
         failed = _in_processes(arguments, [(seed, None) for seed in seeds], jobs, root / "logs")
     if launch.machine() > 0:
         return  # the first machine writes the table
-    out = root / name
+    out = root / table.name
     models = base.student.path, base.teacher.path
     found = results.of_table(table, root, seeds, Path(options.config).stem, models)
     found["command"] = " ".join(["python -m tip.reproduce", *arguments])

@@ -27,8 +27,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from data.tiny import addition, task
-from opd import cli
-from opd.cli import InputError, main, say
+from opd.cli import InputError, Parser, main, path_argument, say, seed_argument
 from opd.files import lock, read_object
 
 TRAIN_PROBLEMS, TEST_PROBLEMS = 8192, 512
@@ -156,7 +155,7 @@ def build(out: Path, seed: int = 0, name: str = "chain") -> Path:
 
     Raises InputError when `out` is something else.
     """
-    with lock(out, "--out", wait=True):
+    with lock(out, "--out", wait=lambda: None):
         recorded = out / "recipe.json"
         if _is_current(out, name, seed):
             say(f"embedded pair: {out} is current")
@@ -187,7 +186,7 @@ def student(pair_folder: Path, seed: int, students: Path) -> Path:
         return pair_folder / "student"
     name = recorded["task"]
     out = students / name / f"seed_{seed}"
-    with lock(out, "output_dir", wait=True):
+    with lock(out, "output_dir", wait=lambda: None):
         if not _is_current(out, name, seed):
             say(f"embedded pair: training the student of seed {seed} into {out} (about half a minute of one core)")
             pair = PAIRS[name]
@@ -240,10 +239,10 @@ def _made_whole(out: Path, make: Callable[[Path], None]) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    parser = cli.Parser("python -m data.tiny.build", "Trains an embedded pair.")
+    parser = Parser("python -m data.tiny.build", "Trains an embedded pair.")
     parser.add_argument("--task", choices=PAIRS, default="chain")
-    parser.add_argument("--out", type=cli.path, required=True, help="folder of the pair")
-    parser.add_argument("--seed", type=cli.seed, default=0)
+    parser.add_argument("--out", type=path_argument, required=True, help="folder of the pair")
+    parser.add_argument("--seed", type=seed_argument, default=0)
     options = parser.parse_args(arguments)
     print(build(options.out, options.seed, options.task))
 
