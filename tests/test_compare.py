@@ -91,7 +91,9 @@ def test_wrong_arguments_show_the_usage(arguments):
 
 
 def test_a_folder_without_an_evaluation_is_named(tmp_path, pair):
-    for folder in (tmp_path, tmp_path / "missing", pair[0] / "bench.jsonl"):
+    for name in ("step_99", "step_foo", "step_00002x", "teacher"):
+        evaluation(tmp_path / "foreign" / "eval" / name, [True] * 4)
+    for folder in (tmp_path, tmp_path / "missing", tmp_path / "foreign", pair[0] / "bench.jsonl"):
         with pytest.raises(InputError, match=f"{folder}: no finished evaluation in it"):
             compare.command([str(folder), str(pair[1])])
 
