@@ -1,21 +1,30 @@
 """Is one run better than another on the same problems? `python -m opd.compare RUN RUN` (B minus A)
 
 Every problem is one pair: the two models' mean accuracy on it (over its samples, or of the greedy response). The
-interval is a bootstrap over problems, which are what a benchmark samples; runs share the random numbers of their
-samples, so the pairs are tight.
+interval (opd.accuracy) is over problems only, which are what a benchmark samples: it says nothing about another
+training. Runs share the random numbers of their samples, so the pairs are tight.
 """
 
-import argparse
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-import numpy as np
-
+from opd import cli
+from opd.accuracy import paired_interval
 from opd.cli import InputError, main
 from opd.evaluate import GREEDY
+from opd.files import read_object, read_rows
 
-RESAMPLES = 10_000
+AGAIN = "Evaluate again into a new folder (python -m opd.evaluate), or give another run."
+RESPONSE = {  # of a graded response: key -> type, and the type in words
+    "id": (str, "a string"),
+    "sample": (int, "a whole number"),
+    "correct": (bool | None, "true, false or null (not graded)"),
+}
+SAME_WAY = ("benchmark", "grader", "seed")  # figures that say how a benchmark was measured
+MEASURED = {"greedy": "greedy", "mean_at_k": "mean@k"}
 
 
 @dataclass(frozen=True)
@@ -25,79 +34,114 @@ class Difference:
     problems: int
     a: float
     b: float
-    low: float  # of the 95 % interval of the difference
+    low: float  # of the 95 % interval of the difference, over problems only
     high: float
     better: int  # problems on which B is better
     worse: int
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of mean(b - a), resampling problems; a and b are (P,) per-problem accuracies."""
-    difference = b - a
-    rng = np.random.default_rng(seed)
-    means = np.array([
-        difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(RESAMPLES)
-    ])  # fmt: skip
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def per_problem(path: Path, greedy: bool) -> dict[str, float]:
-    """Problem id -> mean accuracy over its graded samples (or its greedy response)."""
+    """Problem id -> mean accuracy over its samples (or of its greedy response); an ungraded answer counts as wrong.
+
+    Raises:
+        InputError: the file cannot be read, or a line of it is not a graded response.
+    """
     groups: dict[str, list[float]] = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if line:
-            row = json.loads(line)
-            if (row["sample"] == GREEDY) == greedy and row["correct"] is not None:
-                groups.setdefault(row["id"], []).append(float(row["correct"]))
+    try:
+        for number, row in read_rows(path, "the graded responses of an evaluation"):
+            for key, (kind, words) in RESPONSE.items():
+                if key not in row or not isinstance(row[key], kind):
+                    got = f"{key} is {str(row[key])[:80]!r}" if key in row else f"there is no {key!r}"
+                    raise InputError(f"{path}, line {number}: {got}, expected {key} to be {words}.")
+            if (row["sample"] == GREEDY) == greedy:
+                groups.setdefault(row["id"], []).append(float(row["correct"] or 0))
+    except InputError as error:
+        raise InputError(f"{error} {AGAIN}") from None
     return {key: sum(values) / len(values) for key, values in groups.items()}
 
 
 def compare(a: Path, b: Path, name: str, greedy: bool = False) -> Difference:
-    """Compares two evaluation folders on one benchmark. Raises InputError when they hold no common problems."""
+    """Compares two evaluation folders on one benchmark.
+
+    Raises:
+        InputError: they hold no common problems, or their responses cannot be read.
+    """
     ours, theirs = (per_problem(folder / f"{name}.jsonl", greedy) for folder in (a, b))
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         what = "greedy response" if greedy else "sampled response"
-        raise InputError(f"{a} and {b} have no problem of {name} with a graded {what} in both.")
-    x, y = (np.array([side[key] for key in common]) for side in (ours, theirs))
-    low, high = paired_bootstrap(x, y)
-    return Difference(len(common), x.mean(), y.mean(), low, high, int((y > x).sum()), int((y < x).sum()))
+        raise InputError(f"{a} and {b} have no problem of {name} with a {what} in both. {AGAIN}")
+    difference = {key: theirs[key] - ours[key] for key in common}
+    found = paired_interval([difference])
+    return Difference(
+        problems=len(common), a=fmean(ours[key] for key in common), b=fmean(theirs[key] for key in common),
+        low=found.low, high=found.high,
+        better=sum(d > 0 for d in difference.values()), worse=sum(d < 0 for d in difference.values()),
+    )  # fmt: skip
 
 
 def evaluation_folder(path: Path) -> Path:
-    """The folder itself if it holds an evaluation, else the last evaluation of the run in it. Raises InputError."""
+    """The folder itself if it holds an evaluation, else the last finished evaluation of the run in it.
+
+    Raises:
+        InputError: there is neither.
+    """
     if (path / "summary.json").exists() and not (path / "eval").is_dir():
         return path
-    finished = [p.parent for p in sorted((path / "eval").glob("step_*/summary.json"))]
+    finished = {
+        int(summary.parent.name.removeprefix("step_")): summary.parent
+        for summary in (path / "eval").glob("step_*/summary.json")
+        if re.fullmatch("step_[0-9]{6,}", summary.parent.name)
+    }
     if not finished:
         raise InputError(
             f"{path}: no finished evaluation in it. Expected a run folder, or the folder of an evaluation."
         )
-    return finished[-1]
+    return finished[max(finished)]
+
+
+def read_summary(folder: Path) -> dict[str, dict[str, Any]]:
+    """Benchmark -> its figures, of a finished evaluation. Raises InputError naming the file that is not its summary."""
+    path = folder / "summary.json"
+    try:
+        summary = read_object(path, "the summary of a finished evaluation")
+        for name, figures in summary.items():
+            if not isinstance(figures, dict) or not figures.keys() >= {*SAME_WAY, *MEASURED}:
+                got = sorted(figures) if isinstance(figures, dict) else figures
+                raise InputError(
+                    f"{path}: {name} has {str(got)[:200]}, expected the figures of a benchmark, "
+                    f"with {[*SAME_WAY, *MEASURED]}."
+                )
+    except InputError as error:
+        raise InputError(f"{error} {AGAIN}") from None
+    return summary
 
 
 def command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m opd.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("a", type=Path, metavar="RUN")
-    parser.add_argument("b", type=Path, metavar="RUN")
+    parser = cli.Parser("python -m opd.compare", __doc__.splitlines()[0])
+    parser.add_argument("a", type=cli.path, metavar="RUN")
+    parser.add_argument("b", type=cli.path, metavar="RUN")
     options = parser.parse_args(arguments)
     folders = [evaluation_folder(path) for path in (options.a, options.b)]
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    shared = sorted(summaries[0].keys() & summaries[1].keys())
+    ours, theirs = (read_summary(folder) for folder in folders)
+    shared = sorted(ours.keys() & theirs.keys())
     if not shared:
         raise InputError(
-            f"{folders[0]} and {folders[1]} have no benchmark in common: {[sorted(s) for s in summaries]}."
+            f"{folders[0]} and {folders[1]} have no benchmark in common: {[sorted(ours), sorted(theirs)]}."
         )
-    print(f"A: {folders[0]}\nB: {folders[1]}\nB - A in points, 95 % bootstrap interval over problems\n")
     for name in shared:
-        if any(summaries[0][name][key] != summaries[1][name][key] for key in ("benchmark", "grader", "seed")):
+        if any(ours[name][key] != theirs[name][key] for key in SAME_WAY):
             raise InputError(
                 f"{name} was not measured the same way in {folders[0]} and {folders[1]} (see summary.json)."
             )
-        for label, greedy, measured in (("greedy", True, "greedy"), ("mean@k", False, "mean_at_k")):
-            if summaries[0][name][measured] is not None and summaries[1][name][measured] is not None:
-                d = compare(*folders, name, greedy)
+    print(
+        f"A: {folders[0]}\nB: {folders[1]}\n"
+        "B - A in points with a 95 % interval over problems only: it says nothing about another training\n"
+    )
+    for name in shared:
+        for metric, label in MEASURED.items():
+            if ours[name][metric] is not None and theirs[name][metric] is not None:
+                d = compare(*folders, name, greedy=metric == "greedy")
                 gap = f"{100 * (d.b - d.a):+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
                 wins = f"better on {d.better}, worse on {d.worse} of {d.problems}"
                 print(f"{name} {label}: A {100 * d.a:.1f}, B {100 * d.b:.1f}, difference {gap}; {wins}")

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import pytest
 
 from data.tiny import addition, build
@@ -42,14 +41,43 @@ def test_the_papers_values_are_the_papers():
     assert facts["8"]["pairs"]["qwen3_8b_to_4b"]["aime25"]["divergence 0.1"] == [15.3, 1.1]
 
 
-def test_the_paired_interval_draws_seeds_and_problems():
-    rng = np.random.default_rng(0)
-    alike = [rng.normal(0.1, 0.01, 200) for _ in range(4)]
-    low, high = results.paired_interval(alike)
-    assert 0.09 < low < 0.1 < high < 0.11
-    apart = [np.full(50, value) for value in (0.0, 0.2, 0.4, 0.6)]  # no spread over problems, much over seeds
-    low, high = results.paired_interval(apart)
-    assert low < 0.15 and high > 0.45
+def responses(folder, right):
+    """An evaluation after update 60 whose greedy responses to some problems are right or not."""
+    step = folder / "eval" / "step_000060"
+    step.mkdir(parents=True)
+    rows = [{"id": problem, "sample": -1, "correct": correct} for problem, correct in right.items()]
+    (step / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (step / "summary.json").write_text("{}")
+    return folder
+
+
+def test_differences_are_over_the_problems_that_all_seeds_have(tmp_path):
+    base = {s: responses(tmp_path / f"base{s}", {"p": False, "q": False, "r": False, "only 0": False}) for s in (0, 1)}
+    arm = {
+        0: responses(tmp_path / "arm0", {"p": True, "q": False, "r": False, "only 0": True}),
+        1: responses(tmp_path / "arm1", {"p": True, "q": True, "r": None}),
+    }
+    found = results._differences(base, arm)["60"]["bench"]["greedy"]
+    assert found["by_seed"] == pytest.approx([1 / 3, 2 / 3]) and found["mean"] == pytest.approx(0.5)
+    assert (found["seeds"], found["wins"], found["covers"]) == (2, 2, "new seeds and new problems")
+    assert found["low"] < 1 / 3 and found["high"] > 2 / 3
+    alone = results._differences({0: base[0]}, {0: arm[0]})["60"]["bench"]["greedy"]
+    assert (alone["mean"], alone["seeds"], alone["covers"]) == (0.5, 1, "problems only")
+    other = responses(tmp_path / "other", {"only 0": True})
+    with pytest.raises(InputError, match=r"bench at step_000060: got seeds of \[1, 3\] problems and none in all of them"):
+        results._differences(base, {0: other, 1: arm[1]})
+
+
+def test_the_text_says_what_the_intervals_cover():
+    def text(*covers):
+        arm = {"60": {f"bench {i}": {"greedy": {"covers": kind}} for i, kind in enumerate(covers)}}
+        return results.covered({"arms": {"soft_or 0.5": {"differences": {"all 1.0": arm}}}})
+
+    one, several = "problems only", "new seeds and new problems"
+    assert text(several) == "a 95 % interval that covers new seeds and new problems"
+    assert text(one) == "a 95 % interval over problems only (it says nothing about another training)"
+    assert text(one, several).startswith(text(several)) and "one seed is compared" in text(one, several)
+    assert "over problems only" in text(one, several)
 
 
 def test_deepplanning_shows_the_papers_values_and_nothing_else(capsys):
@@ -81,7 +109,10 @@ def test_a_small_reproduction_and_the_same_again(tiny_pair, tmp_path, capsys):
             seed.glob("start_*/step_000000/summary.json")
         ).read_bytes()
     assert (out / "table.csv").read_text().count("\n") == 7  # three arms, greedy and sampled
+    assert "over problems only" in (out / "table.md").read_text() and "new seeds" not in (out / "table.md").read_text()
+    assert "covers of all 1.0" in (out / "table.csv").read_text().splitlines()[0]
     text = (out / "report.html").read_text()
+    assert "over problems only" in text
     assert "<script" not in text and text.count("data:image/png") >= 5
     (seed / "soft_or-0.5" / "summary.json").unlink()  # as if it had been stopped before its end
     reproduce.command(command)

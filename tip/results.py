@@ -2,8 +2,8 @@
 
 Three kinds of uncertainty are kept apart. *Over seeds*: the standard error of the mean of seeds, which holds everything
 that makes two trainings differ. *Over samples*: the root mean square of the runs' own standard errors over problems.
-*Paired*: the difference to a baseline arm with the same seeds and problems, whose interval is a bootstrap that draws
-seeds, and within each the problems, with replacement.
+*Paired*: the difference to a baseline arm with the same seeds and problems, whose interval (opd.accuracy) covers new
+seeds and new problems, or with one seed new problems only.
 """
 
 import csv
@@ -16,9 +16,10 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, paired_interval
+from opd.cli import InputError
 from opd.compare import per_problem
 from opd.config import ROOT, read_json_object
 from opd.files import write_whole
@@ -30,30 +31,12 @@ if TYPE_CHECKING:
     from tip.reproduce import Table
 
 METRICS = {"greedy": "greedy", "mean_at_k": "mean@k"}
-RESAMPLES = 4000
 CPU_MEMORY = "On a CPU peak memory is the process's, with the evaluations it ran: it does not compare rules."
 
 
 def paper() -> dict[str, Any]:
     """The numbers of the paper (data/paper/tables.json)."""
     return json.loads((ROOT / "data" / "paper" / "tables.json").read_text())
-
-
-def paired_interval(differences: list[np.ndarray], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of the mean over seeds of per-problem differences, one (P,) array per seed.
-
-    With one seed only problems are drawn: the interval then says nothing about another training.
-    """
-    rng = np.random.default_rng(seed)
-    count = len(differences)
-    means = np.empty(RESAMPLES)
-    for draw in range(RESAMPLES):
-        chosen = rng.integers(0, count, count)
-        means[draw] = np.mean([
-            differences[s][rng.integers(0, len(differences[s]), len(differences[s]))].mean() for s in chosen
-        ])  # fmt: skip
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def of_table(table: "Table", root: Path, seeds: list[int], pair: str, models: tuple[str, str]) -> dict[str, Any]:
@@ -233,23 +216,29 @@ def _differences(base: dict[int, Path], arm: dict[int, Path]) -> dict[str, Any]:
                     ours, theirs = (f[seed] / "eval" / step / path.name for f in (arm, base))
                     if ours.exists() and theirs.exists():
                         a, b = per_problem(theirs, greedy), per_problem(ours, greedy)
-                        common = sorted(a.keys() & b.keys())
-                        if common:
-                            differences.append(np.array([b[key] - a[key] for key in common]))
+                        if common := a.keys() & b.keys():
+                            differences.append({key: b[key] - a[key] for key in common})
                 if differences:
-                    low, high = paired_interval(differences)
-                    means = [float(d.mean()) for d in differences]
-                    blocks.setdefault(path.stem, {})[metric] = {
-                        "mean": statistics.fmean(means), "low": low, "high": high, "seeds": len(means),
-                        "wins": sum(m > 0 for m in means), "by_seed": means,
-                    }  # fmt: skip
+                    blocks.setdefault(path.stem, {})[metric] = _paired(differences, f"{path.stem} at {step}")
         found[str(int(step.removeprefix("step_")))] = blocks
     return found
 
 
+def _paired(differences: list[dict[str, float]], where: str) -> dict[str, Any]:
+    try:
+        found = paired_interval(differences)
+    except ValueError as error:
+        raise InputError(
+            f"{where}: {error} Measure all seeds on the same problems, or give runs of one seed at a time."
+        ) from None
+    return {
+        "mean": found.mean, "low": found.low, "high": found.high, "seeds": len(found.by_seed),
+        "wins": sum(mean > 0 for mean in found.by_seed), "by_seed": list(found.by_seed), "covers": found.covers,
+    }  # fmt: skip
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table to read: a block per evaluated step (or the last), benchmark and panel."""
-    seeds = result["seeds"]
     parts = [f"# {result['title']}", about(result)]
     arms = result["arms"]
     if not arms:
@@ -263,14 +252,27 @@ def markdown(result: dict[str, Any]) -> str:
     chance = result["comparisons"] // 20
     parts.append(
         'Accuracy in %: mean over seeds +- standard error over seeds (standard error over samples). "-": not measured. '
-        "Differences in points, paired by seed and problem, with a 95 % bootstrap interval over seeds and problems, and the "
+        f"Differences in points, paired by seed and problem, with {covered(result)}, and the "
         f"number of seeds on which the arm is better. table.json holds {result['comparisons']} such differences"
         + (f"; if nothing differed, some {chance} of their intervals would miss 0 all the same." if chance else ".")
-        + (" One seed: an interval says nothing about another training." if len(seeds) == 1 else "")
         + (f" {CPU_MEMORY}" if result["machine"].endswith("no GPU") else "")
     )
     parts += [text for text in (_missing(result), _warning_lines(result)) if text]
     return "\n\n".join(parts) + "\n"
+
+
+def covered(result: dict[str, Any]) -> str:
+    """What the 95 % intervals of a table cover; in a stopped table some can be of one seed, others of more."""
+    kinds = {
+        found["covers"]
+        for arm in result["arms"].values() for steps in arm["differences"].values() for blocks in steps.values()
+        for metrics in blocks.values() for found in metrics.values()
+    }  # fmt: skip
+    one = "over problems only (it says nothing about another training)"
+    if SEEDS_AND_PROBLEMS not in kinds:
+        return f"a 95 % interval {one}"
+    rest = f"; where one seed is compared (0/1 or 1/1), {one}" if PROBLEMS_ONLY in kinds else ""
+    return f"a 95 % interval that covers {SEEDS_AND_PROBLEMS}{rest}"
 
 
 def about(result: dict[str, Any]) -> str:
@@ -364,7 +366,8 @@ def table_csv(result: dict[str, Any]) -> str:
     file = io.StringIO()
     columns = ["panel", "arm", "benchmark", "step", "metric", "seeds", "mean", "se_seeds", "se_samples", "paper", "paper_pm",
                "retained", "mass_covered", "peak_memory_gb", "seconds"]  # fmt: skip
-    columns += [f"{what} {base}" for base in result["baselines"] for what in ("difference to", "low of", "high of")]
+    columns += [f"{what} {base}" for base in result["baselines"]
+                for what in ("difference to", "low of", "high of", "covers of")]  # fmt: skip
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     for panel in result["panels"]:
@@ -379,7 +382,7 @@ def table_csv(result: dict[str, Any]) -> str:
                                arm["retained"], arm["mass_covered"], arm["peak_memory_gb"], arm["seconds"]]  # fmt: skip
                         for base in result["baselines"]:
                             d = arm["differences"].get(base, {}).get(step, {}).get(name, {}).get(metric)
-                            row += [d["mean"], d["low"], d["high"]] if d else ["", "", ""]
+                            row += [d[key] for key in ("mean", "low", "high", "covers")] if d else [""] * 4
                         writer.writerow(row)
     return file.getvalue()
 
