@@ -5,24 +5,16 @@ interval (opd.accuracy) is over problems only, which are what a benchmark sample
 training. Runs share the random numbers of their samples, so the pairs are tight.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from opd import cli
 from opd.accuracy import paired_interval
-from opd.cli import InputError, main
-from opd.evaluate import GREEDY
-from opd.files import read_object, read_rows
+from opd.benchmarks import GREEDY
+from opd.cli import InputError, Parser, main, path_argument
+from opd.evaluate import read_responses, read_summary
+from opd.files import step_number
 
-AGAIN = "Evaluate again into a new folder (python -m opd.evaluate), or give another run."
-RESPONSE = {  # of a graded response: key -> type, and the type in words
-    "id": (str, "a string"),
-    "sample": (int, "a whole number"),
-    "correct": (bool | None, "true, false or null (not graded)"),
-}
 SAME_WAY = ("benchmark", "grader", "seed")  # figures that say how a benchmark was measured
 MEASURED = {"greedy": "greedy", "mean_at_k": "mean@k"}
 
@@ -47,16 +39,9 @@ def per_problem(path: Path, greedy: bool) -> dict[str, float]:
         InputError: the file cannot be read, or a line of it is not a graded response.
     """
     groups: dict[str, list[float]] = {}
-    try:
-        for number, row in read_rows(path, "the graded responses of an evaluation"):
-            for key, (kind, words) in RESPONSE.items():
-                if key not in row or not isinstance(row[key], kind):
-                    got = f"{key} is {str(row[key])[:80]!r}" if key in row else f"there is no {key!r}"
-                    raise InputError(f"{path}, line {number}: {got}, expected {key} to be {words}.")
-            if (row["sample"] == GREEDY) == greedy:
-                groups.setdefault(row["id"], []).append(float(row["correct"] or 0))
-    except InputError as error:
-        raise InputError(f"{error} {AGAIN}") from None
+    for row in read_responses(path):
+        if (row["sample"] == GREEDY) == greedy:
+            groups.setdefault(row["id"], []).append(float(row["correct"] or 0))
     return {key: sum(values) / len(values) for key, values in groups.items()}
 
 
@@ -70,7 +55,7 @@ def compare(a: Path, b: Path, name: str, greedy: bool = False) -> Difference:
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         what = "greedy response" if greedy else "sampled response"
-        raise InputError(f"{a} and {b} have no problem of {name} with a {what} in both. {AGAIN}")
+        raise InputError(f"{a} and {b} have no problem of {name} with a {what} in both.")
     difference = {key: theirs[key] - ours[key] for key in common}
     found = paired_interval([difference])
     return Difference(
@@ -88,11 +73,8 @@ def evaluation_folder(path: Path) -> Path:
     """
     if (path / "summary.json").exists() and not (path / "eval").is_dir():
         return path
-    finished = {
-        int(summary.parent.name.removeprefix("step_")): summary.parent
-        for summary in (path / "eval").glob("step_*/summary.json")
-        if re.fullmatch("step_[0-9]{6,}", summary.parent.name)
-    }
+    folders = (summary.parent for summary in (path / "eval").glob("step_*/summary.json"))
+    finished = {step_number(folder): folder for folder in folders if step_number(folder) is not None}
     if not finished:
         raise InputError(
             f"{path}: no finished evaluation in it. Expected a run folder, or the folder of an evaluation."
@@ -100,27 +82,10 @@ def evaluation_folder(path: Path) -> Path:
     return finished[max(finished)]
 
 
-def read_summary(folder: Path) -> dict[str, dict[str, Any]]:
-    """Benchmark -> its figures, of a finished evaluation. Raises InputError naming the file that is not its summary."""
-    path = folder / "summary.json"
-    try:
-        summary = read_object(path, "the summary of a finished evaluation")
-        for name, figures in summary.items():
-            if not isinstance(figures, dict) or not figures.keys() >= {*SAME_WAY, *MEASURED}:
-                got = sorted(figures) if isinstance(figures, dict) else figures
-                raise InputError(
-                    f"{path}: {name} has {str(got)[:200]}, expected the figures of a benchmark, "
-                    f"with {[*SAME_WAY, *MEASURED]}."
-                )
-    except InputError as error:
-        raise InputError(f"{error} {AGAIN}") from None
-    return summary
-
-
 def command(arguments: list[str]) -> None:
-    parser = cli.Parser("python -m opd.compare", __doc__.splitlines()[0])
-    parser.add_argument("a", type=cli.path, metavar="RUN")
-    parser.add_argument("b", type=cli.path, metavar="RUN")
+    parser = Parser("python -m opd.compare", __doc__.splitlines()[0])
+    parser.add_argument("a", type=path_argument, metavar="RUN")
+    parser.add_argument("b", type=path_argument, metavar="RUN")
     options = parser.parse_args(arguments)
     folders = [evaluation_folder(path) for path in (options.a, options.b)]
     ours, theirs = (read_summary(folder) for folder in folders)

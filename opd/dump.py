@@ -10,12 +10,15 @@ n is the number of *counted* tokens of the response. Numbers are rounded to six 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypedDict
 
+from opd.cli import InputError
 from opd.data import Rollout
-from opd.files import write_whole
+from opd.files import check, read_rows, write_whole
 from opd.hooks import TokenStats, TokenWeights
 
 TOP5 = frozenset(f"{who}_top5_{what}" for who in ("student", "teacher") for what in ("ids", "logprobs"))
@@ -68,6 +71,37 @@ def write(
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(lines))
+
+
+class Dump(TypedDict):
+    """What is read again of a line; statistics and the observer's columns stand beside it."""
+
+    step: int
+    sequence_id: int
+    vocab_size: int
+    prompt: str
+    token_ids: list[int]
+    tokens: list[str]
+    weight: list[float]
+    student_entropy: list[float]
+    reverse_kl: list[float]
+    forward_kl: list[float]
+    student_top5: list[list[list[str | float]]]
+    teacher_top5: list[list[list[str | float]]]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rollouts of a token dump, all with the same columns. Raises InputError naming the line that is wrong."""
+    expected, rows = "a token dump", []
+    for number, row in read_rows(path, expected):
+        where = f"{path}, line {number}"
+        check(row, Dump, where, expected)
+        uneven = [name for name, value in row.items() if isinstance(value, list) and len(value) != len(row["token_ids"])]
+        if uneven or (rows and row.keys() != rows[0].keys()):
+            what = f"{uneven[0]} is not as long as token_ids" if uneven else "it has other columns than the first line"
+            raise InputError(f"{where}: {what}. Expected {expected}.")
+        rows.append(row)
+    return rows
 
 
 def _numbers(column: Tensor) -> list[float] | list[int]:

@@ -92,3 +92,18 @@ def naive_loss(divergence, student_logits, teacher_logits, beta=0.5):
         return (q * (q / p).log()).sum(-1)
     m = beta * q + (1 - beta) * p
     return beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
+
+
+def response(problem, sample, correct, extracted="x", tokens=5, **more):
+    """A line of an evaluation's responses."""
+    return {"id": problem, "sample": sample, "prompt": "q", "response": "r", "extracted": extracted, "answer": "x",
+            "correct": correct, "finish_reason": "stop", "tokens": tokens} | more  # fmt: skip
+
+
+def evaluation_figures(**changes):
+    """What an evaluation's summary.json holds of a benchmark."""
+    none = ("greedy", "greedy_se", "mean_at_k", "mean_at_k_se", "mean_at_k_se_passes", "maj_at_k", "reverse_kl")
+    return dict.fromkeys(none) | {
+        "problems": 8, "k": 0, "pass_at": {}, "ungraded": 0, "truncated": 0.0, "unformatted": 0.0, "length_mean": 5.0,
+        "benchmark": {}, "grader": "g", "seed": 0, "responses_sha256": "", "time/evaluation": 1.0,
+    } | changes  # fmt: skip

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from helpers import evaluation_figures
+from helpers import response as row
 
 from opd import compare
 from opd.cli import InputError
@@ -10,16 +12,12 @@ from opd.cli import InputError
 BENCHMARK = {"version": 1, "file": "test.jsonl"}
 
 
-def row(problem, sample, correct):
-    return {"id": problem, "sample": sample, "correct": correct}
-
-
 def evaluation(folder, greedy, **figures):
     """A finished evaluation of the benchmark `bench` by greedy answers, one a problem."""
     folder.mkdir(parents=True)
     rows = [row(f"p{i}", -1, correct) for i, correct in enumerate(greedy)]
     (folder / "bench.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    found = {"greedy": 0.5, "mean_at_k": None, "benchmark": BENCHMARK, "grader": 1, "seed": 0} | figures
+    found = evaluation_figures(greedy=0.5, mean_at_k=None, benchmark=BENCHMARK) | figures
     (folder / "summary.json").write_text(json.dumps({"bench": found}))
     return folder
 
@@ -98,26 +96,32 @@ def test_a_folder_without_an_evaluation_is_named(tmp_path, pair):
             compare.command([str(folder), str(pair[1])])
 
 
+def edited(**changes):
+    """A line of responses with other values; without those that are None."""
+    values = row("p0", -1, True) | changes
+    return json.dumps({key: value for key, value in values.items() if key not in changes or value is not None}).encode()
+
+
 GOOD = json.dumps(row("p0", -1, True)).encode() + b"\n"
 DAMAGED = {
     "an empty summary": ("summary.json", b"", "not JSON"),
     "half a summary": ("summary.json", b'{"bench": {"greedy": 0.5, "mean', "not JSON"),
-    "a summary that is a list": ("summary.json", b"[1, 2]", "list, expected the summary of a finished evaluation"),
+    "a summary that is a list": ("summary.json", b"[1, 2]", "list, expected the figures of an evaluation"),
     "a summary in Latin-1": ("summary.json", '{"Prüfung": 1}'.encode("latin-1"), "not UTF-8"),
     "a summary in UTF-16": ("summary.json", '{"bench": {}}'.encode("utf-16"), "not UTF-8"),
     "a summary in UTF-16 without its mark": ("summary.json", '{"bench": {}}'.encode("utf-16-le"), "not JSON"),
-    "figures that lack some": ("summary.json", b'{"bench": {"greedy": 0.5}}', "bench has ['greedy'], expected the figures"),
-    "figures that are a number": ("summary.json", b'{"bench": 3}', "bench has 3, expected the figures of a benchmark"),
+    "figures that lack some": ("summary.json", b'{"bench": {"greedy": 0.5}}', "bench.time/evaluation is missing. Expected the figures of an evaluation"),
+    "figures that are a number": ("summary.json", b'{"bench": 3}', "bench is 3 (Input should be a valid dictionary). Expected the figures"),
     "no responses": ("bench.jsonl", None, "cannot be read (No such file or directory)"),
     "responses in UTF-16": ("bench.jsonl", GOOD.decode().encode("utf-16"), "not UTF-8"),
     "a line cut off": ("bench.jsonl", GOOD + b'{"id": "p1", "sam', "line 2: not JSON"),
     "a line that is a list": ("bench.jsonl", GOOD + b"\n[1]\n", "line 3: list, expected a JSON object"),
-    "a response without id": ("bench.jsonl", GOOD + b'{"sample": -1, "correct": true}', "line 2: there is no 'id'"),
-    "an id that is a list": ("bench.jsonl", b'{"id": [1], "sample": -1, "correct": true}', "line 1: id is '[1]'"),
-    "a response without sample": ("bench.jsonl", b'{"id": "p", "correct": true}', "line 1: there is no 'sample'"),
-    "a sample that is a text": ("bench.jsonl", b'{"id": "p", "sample": "-1", "correct": true}', "expected sample to be a whole"),
-    "a response without verdict": ("bench.jsonl", b'{"id": "p", "sample": -1}', "line 1: there is no 'correct'"),
-    "a verdict that is a text": ("bench.jsonl", b'{"id": "p", "sample": -1, "correct": "yes"}', "line 1: correct is 'yes'"),
+    "a response without id": ("bench.jsonl", GOOD + edited(id=None), "line 2: id is missing. Expected the responses"),
+    "an id that is a list": ("bench.jsonl", edited(id=[1]), "line 1: id is [1] (Input should be a valid string)"),
+    "a response without sample": ("bench.jsonl", edited(sample=None), "line 1: sample is missing"),
+    "a sample that is a text": ("bench.jsonl", edited(sample="-1"), "line 1: sample is '-1' (Input should be a valid integer)"),
+    "a response without verdict": ("bench.jsonl", edited(correct=None), "line 1: correct is missing"),
+    "a verdict that is a text": ("bench.jsonl", edited(correct="yes"), "line 1: correct is 'yes'"),
     "no response at all": ("bench.jsonl", b"", "no problem of bench with a greedy response in both"),
 }
 

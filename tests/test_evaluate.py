@@ -14,13 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import response as row
 
 from opd import evaluate
-
-
-def row(problem, sample, correct, extracted="x", tokens=5, **more):
-    return {"id": problem, "sample": sample, "correct": correct, "extracted": extracted, "finish_reason": "stop",
-            "tokens": tokens} | more  # fmt: skip
 
 
 def test_pass_at_k_equals_brute_force():

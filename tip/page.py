@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from opd.files import write_whole
+from opd import dump
+from opd.files import step_number, write_whole
 from opd.metrics import read_metrics
 from tip import figures, results
 
@@ -186,14 +187,14 @@ def _training(result: dict[str, Any], shown: list[str], benchmarks: dict[str, An
 def _dumps(result: dict[str, Any], label: str) -> list[dict[str, Any]]:
     """Token dumps of an arm's first seed at its first dumped update."""
     folder = Path(next(iter(result["folders"][label].values())))
-    path = next(iter(sorted((folder / "tokens").glob("step_*.jsonl"))), None)
-    return [] if path is None else [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    path = next((p for p in sorted((folder / "tokens").glob("step_*.jsonl")) if step_number(p) is not None), None)
+    return [] if path is None else dump.read(path)
 
 
 def _thresholds(result: dict[str, Any], label: str, step: int) -> tuple[float, float] | None:
     """Of the quadrants at an update of an arm's first seed, if they were logged."""
     rows = read_metrics(Path(next(iter(result["folders"][label].values()))))
-    row = next(r for r in rows if r["step"] == step)
+    row = next((r for r in rows if r["step"] == step), {})
     names = ("tip/threshold_entropy", "tip/threshold_divergence")
     return (row[names[0]], row[names[1]]) if set(names) <= set(row) else None
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from opd.benchmarks import GREEDY
 from opd.cli import InputError, Parser, command_line, main, path_argument
-from opd.evaluate import GREEDY, percent, read_responses
+from opd.compare import evaluation_folder
+from opd.evaluate import percent, read_responses
 from opd.files import check, lock, write_whole
 from opd.run_folder import Recorded, Summary, read_final, read_record
 from tip import page, results
@@ -122,7 +124,7 @@ def example(runs: list[Run]) -> str:
     evaluations = runs[0].folder / "eval"
     responses = {"step-0 student": _first_responses(evaluations / "step_000000", name)}
     responses["teacher"] = _first_responses(evaluations / "teacher", name)
-    responses |= {run.label: _first_responses(max((run.folder / "eval").glob("step_*")), name) for run in runs}
+    responses |= {run.label: _first_responses(evaluation_folder(run.folder), name) for run in runs}
     start = responses["step-0 student"]
     chosen = next((key for key, row in start.items() if not row["correct"]), next(iter(start)))
     how = "greedy" if start[chosen]["sample"] == GREEDY else "sampled"

@@ -22,8 +22,10 @@ from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, paired_interval
 from opd.cli import InputError
 from opd.compare import per_problem
 from opd.config import ROOT, read_json_object
-from opd.files import write_whole
-from opd.metrics import read_metrics
+from opd.evaluate import read_summary
+from opd.files import step_number, whole_rows, write_whole
+from opd.metrics import Warned, read_metrics
+from opd.run_folder import read_final, read_record
 from tip.grid import grid
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ def collect(
             "git_commit": None,
             "comparisons": 0,
         }
-    record = json.loads((first / "config.json").read_text())
+    record = read_record(first)
     result |= {key: record[key] for key in ("config", "versions", "git_commit")}
     result["start"] = {
         who: _accuracies({s: f / "eval" / folder for s, f in done_first(done).items()})
@@ -133,6 +135,12 @@ def done_first(done: dict[str, dict[int, Path]]) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def evaluated_steps(run_dir: Path) -> list[str]:
+    """Names of a run's finished evaluations of its student."""
+    finished = (path.parent for path in (run_dir / "eval").glob("step_*/summary.json"))
+    return sorted(folder.name for folder in finished if step_number(folder) is not None)
+
+
 def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
@@ -147,10 +155,10 @@ def _reason(folder: Path) -> str:
 
 
 def _arm(folders: dict[int, Path], facts: dict[str, Any], label: str) -> dict[str, Any]:
-    summaries = {seed: json.loads((f / "summary.json").read_text()) for seed, f in folders.items()}
+    summaries = {seed: read_final(f) for seed, f in folders.items()}
     tokens = [s["tokens"] for s in summaries.values()]
     covered = [s["mass_covered"] for s in summaries.values() if s["mass_covered"] is not None]
-    steps = sorted({p.parent.name for f in folders.values() for p in (f / "eval").glob("step_*/summary.json")})
+    steps = sorted({name for f in folders.values() for name in evaluated_steps(f)})
     return {
         "seeds": sorted(folders),
         "retained": sum(t["kept"] for t in tokens) / max(sum(t["response"] for t in tokens), 1),
@@ -171,17 +179,14 @@ def _warnings(folders: dict[int, Path]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for folder in folders.values():
         path = folder / "warnings.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            row = json.loads(line)
+        for row in whole_rows(path, Warned)[0] if path.exists() else []:
             found.setdefault(row["kind"], {"times": 0, "first": row["message"]})["times"] += 1
     return found
 
 
 def _accuracies(folders: dict[int, Path]) -> dict[str, Any]:
     """Benchmark -> metric -> mean over seeds, both standard errors, and the values themselves."""
-    summaries = [
-        json.loads((f / "summary.json").read_text()) for f in folders.values() if (f / "summary.json").exists()
-    ]
+    summaries = [read_summary(f) for f in folders.values() if (f / "summary.json").exists()]
     found: dict[str, Any] = {}
     for name in summaries[0] if summaries else ():
         figures = [summary[name] for summary in summaries]
@@ -205,7 +210,7 @@ def _differences(base: dict[int, Path], arm: dict[int, Path]) -> dict[str, Any]:
     seeds = sorted(base.keys() & arm.keys())
     found: dict[str, Any] = {}
     steps = sorted(
-        {p.parent.name for s in seeds for p in (arm[s] / "eval").glob("step_*/summary.json")} - {"step_000000"}
+        {name for s in seeds for name in evaluated_steps(arm[s])} - {"step_000000"}
     )
     for step in steps:
         blocks: dict[str, Any] = {}
