@@ -33,7 +33,7 @@ from opd.step import pair_stats
 from opd.vllm_engine import sampling
 
 GREEDY = -1  # sample number of the greedy response in the files
-UNGRADED_PERCENT = 1  # share of ungraded answers above which an accuracy needs a second look
+UNGRADED_PERCENT = 1  # of all answers; above it, an accuracy needs a second look
 
 
 @strict
@@ -184,8 +184,8 @@ def evaluate(
             continue
         rows = _graded(lm, numbered, grader, loaded.benchmark.answer_lines)
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
-        _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
         summary[loaded.name] = {
             **summarise(rows),
             "benchmark": asdict(loaded.benchmark),
