@@ -42,6 +42,7 @@ from opd.rollout import Decoding, sample
 from opd.step import pair_stats
 from opd.vllm_engine import sampling
 
+UNGRADED_PERCENT = 1  # of all answers; above it, an accuracy needs a second look
 _Timed = TypedDict("_Timed", {"time/evaluation": float})  # seconds
 
 
@@ -76,6 +77,7 @@ class Response(TypedDict):
     prompt: str
     response: str
     extracted: str | None
+    vote: str | None  # a text of its class of equal answers; None: it takes part in no vote
     answer: str | None
     correct: bool | None  # None: the grader gave up
     finish_reason: str
@@ -110,7 +112,7 @@ def evaluate(
 
     A model is sampled over its own whole vocabulary, so that its accuracy does not depend on whom it is paired with.
     Responses are appended to `<name>.partial.jsonl` batch by batch, and a stopped evaluation continues from there; then
-    `<name>.jsonl` (every prompt, response, extracted answer, verdict) and at last summary.json are written whole.
+    `<name>.jsonl` (every prompt, response, extracted answer, verdict, vote) and at last summary.json are written whole.
 
     Args:
         teacher: for eval.reverse_kl; None, or the evaluated model itself: not measured.
@@ -142,6 +144,7 @@ def evaluate(
         rows = _graded(lm, numbered, grader, loaded.benchmark.answer_lines)
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
         summary[loaded.name] = {
             **summarise(rows),
             "benchmark": asdict(loaded.benchmark),
@@ -247,6 +250,7 @@ def _graded(
 ) -> list[dict]:
     texts = [lm.tokenizer.decode(r.response_ids, skip_special_tokens=True) for _, r in numbered]
     verdicts = grader.grade([(t, r.prompt.answer) for t, (_, r) in zip(texts, numbered, strict=True)], lines)
+    votes = _votes(numbered, verdicts, grader)
     return [
         {
             "id": rollout.prompt.id,
@@ -255,12 +259,39 @@ def _graded(
             "response": text,
             "extracted": verdict.extracted,
             "answer": rollout.prompt.answer,
-            "correct": verdict.correct,  # null: the grader crashed or ran out of time
+            "correct": verdict.correct,  # null: the grader crashed or ran out of time; counts as wrong
+            "vote": vote,  # null: it does not vote
             "finish_reason": rollout.finish_reason,
             "tokens": len(rollout.response_ids),
         }
-        for text, verdict, (number, rollout) in zip(texts, verdicts, numbered, strict=True)
+        for text, verdict, vote, (number, rollout) in zip(texts, verdicts, votes, numbered, strict=True)
     ]
+
+
+def _votes(
+    numbered: Sequence[tuple[int, Rollout]], verdicts: Sequence[grading.Verdict], grader: grading.Grader
+) -> list[str | None]:
+    """For every response, the answer it votes for among its problem's samples; the greedy one does not vote."""
+    problems: dict[str, list[int]] = {}
+    for i, (number, rollout) in enumerate(numbered):
+        if number != GREEDY:
+            problems.setdefault(rollout.prompt.id, []).append(i)
+    found: list[str | None] = [None] * len(numbered)
+    chosen = grading.votes([[verdicts[i] for i in places] for places in problems.values()], grader)
+    for places, votes in zip(problems.values(), chosen, strict=True):
+        for i, vote in zip(places, votes, strict=True):
+            found[i] = vote
+    return found
+
+
+def _warn_of_ungraded(rows: Sequence[dict], path: Path) -> None:
+    ungraded = sum(row["correct"] is None for row in rows)
+    if 100 * ungraded > UNGRADED_PERCENT * len(rows):
+        say(
+            f"warning: the grader gave up on {ungraded} of {len(rows)} answers of {path.stem} (it crashed or ran out of "
+            f'time), and they count as wrong. Look at the rows with "correct": null in {path}: if these are ordinary '
+            "answers, the machine was too busy to grade; evaluate again, into a new folder, when it is not."
+        )
 
 
 def _reverse_kl(
@@ -292,25 +323,24 @@ def _reverse_kl(
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, Any]:
-    """Figures of one benchmark's responses; accuracies in [0, 1] over graded responses only.
+    """Figures of one benchmark's responses; accuracies in [0, 1] over all of them, and what is ungraded is not right.
 
     mean_at_k: mean over problems of the share of right samples; its standard error over problems (`mean_at_k_se`) and
     over the k passes (`mean_at_k_se_passes`). pass_at: unbiased pass@j for j = 1, 2, 4, ... and k. maj_at_k: share of
-    problems whose most frequent extracted answer is right, ties counted in parts. `reverse_kl`: mean over the tokens of
-    the sampled responses (the greedy ones without samples), nats. None: not measured.
+    problems whose most frequent answer is right, ties counted in parts. `reverse_kl`: mean over the tokens of the sampled
+    responses (the greedy ones without samples), nats. `ungraded`: how many the grader gave up on. None: not measured.
     """
-    greedy = [float(r["correct"]) for r in rows if r["sample"] == GREEDY and r["correct"] is not None]
+    greedy = [float(r["correct"] is True) for r in rows if r["sample"] == GREEDY]
     problems: dict[str, list[dict]] = {}
     passes: dict[int, list[float]] = {}
     for row in rows:
         if row["sample"] != GREEDY:
             problems.setdefault(row["id"], []).append(row)
-            if row["correct"] is not None:
-                passes.setdefault(row["sample"], []).append(float(row["correct"]))
-    graded = [[r for r in group if r["correct"] is not None] for group in problems.values()]
-    graded = [group for group in graded if group]
-    means = [statistics.fmean(r["correct"] for r in group) for group in graded]
-    k = max(map(len, problems.values()), default=0)
+            passes.setdefault(row["sample"], []).append(float(row["correct"] is True))
+    groups = list(problems.values())
+    right = [sum(r["correct"] is True for r in group) for group in groups]
+    means = [count / len(group) for count, group in zip(right, groups, strict=True)]
+    k = max(map(len, groups), default=0)
     sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | ({k} if k else set()))
     scored = [r for r in rows if "reverse_kl" in r and (r["sample"] != GREEDY) == bool(problems)]
     return {
@@ -321,9 +351,9 @@ def summarise(rows: Sequence[dict]) -> dict[str, Any]:
         "mean_at_k": statistics.fmean(means) if means else None,
         "mean_at_k_se": standard_error(means),
         "mean_at_k_se_passes": standard_error([statistics.fmean(values) for values in passes.values()]),
-        "pass_at": {str(j): statistics.fmean(pass_at(len(g), sum(r["correct"] for r in g), min(j, len(g))) for g in graded)
-                    for j in sizes if graded},
-        "maj_at_k": statistics.fmean(majority(group) for group in graded) if graded else None,
+        "pass_at": {str(j): statistics.fmean(pass_at(len(group), count, j)
+                                             for count, group in zip(right, groups, strict=True)) for j in sizes},
+        "maj_at_k": statistics.fmean(map(majority, groups)) if groups else None,
         "reverse_kl": sum(r["reverse_kl"] * r["tokens"] for r in scored) / sum(r["tokens"] for r in scored) if scored else None,
         "ungraded": sum(r["correct"] is None for r in rows),
         "truncated": statistics.fmean(r["finish_reason"] == "length" for r in rows),
@@ -338,18 +368,19 @@ def pass_at(n: int, right: int, j: int) -> float:
 
 
 def majority(group: Sequence[dict]) -> float:
-    """1 if the most frequent extracted answer of a problem is right; of several equally frequent, the share that is.
+    """1 if the most frequent answer of a problem is right; of several equally frequent, the share that is.
 
-    Answers that are the same text are one answer; a response without one does not vote.
+    A row's vote names the answer it stands for (opd.grading.votes). An answer is right if one of its voters was found
+    right: another one of the same text may have been ungraded.
     """
     votes: dict[str, list[bool]] = {}
     for row in group:
-        if row["extracted"] is not None:
-            votes.setdefault(row["extracted"].replace(" ", ""), []).append(row["correct"])
+        if row["vote"] is not None:
+            votes.setdefault(row["vote"], []).append(row["correct"] is True)
     if not votes:
         return 0.0
     most = max(map(len, votes.values()))
-    return statistics.fmean(float(right[0]) for right in votes.values() if len(right) == most)
+    return statistics.fmean(float(any(right)) for right in votes.values() if len(right) == most)
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -1,8 +1,9 @@
 """Is a response right? The last \\boxed{...} of a response, compared with the reference answer.
 
 Extraction and the plain cases (equal integers, equal text) are decided here; everything else is mathematics, and
-math-verify does it, in worker processes with a time limit. What crashes or hangs a worker is *ungraded* and reported
-as that, never as wrong. A worker is `python -m opd.grading`: one JSON object per line in, one out.
+math-verify does it, in worker processes with a time limit. What crashes or hangs a worker is *ungraded*: it is reported
+as that and counts as wrong in every accuracy, for a model must not gain by answers that nobody can read. A worker is
+`python -m opd.grading`: one JSON object per line in, one out.
 """
 
 import ctypes
@@ -21,14 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-VERSION = "boxed-math-verify-0.9.0-2"  # written into every evaluation: a grader is part of what a number means
+VERSION = "boxed-math-verify-0.9.0-3"  # written into every evaluation: a grader is part of what a number means
 WORKER_BYTES = 4 * 2**30  # address space of a worker; beyond it, it fails instead of the machine
 
 
 @dataclass(frozen=True)
 class Verdict:
     extracted: str | None  # None: the response has no complete box
-    correct: bool | None  # None: ungraded, because the grader crashed or ran out of time
+    correct: bool | None  # None: ungraded, because the grader crashed or ran out of time; counts as wrong
 
 
 class Grader:
@@ -67,16 +68,21 @@ class Grader:
             answer_lines: without a box, take what follows the last line that starts with "Answer:".
         """
         extracted = [extract(response, answer_lines) for response, _ in pairs]
-        answers = [(e or "", a) for e, (_, a) in zip(extracted, pairs, strict=True)]
-        correct = [False if e is None else plainly_equal(e, a) for e, (_, a) in zip(extracted, pairs, strict=True)]
-        open_ones = [i for i, verdict in enumerate(correct) if verdict is None]
-        for i, verdict in zip(open_ones, self._verify([answers[i] for i in open_ones]), strict=True):
-            correct[i] = verdict
-        return [Verdict(e, c) for e, c in zip(extracted, correct, strict=True)]
+        answered = [i for i, answer in enumerate(extracted) if answer is not None]
+        same = self.equivalent([(extracted[i], pairs[i][1]) for i in answered])
+        correct = dict(zip(answered, same, strict=True))
+        return [Verdict(answer, correct.get(i, False)) for i, answer in enumerate(extracted)]
 
     def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
-        """Whether (prediction, reference) are the same answer; each is an expression, or a text whose last one counts."""
-        return self._verify(list(pairs))
+        """Whether (prediction, reference) are the same answer, None: ungraded; only what is not plain goes to a worker.
+
+        Each is an expression, or a text whose last one counts.
+        """
+        same = [plainly_equal(*pair) for pair in pairs]
+        open_ones = [i for i, verdict in enumerate(same) if verdict is None]
+        for i, verdict in zip(open_ones, self._verify([pairs[i] for i in open_ones]), strict=True):
+            same[i] = verdict
+        return same
 
     def _verify(self, pairs: list[tuple[str, str]]) -> list[bool | None]:
         if not pairs:
@@ -147,6 +153,55 @@ class _Worker:
             self.process = None
 
 
+def votes(problems: Sequence[Sequence[Verdict]], grader: Grader) -> list[list[str | None]]:
+    """For every answer of every problem, the answer it votes for: the first of those that are held equal to it.
+
+    None: there is no answer, or an empty one. Equal are: answers that are the same text without spaces; right answers,
+    for all of them equal the reference; wrong ones that the grader holds equal. A pair that the grader gives up on is not
+    equal, and an ungraded answer equals its own text alone: to compare it again may cost the whole time limit.
+    """
+    chosen: list[dict[str, str | None]] = []  # per problem: an answer without its spaces -> the answer it votes for
+    waiting: list[list[str]] = []  # per problem: the different wrong answers that have no class yet
+    for verdicts in problems:
+        answered = [v for v in verdicts if v.extracted is not None and _bare(v.extracted)]
+        written: dict[str, str] = {}  # an answer without its spaces -> as it was first written
+        for verdict in answered:
+            written.setdefault(_unspaced(verdict.extracted), verdict.extracted)
+        right = {_unspaced(v.extracted) for v in answered if v.correct}
+        wrong = {_unspaced(v.extracted) for v in answered if v.correct is False} - right
+        all_right = next((answer for key, answer in written.items() if key in right), None)
+        chosen.append({k: all_right if k in right else answer for k, answer in written.items() if k not in wrong})
+        waiting.append([answer for key, answer in written.items() if key in wrong])
+    while any(waiting):
+        _one_class_each(chosen, waiting, grader)
+    return [
+        [None if v.extracted is None else known.get(_unspaced(v.extracted)) for v in verdicts]
+        for known, verdicts in zip(chosen, problems, strict=True)
+    ]
+
+
+def _one_class_each(chosen: list[dict[str, str | None]], waiting: list[list[str]], grader: Grader) -> None:
+    """The first waiting answer of every problem starts a class; the waiting ones that equal it join and wait no more.
+
+    All problems' comparisons are made at once, so that they share the grader's workers.
+    """
+    pairs = [(i, answer, answers[0]) for i, answers in enumerate(waiting) for answer in answers[1:]]
+    same = grader.equivalent([(answer, first) for _, answer, first in pairs])
+    for known, answers in zip(chosen, waiting, strict=True):
+        if answers:
+            known[_unspaced(answers[0])] = answers[0]
+            answers.clear()
+    for (i, answer, first), equal in zip(pairs, same, strict=True):
+        if equal:
+            chosen[i][_unspaced(answer)] = first
+        else:
+            waiting[i].append(answer)
+
+
+def _unspaced(answer: str) -> str:
+    return answer.replace(" ", "")
+
+
 def extract(response: str, answer_lines: bool = False) -> str | None:
     """The answer in what follows the thinking part; a response that is still thinking at its end has none."""
     thinking, _, rest = response.rpartition("</think>")
@@ -178,13 +233,17 @@ def last_boxed(text: str) -> str | None:
 
 def plainly_equal(left: str, right: str) -> bool | None:
     """True or False where it is plain, None where it takes mathematics: equal text is equal, two integers compare."""
-    a, b = left.strip().strip("$").strip(), right.strip().strip("$").strip()
+    a, b = _bare(left), _bare(right)
     if a == b:
         return True
     integer = r"[+-]?\d{1,18}"
     if re.fullmatch(integer, a) and re.fullmatch(integer, b):
         return int(a) == int(b)
     return None if a else False
+
+
+def _bare(answer: str) -> str:
+    return answer.strip().strip("$").strip()
 
 
 def _work() -> None:

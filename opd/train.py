@@ -428,10 +428,8 @@ def _rollout_metrics(rollouts: list[Rollout], texts: list[str], grader: grading.
     }
     if rollouts[0].prompt.answer is not None:
         verdicts = grader.grade([(text, r.prompt.answer) for r, text in zip(rollouts, texts, strict=True)])
-        right = [verdict.correct for verdict in verdicts if verdict.correct is not None]
-        metrics["rollout/ungraded"] = float(len(verdicts) - len(right))
-        if right:
-            metrics["rollout/accuracy"] = statistics.fmean(right)
+        metrics["rollout/ungraded"] = float(sum(verdict.correct is None for verdict in verdicts))
+        metrics["rollout/accuracy"] = statistics.fmean(verdict.correct is True for verdict in verdicts)
     return metrics
 
 

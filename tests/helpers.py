@@ -96,8 +96,8 @@ def naive_loss(divergence, student_logits, teacher_logits, beta=0.5):
 
 def response(problem, sample, correct, extracted="x", tokens=5, **more):
     """A line of an evaluation's responses."""
-    return {"id": problem, "sample": sample, "prompt": "q", "response": "r", "extracted": extracted, "answer": "x",
-            "correct": correct, "finish_reason": "stop", "tokens": tokens} | more  # fmt: skip
+    return {"id": problem, "sample": sample, "prompt": "q", "response": "r", "extracted": extracted, "vote": extracted,
+            "answer": "x", "correct": correct, "finish_reason": "stop", "tokens": tokens} | more  # fmt: skip
 
 
 def evaluation_figures(**changes):

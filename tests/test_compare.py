@@ -73,7 +73,7 @@ def test_the_last_finished_step_of_a_run_is_compared_and_foreign_folders_are_not
 
 
 def test_evaluations_that_were_not_measured_alike_are_refused(tmp_path, pair):
-    for change in ({"seed": 1}, {"grader": 2}, {"benchmark": BENCHMARK | {"version": 2}}):
+    for change in ({"seed": 1}, {"grader": "h"}, {"benchmark": BENCHMARK | {"version": 2}}):
         other = evaluation(tmp_path / next(iter(change)), [True] * 4, **change)
         with pytest.raises(InputError, match="bench was not measured the same way"):
             compare.command([str(pair[0]), str(other)])
@@ -135,5 +135,5 @@ def test_a_damaged_file_ends_in_one_message(name, content, message, pair):
     with pytest.raises(InputError) as caught:
         compare.command([str(folder) for folder in pair])
     text = str(caught.value)
-    assert message in text and "\n" not in text and "Evaluate again" in text
+    assert message in text and "\n" not in text
     assert str(path) in text or str(pair[1]) in text

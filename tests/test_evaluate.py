@@ -1,4 +1,4 @@
-"""Figures against brute force, and an evaluation that is killed and restarted."""
+"""Figures against brute force, what is ungraded, and an evaluation that is killed and restarted."""
 
 import itertools
 import json
@@ -12,11 +12,35 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from helpers import random_lm, tiny_config
 from helpers import response as row
 
-from opd import evaluate
+from opd import benchmarks, evaluate, train
+from opd.data import Prompt, Rollout
+from opd.grading import Grader, Verdict
+
+
+class Decided:
+    """A grader that returns what it is told, and is asked about no pair."""
+
+    def __init__(self, *verdicts):
+        self.verdicts = verdicts
+
+    def grade(self, pairs, answer_lines=False):
+        return [Verdict(None, False)] * len(pairs) if not self.verdicts else list(self.verdicts)
+
+    def equivalent(self, pairs):
+        assert not pairs
+        return []
+
+
+def benchmark(k, greedy=False, tokens=12):
+    return benchmarks.Benchmark(
+        version=1, file="none", prompt_field="problem", answer_field="answer", instruction="", greedy=greedy, k=k,
+        temperature=1.0, top_p=1.0, max_response_tokens=tokens, answer_lines=False)  # fmt: skip
 
 
 def test_pass_at_k_equals_brute_force():
@@ -28,31 +52,143 @@ def test_pass_at_k_equals_brute_force():
 
 
 def test_majority_equals_brute_force():
-    """Against a vote with ties broken by every order of the answers."""
+    """Against a vote with ties broken by every order of the answers: 7 is right, 9 ungraded, None no vote."""
     rng = random.Random(0)
-    for _ in range(200):
-        group = [row("p", i, answer == "7", answer) for i, answer in enumerate(rng.choices(["7", "8", "9", None], k=5))]
-        votes = [r["extracted"] for r in group if r["extracted"] is not None]
+    verdicts = {"7": True, "8": False, "9": None, None: False}
+    for _ in range(300):
+        votes = rng.choices([*verdicts], k=5)
+        group = [row("p", i, verdicts[vote], vote=vote) for i, vote in enumerate(votes)]
+        cast = [vote for vote in votes if vote is not None]
         wins = []
-        for order in itertools.permutations(sorted(set(votes))):
-            wins.append(bool(order) and max(order, key=lambda a: (votes.count(a), -order.index(a))) == "7")
-        assert evaluate.majority(group) == pytest.approx(statistics.fmean(wins) if votes else 0.0)
+        for order in itertools.permutations(sorted(set(cast))):
+            wins.append(bool(order) and max(order, key=lambda a: (cast.count(a), -order.index(a))) == "7")
+        assert evaluate.majority(group) == pytest.approx(statistics.fmean(wins) if cast else 0.0)
+
+
+def test_one_right_voter_makes_its_answer_right():
+    """One of two equal texts may be ungraded, on a busy machine."""
+    assert evaluate.majority([row("p", 0, None, "7"), row("p", 1, True, "7"), row("p", 2, False, "8")]) == 1.0
+
+
+def majority_of(texts, answer, grader):
+    """maj@k of one problem whose samples are these texts, through the rows that an evaluation writes."""
+    lm = SimpleNamespace(
+        tokenizer=SimpleNamespace(decode=lambda ids, **_: texts[ids[0]] if len(ids) == 1 else "problem")
+    )
+    prompt = Prompt("p", (0, 0), answer)
+    numbered = [(number, Rollout(0, prompt, (i,), "stop")) for i, number in enumerate([-1, *range(len(texts) - 1)])]
+    rows = evaluate._graded(lm, numbered, grader, False)
+    assert rows[0]["vote"] is None  # the greedy response takes no part
+    return evaluate.summarise(rows)["maj_at_k"]
+
+
+def test_what_votes_and_what_votes_together():
+    halves = [r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{1/2}"]
+    with Grader(seconds=60, workers=1) as grader:
+        for texts, answer, expected in (
+            ([r"\boxed{3}", *halves, r"\boxed{3}", r"\boxed{3 }"], "0.5", 1.0),  # the greedy one would have made a tie
+            ([r"\boxed{3}", *halves, r"\boxed{3}", r"\boxed{3}"], "3", 0.0),  # wrong ones vote together too
+            ([r"\boxed{3}", *halves, r"\boxed{3}", r"\boxed{3}", r"\boxed{3}"], "0.5", 0.5),  # a tie
+            (
+                [r"\boxed{3}", *halves, r"\boxed{3}", r"\boxed{3}", r"\boxed{4}", r"\boxed{4}", r"\boxed{04}"],
+                "0.5",
+                0.5,
+            ),
+            (
+                [r"\boxed{3}", r"\boxed{}", r"\boxed{ }", r"\boxed{$$}", "no", r"\boxed{7}"],
+                "7",
+                1.0,
+            ),  # empty is no answer
+            ([r"\boxed{7}", r"\boxed{}", "no"], "7", 0.0),  # nobody votes
+        ):
+            assert majority_of(texts, answer, grader) == expected, texts
 
 
 def test_a_summary_by_hand():
-    rows = [row("a", -1, True), row("b", -1, False)]
+    rows = [row("a", -1, True), row("b", -1, None)]
     rows += [row("a", i, c, e) for i, (c, e) in enumerate([(True, "7"), (True, "7"), (False, "8"), (False, None)])]
     rows += [row("b", i, c, e) for i, (c, e) in enumerate([(False, "1"), (None, "2"), (False, "1"), (True, "3")])]
     found = evaluate.summarise(rows)
-    assert (found["problems"], found["k"], found["greedy"], found["ungraded"]) == (2, 4, 0.5, 1)
-    a, b = 2 / 4, 1 / 3  # b over its three graded samples
+    assert (found["problems"], found["k"], found["greedy"], found["ungraded"]) == (2, 4, 0.5, 2)
+    assert found["greedy_se"] == pytest.approx(0.5)  # of 1 and 0
+    a, b = 2 / 4, 1 / 4
     assert found["mean_at_k"] == pytest.approx((a + b) / 2)
     assert found["mean_at_k_se"] == pytest.approx(statistics.stdev([a, b]) / math.sqrt(2))
-    passes = [0.5, 1.0, 0.0, 0.5]  # of a and b; the second has only a
+    passes = [0.5, 0.5, 0.0, 0.5]  # of a and b
     assert found["mean_at_k_se_passes"] == pytest.approx(statistics.stdev(passes) / 2)
     assert found["pass_at"]["1"] == pytest.approx(found["mean_at_k"])
-    assert found["pass_at"]["2"] == pytest.approx((5 / 6 + 2 / 3) / 2) and found["pass_at"]["4"] == 1.0
+    assert found["pass_at"]["2"] == pytest.approx((5 / 6 + 3 / 6) / 2) and found["pass_at"]["4"] == 1.0
     assert found["maj_at_k"] == 0.5 and found["unformatted"] == 0.1 and found["truncated"] == 0.0
+    assert evaluate.line({"b": found}).endswith("ungraded 2")
+
+
+def test_a_benchmark_that_is_almost_wholly_ungraded_is_almost_wholly_wrong():
+    rows = [row(f"p{i}", sample, True if i == 41 else None) for i in range(100) for sample in (-1, 0, 1)]
+    found = evaluate.summarise(rows)
+    for figure in ("greedy", "mean_at_k", "maj_at_k"):
+        assert found[figure] == pytest.approx(0.01)
+    assert found["pass_at"] == {"1": pytest.approx(0.01), "2": pytest.approx(0.01)}
+    spread = math.sqrt((0.99**2 + 99 * 0.01**2) / 99) / 10  # of a one and 99 zeros
+    assert found["greedy_se"] == pytest.approx(spread) and found["mean_at_k_se"] == pytest.approx(spread)
+    assert found["mean_at_k_se_passes"] == 0.0 and found["ungraded"] == 297
+
+
+def test_rollouts_that_are_ungraded_are_not_right():
+    rollouts = [Rollout(i, Prompt(str(i), (1,), "7"), (1,), "stop") for i in range(4)]
+    grader = Decided(Verdict("7", True), Verdict("x", None), Verdict("y", None), Verdict("8", False))
+    metrics = train._rollout_metrics(rollouts, [""] * 4, grader)
+    assert (metrics["rollout/accuracy"], metrics["rollout/ungraded"]) == (0.25, 2.0)
+
+
+def test_above_one_percent_of_ungraded_answers_each_benchmark_warns_once(tmp_path, monkeypatch, capsys):
+    rollouts = [(0, Rollout(i, Prompt(str(i), (1,), "7"), (1,), "stop")) for i in range(200)]
+    monkeypatch.setattr(evaluate, "_responses", lambda *_: rollouts)
+    lm = random_lm(0)
+    for ungraded in (0, 2, 3):
+        grader = Decided(*[Verdict("x", None)] * ungraded, *[Verdict("7", True)] * (200 - ungraded))
+        both = [benchmarks.LoadedBenchmark(name, benchmark(1), []) for name in ("one", "two")]
+        out = tmp_path / str(ungraded)
+        found = evaluate.evaluate(lm, None, both, tiny_config(), 1, out, grader)
+        lines = [text for text in capsys.readouterr().err.splitlines() if "warning" in text]
+        if ungraded < 3:
+            assert not lines
+        else:
+            for name, text in zip(("one", "two"), lines, strict=True):
+                assert f"3 of 200 answers of {name} " in text and "count as wrong" in text
+                assert str(out / f"{name}.jsonl") in text
+        rows = [json.loads(text) for text in (out / "two.jsonl").read_text().splitlines()]
+        assert [r["correct"] for r in rows] == [None] * ungraded + [True] * (200 - ungraded)
+        assert found["two"]["mean_at_k"] == pytest.approx(1 - ungraded / 200) and found["two"]["ungraded"] == ungraded
+
+
+def responses(folder, name, sampled=True):
+    rows = [json.loads(text) for text in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return [r["response"] for r in rows if (r["sample"] >= 0) == sampled]
+
+
+def test_two_benchmarks_with_the_same_problems_are_sampled_with_different_random_numbers(tmp_path):
+    lm = random_lm(0)
+    prompts = [Prompt(f"p{i}", (2, 3 + i, 5), "7") for i in range(4)]
+    for run in ("first", "again"):
+        both = [benchmarks.LoadedBenchmark(name, benchmark(2, greedy=True), prompts) for name in ("one", "two")]
+        evaluate.evaluate(lm, None, both, tiny_config(), len(lm.tokenizer), tmp_path / run, Decided())
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert responses(first, "one", sampled=False) == responses(first, "two", sampled=False)
+    assert all(a != b for a, b in zip(responses(first, "one"), responses(first, "two"), strict=True))
+    assert responses(first, "two") == responses(again, "two")
+
+
+def test_what_the_teacher_cannot_embed_is_not_sampled_where_it_reads_the_responses(tmp_path):
+    lm = random_lm(0)
+    known = len(lm.tokenizer) - 3
+    beyond = [lm.tokenizer.decode([i]) for i in range(known, len(lm.tokenizer))]
+    teacher = random_lm(1, name="teacher", vocab_size=known)
+    loaded = benchmarks.LoadedBenchmark("one", benchmark(6), [Prompt(f"p{i}", (5 + i, 9), "7") for i in range(6)])
+    found = evaluate.evaluate(lm, teacher, [loaded], tiny_config(), known, tmp_path / "read", Decided())
+    assert found["one"]["reverse_kl"] > 0
+    assert not [text for text in responses(tmp_path / "read", "one") if any(word in text for word in beyond)]
+    evaluate.evaluate(lm, None, [loaded], tiny_config(), len(lm.tokenizer), tmp_path / "alone", Decided())
+    assert [text for text in responses(tmp_path / "alone", "one") if any(word in text for word in beyond)]
 
 
 def test_greedy_alone_and_samples_alone():
@@ -62,6 +198,13 @@ def test_greedy_alone_and_samples_alone():
         [row("a", 0, True, reverse_kl=0.5, tokens=4), row("a", 1, False, reverse_kl=2.0, tokens=1)]
     )
     assert sampled["greedy"] is None and sampled["mean_at_k"] == 0.5 and sampled["reverse_kl"] == pytest.approx(4 / 5)
+
+
+def test_the_greedy_responses_divergence_counts_only_without_samples():
+    greedy = [row("a", -1, True, reverse_kl=3.0, tokens=2), row("b", -1, True, reverse_kl=1.0, tokens=6)]
+    assert evaluate.summarise(greedy)["reverse_kl"] == pytest.approx((3 * 2 + 1 * 6) / 8)
+    sampled = [row("a", 0, True, reverse_kl=0.5, tokens=4), row("b", 0, True, reverse_kl=2.0, tokens=1)]
+    assert evaluate.summarise(greedy + sampled)["reverse_kl"] == pytest.approx((0.5 * 4 + 2 * 1) / 5)
 
 
 DATA = os.environ.get("OPD_TEST_DATA")

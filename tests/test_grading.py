@@ -1,4 +1,4 @@
-"""Answer extraction and exact comparison."""
+"""Answer extraction, exact comparison, and which answers vote together."""
 
 import json
 import os
@@ -6,11 +6,12 @@ import random
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from opd.grading import Grader, extract, last_boxed, plainly_equal
+from opd.grading import WORKER_BYTES, Grader, Verdict, extract, last_boxed, plainly_equal, votes
 
 
 @pytest.mark.parametrize("text,content", [
@@ -85,6 +86,88 @@ def test_equivalence_on_the_collected_cases_of_nine_projects(grader):
     assert sum(v is r["equivalent"] for r, v in zip(rows, verdicts, strict=True)) >= 376
 
 
+def test_plain_pairs_reach_no_worker():
+    with Grader(workers=1) as idle:
+        assert idle.equivalent([("7", "07"), ("7", "8"), ("", "8"), ("$x$", "x")]) == [True, False, False, True]
+        assert votes([[Verdict(str(n), False) for n in range(16)]] * 20, idle) == [[str(n) for n in range(16)]] * 20
+        assert not idle.workers
+
+
+class ByValue:
+    """A grader of fractions that gives up on pairs that hold 13; it keeps what it was asked, call by call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def equivalent(self, pairs):
+        self.calls.append(list(pairs))
+        bare = [(a.replace(" ", ""), b.replace(" ", "")) for a, b in pairs]
+        return [None if "13" in pair else Fraction(pair[0]) == Fraction(pair[1]) for pair in bare]
+
+
+def naive_votes(verdicts):
+    """Answer by answer against every class so far; a list of [first text, members' texts, kind]."""
+    classes, found = [], {}
+    texts = {v.extracted.replace(" ", "") for v in verdicts if v.extracted}
+    kinds = {
+        text: {v.correct for v in verdicts if v.extracted and v.extracted.replace(" ", "") == text} for text in texts
+    }
+    for verdict in verdicts:
+        text = (verdict.extracted or "").replace(" ", "")
+        if not text or text in found:
+            continue
+        kind = True if True in kinds[text] else False if False in kinds[text] else None
+        for first, first_kind in classes:
+            both_right = kind is True and first_kind is True
+            both_wrong = kind is False and first_kind is False
+            if both_right or (both_wrong and "13" not in (text, first) and Fraction(text) == Fraction(first)):
+                found[text] = first
+                break
+        else:
+            classes.append((text, kind))
+            found[text] = text
+    return [found.get((v.extracted or "").replace(" ", "")) for v in verdicts]
+
+
+def test_votes_equal_a_naive_grouping():
+    rng = random.Random(0)
+    pool = ["1/2", "0.5", "2/4", " 1/2", "1 /2", "3", "3.0", "6/2", "13", "26/2", "1 3", "5", "10/2", "", None]
+    problems = []
+    for _ in range(200):
+        right = {Fraction(rng.choice(["1/2", "3", "7"]))}
+        texts = rng.choices(pool, k=rng.randrange(1, 12))
+        problems.append([
+            Verdict(t, False) if not t else Verdict(t, rng.choice([Fraction(t.replace(" ", "")) in right] * 4 + [None]))
+            for t in texts
+        ])  # fmt: skip
+    grader = ByValue()
+    found = votes(problems, grader)
+    unspaced = [[vote and vote.replace(" ", "") for vote in given] for given in found]
+    assert unspaced == [naive_votes(verdicts) for verdicts in problems]
+    written = [[v.extracted for v in verdicts] for verdicts in problems]
+    assert all(vote is None or vote in texts for given, texts in zip(found, written, strict=True) for vote in given)
+    assert len(grader.calls) <= 12  # of all problems at once
+
+
+def test_only_different_wrong_answers_of_one_problem_are_compared_each_with_a_first_one():
+    grader = ByValue()
+    first = [Verdict(t, c) for t, c in (("1/2", True), ("0.5", True), ("3", False), ("4", False), (" 3", False), ("6/2", False),
+                                        ("8/2", False), ("9", None), ("9", None), ("", False), (None, False))]  # fmt: skip
+    second = [Verdict("3", False), Verdict("5", False)]
+    assert votes([first, second], grader) == [
+        ["1/2", "1/2", "3", "4", "3", "3", "4", "9", "9", None, None], ["3", "5"],
+    ]  # fmt: skip
+    asked = [call for call in grader.calls if call]
+    assert asked == [[("4", "3"), ("6/2", "3"), ("8/2", "3"), ("5", "3")], [("8/2", "4")]]
+
+
+def test_mathematics_decides_which_wrong_answers_vote_together(grader):
+    texts = [r"\frac{1}{2}", "8", "0.5", "1/2", "(x+1)^2", "x^2+2x+1", "08", r"\frac{1}{3}"]
+    half, square = texts[0], texts[4]
+    expected = [half, "8", half, half, square, square, "8", r"\frac{1}{3}"]
+    assert votes([[Verdict(text, False) for text in texts]], grader) == [expected]
+
+
 def hostile_texts():
     """At least 500 strings that break parsers."""
     rng = random.Random(0)
@@ -109,40 +192,38 @@ def test_hostile_texts_neither_hang_nor_crash_the_grader():
     texts = list(hostile_texts())
     assert len(texts) >= 500
     with Grader(seconds=2, workers=2) as grader:
-        begin = time.monotonic()
         verdicts = grader.grade([(text, "7") for text in texts])
-        assert time.monotonic() - begin < 240
         assert len(verdicts) == len(texts) and not any(v.correct for v in verdicts)
         assert sum(v.correct is False for v in verdicts) > 300  # most are graded: wrong
         assert [v.correct for v in grader.grade([(r"\boxed{\frac{14}{2}}", "7")])] == [True]  # it still works
 
 
 def test_what_hangs_or_crashes_a_worker_is_ungraded_and_the_next_is_graded():
-    with Grader(seconds=1.5, workers=1) as grader:
+    with Grader(seconds=5, workers=1) as grader:
         grader.grade([(r"\boxed{1/2}", "0.5")])  # the worker is up
-        begin = time.monotonic()
         hang = r"\boxed{\binom{10^{8}}{5 \cdot 10^{7}}}"
         verdicts = grader.grade([(hang, "7"), (r"\boxed{2/4}", "0.5"), (r"\boxed{3}", "4")])
         assert [v.correct for v in verdicts] == [None, True, False] and verdicts[0].extracted
-        assert time.monotonic() - begin < 60
         grader.workers[0].process.kill()
         assert [v.correct for v in grader.grade([(r"\boxed{2/4}", "0.5")] * 2)] == [None, True]
 
 
+def test_a_worker_has_a_limit_on_its_memory(grader):
+    grader.equivalent([("1/2", "0.5")])
+    limits = Path(f"/proc/{grader.workers[0].process.pid}/limits").read_text().splitlines()
+    (address_space,) = [line.split() for line in limits if line.startswith("Max address space")]
+    assert address_space[-3:] == [str(WORKER_BYTES), str(WORKER_BYTES), "bytes"]
+
+
 def test_extraction_is_linear_in_whatever_is_in_the_text():
-    for text in (
-        "\\boxed{" * 200_000,
-        "{" * 1_000_000,
-        "}" * 1_000_000,
-        "\\boxed{" * 100_000 + "}" * 100_000,
-        "\\" * 999_999,
-    ):
-        begin = time.perf_counter()
-        last_boxed(text)
-        assert time.perf_counter() - begin < 5
-    begin = time.perf_counter()
-    assert extract("Answer: x" + " " * 5_000_000 + "y", answer_lines=True)
-    assert time.perf_counter() - begin < 5
+    """Seconds of work where it is linear, hours where it is not: the limit only keeps the test from hanging."""
+    code = r"""
+from opd.grading import extract, last_boxed
+for text in ("\\boxed{" * 200_000, "{" * 1_000_000, "}" * 1_000_000, "\\boxed{" * 100_000 + "}" * 100_000, "\\" * 999_999):
+    last_boxed(text)
+assert extract("Answer: x" + " " * 5_000_000 + "y", answer_lines=True)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_workers_do_not_outlive_a_killed_parent():

@@ -116,7 +116,8 @@ def test_a_run_folder_holds_what_it_should(small):
     assert recorded["versions"]["torch"] and "git_commit" in recorded and recorded["command"]
     response = json.loads((small / "eval/step_000004/tiny.jsonl").read_text().splitlines()[0])
     assert set(response) == {
-        "id", "sample", "prompt", "response", "extracted", "answer", "correct", "finish_reason", "tokens", "reverse_kl",
+        "id", "sample", "prompt", "response", "extracted", "answer", "correct", "vote", "finish_reason", "tokens",
+        "reverse_kl",
     }  # fmt: skip
     assert [r["step"] for r in rows(small)] == [1, 2, 3, 4]
     wanted = {"loss/divergence", "tokens/response", "tokens/kept", "tip/retained", "tip/share_q1", "tip/mass_q4", "tip/kept_q3",
