@@ -77,13 +77,16 @@ def lock(folder: Path, setting: str, wait: Callable[[], object] | None = None) -
 
 def _acquire(path: Path, folder: Path, setting: str, wait: Callable[[], object] | None) -> int | None:
     """The descriptor that holds the lock; None where the file system knows no locks."""
-    waiting = False
+    waiting, lost = False, 0
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            continue  # another process removed the parent, which it had made and which was empty again
+        except (FileNotFoundError, FileExistsError):
+            lost += 1  # another process has just removed the parent, which it had made and which was empty again
+            if lost == 100:
+                raise
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
