@@ -10,6 +10,7 @@ from opd.config import ROOT, Config, Count, PathText, Text, build, doc, read_jso
 from opd.data import Prompt, make_prompts, read_problems
 from opd.models import LanguageModel
 
+VALIDATION = "validation"  # name of the benchmark of held-out training prompts
 GREEDY = -1  # sample number of the greedy response in the files
 
 
@@ -102,4 +103,4 @@ def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchma
         temperature=config.rollout.temperature or 1.0, top_p=config.rollout.top_p,
         max_response_tokens=config.rollout.max_response_tokens, answer_lines=False,
     )  # fmt: skip
-    return LoadedBenchmark("validation", benchmark, prompts)
+    return LoadedBenchmark(VALIDATION, benchmark, prompts)

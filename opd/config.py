@@ -91,7 +91,9 @@ class Teacher:
 class Data:
     """Training prompts."""
 
-    train: Annotated[tuple[PathText, ...], doc("JSONL files, one problem per line; several are one mixture.", min_length=1)]
+    train: Annotated[
+        tuple[PathText, ...], doc("JSONL files, one problem per line; several are one mixture.", min_length=1)
+    ]
     validation: Annotated[
         int,
         doc(

@@ -96,7 +96,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, row in read_rows(path, expected):
         where = f"{path}, line {number}"
         check(row, Dump, where, expected)
-        uneven = [name for name, value in row.items() if isinstance(value, list) and len(value) != len(row["token_ids"])]
+        uneven = [
+            name for name, value in row.items() if isinstance(value, list) and len(value) != len(row["token_ids"])
+        ]
         if uneven or (rows and row.keys() != rows[0].keys()):
             what = f"{uneven[0]} is not as long as token_ids" if uneven else "it has other columns than the first line"
             raise InputError(f"{where}: {what}. Expected {expected}.")

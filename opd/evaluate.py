@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -121,7 +121,7 @@ def evaluate(
         enter: called with "rollout" before the model generates, "teacher" if it is the teacher, and as pair_stats does.
     """
     first, summary_path = distributed.is_first(), out / "summary.json"
-    known = finished(out) if first else None
+    known = finished(out, [loaded.name for loaded in benchmarks]) if first else None
     if text := distributed.from_first("" if known is None else json.dumps(known)):
         return json.loads(text)
     if first:
@@ -160,12 +160,14 @@ def evaluate(
     return summary
 
 
-def finished(folder: Path) -> dict[str, dict] | None:
-    """The figures of a finished evaluation; None where there is none whose files are what was written."""
+def finished(folder: Path, names: Collection[str]) -> dict[str, Figures] | None:
+    """The figures of a finished evaluation on these benchmarks; None where there is none whose files are what was written."""
     path = folder / "summary.json"
     try:
         summary = read_summary(folder) if path.is_file() else None
-        if summary and any(sha256(folder / f"{n}.jsonl") != found["responses_sha256"] for n, found in summary.items()):
+        if summary is None or set(summary) != set(names):
+            return None
+        if any(sha256(folder / f"{n}.jsonl") != found["responses_sha256"] for n, found in summary.items()):
             return None
     except (InputError, OSError):
         return None

@@ -6,7 +6,7 @@ import platform
 import shutil
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from opd import checkpoint, evaluate
+from opd.benchmarks import VALIDATION
 from opd.cli import InputError, command_line, path_fault, say
 from opd.config import ROOT
 from opd.files import check, read_object, sha256, step_number, whole_rows, write_whole
@@ -135,8 +136,8 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
         found = checkpoint.newest(run_dir)
     if found is not None:
         config = identity["config"]
-        evaluated = bool(identity["benchmarks"]) or config["data"]["validation"] > 0
-        check_history(run_dir, checkpoint.step_of(found), config["eval"]["every"], evaluated)
+        names = [*identity["benchmarks"], *([VALIDATION] if config["data"]["validation"] else [])]
+        check_history(run_dir, checkpoint.step_of(found), config["eval"]["every"], names)
     return found
 
 
@@ -163,12 +164,12 @@ def _is_complete(run_dir: Path) -> bool:
     return last is not None
 
 
-def check_history(run_dir: Path, step: int, every: int, evaluated: bool) -> None:
+def check_history(run_dir: Path, step: int, every: int, names: Collection[str]) -> None:
     """Refuses a run that continues after `step` without what it has recorded up to there and cannot make again.
 
     Args:
         every: of eval.every.
-        evaluated: whether the run evaluates anything.
+        names: of the benchmarks that each evaluation holds.
     Raises:
         InputError: naming the file, and how to go on.
     """
@@ -182,10 +183,12 @@ def check_history(run_dir: Path, step: int, every: int, evaluated: bool) -> None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}). {then}") from None
     if missing := sorted(set(range(1, step + 1)) - steps):
-        raise InputError(f"{path}: update {missing[0]} of the {step} behind the checkpoint is damaged or missing. {then}")
-    for number in range(0, step, every or step) if evaluated else ():
+        raise InputError(
+            f"{path}: update {missing[0]} of the {step} behind the checkpoint is damaged or missing. {then}"
+        )
+    for number in range(0, step, every or step) if names else ():
         folder = run_dir / "eval" / f"step_{number:06d}"
-        if evaluate.finished(folder) is None:
+        if evaluate.finished(folder, names) is None:
             raise InputError(f"{folder}: the evaluation after update {number} is damaged or missing. {then}")
 
 
@@ -236,7 +239,7 @@ def rewind(run_dir: Path, step: int, start: Path | None) -> None:
         if path.exists():
             rows, damaged = whole_rows(path, kind)
             if damaged:
-                say(f"warning: {path}: {damaged} damaged lines are dropped")
+                say(f"warning: {path}: damaged lines are dropped, {damaged} in number")
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
     for path in ((run_dir / "tokens").glob("step_*"), (run_dir / "eval").glob("step_*")):
         for written in path:
@@ -279,10 +282,12 @@ def _git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def write_summary(run_dir: Path) -> Summary:
-    """summary.json: the final figures of a run, computed from its own files."""
+def write_summary(run_dir: Path, names: Collection[str]) -> Summary:
+    """summary.json: the final figures of a run, computed from its own files; `names` are its benchmarks."""
     rows = read_metrics(run_dir)
-    evals = {folder.name: evaluate.finished(folder) for folder in (run_dir / "eval").glob("*") if folder.is_dir()}
+    evals = {
+        folder.name: evaluate.finished(folder, names) for folder in (run_dir / "eval").glob("*") if folder.is_dir()
+    }
     evals = {name: found for name, found in evals.items() if found is not None}
     steps = sorted((n for n in evals if step_number(Path(n)) is not None), key=lambda n: step_number(Path(n)))
     phases = sorted({k for row in rows for k in row if k.startswith("time/")})

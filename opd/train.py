@@ -164,6 +164,7 @@ def _run(
     benchmarks = load_benchmarks(config, student, config.eval.limit)
     if validation:
         benchmarks.append(validation_benchmark(config, validation))
+    names = [loaded.name for loaded in benchmarks]
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
         check_benchmarks(lm, benchmarks)
@@ -257,7 +258,8 @@ def _run(
         nonlocal step
         if student.sampler:
             say(f"vLLM has the student's weights: probe within {_parity(parts):.1e} nats")
-        if step == 0 or distributed.from_first(str(evaluate.finished(run_dir / "eval" / "teacher") is None)) == "True":
+        known = evaluate.finished(run_dir / "eval" / "teacher", names)
+        if step == 0 or distributed.from_first(str(known is None)) == "True":
             measure("teacher", teacher)
         if step == 0:
             measure("step_000000", student)
@@ -304,7 +306,7 @@ def _run(
         if student.sampler:
             student.sampler.close()
     if first:
-        figures = run_folder.write_summary(run_dir)
+        figures = run_folder.write_summary(run_dir, names)
         say(f"{run_dir}: done, {duration(figures['seconds']['step'])} in {total_steps} updates")
     distributed.wait()
     return run_dir
@@ -391,7 +393,8 @@ def _evaluated(
     vLLM has the student; for the teacher, which is evaluated once, it is closed and another one started.
     """
     phases, own = parts.phases, parts.student.sampler
-    known = distributed.from_first(str(evaluate.finished(folder) is not None)) == "True"
+    names = [loaded.name for loaded in benchmarks]
+    known = distributed.from_first(str(evaluate.finished(folder, names) is not None)) == "True"
     if lm is not parts.teacher or own is None or known:
         yield lm, phases.enter
         return
