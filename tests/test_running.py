@@ -153,6 +153,28 @@ def test_micro_batch_scope_by_hand():
     assert score("micro_batch") == [0, 1, 0, 1] and score("update") == pytest.approx([0, 0.1, 0, 1])
 
 
+def test_what_is_worked_out_per_micro_batch_comes_back_in_the_order_of_the_rows():
+    # the longest rollouts go first, so micro-batches do not follow the rows: here 5 5 3 3 4 4 3, which is no order that
+    # undoes itself. Each micro-batch has a range of its own: 0..2 (5), 0..10 (3), 1..5 (4)
+    stats = TokenStats(
+        sequence_id=torch.tensor([0, 0, 1, 1, 2, 2, 3]), position=torch.tensor([0, 1, 0, 1, 0, 1, 0]), vocab_size=7, step=1,
+        student_entropy=torch.zeros(7), reverse_kl=torch.tensor([2.0, 0.0, 1.0, 10.0, 1.0, 5.0, 0.0]),
+        total_variation=torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]), micro_batch=torch.tensor([5, 5, 3, 3, 4, 4, 3]),
+    )  # fmt: skip
+    config = TipConfig(rule="soft_or", mixture="total_variation", scope="micro_batch")
+    weighter = TipWeighter(config)
+    score, share = weighter.scores(stats)
+    assert score.tolist() == pytest.approx([1, 0, 0.1, 1, 0, 1, 0])
+    assert torch.equal(share, stats.total_variation)
+    # half of each rollout: the better of two, and none of one
+    assert weighter(stats, torch.Generator()).weights.tolist() == [1, 0, 0, 1, 0, 1, 0]
+    # high is above the mean of the micro-batch: 1, 11/3 and 3; nowhere is entropy high
+    seen, found = weighter.look_back(stats)
+    assert seen.tolist() == pytest.approx([1, 0, 0.1, 1, 0, 1, 0])
+    assert found.quadrant.tolist() == [3, 4, 4, 3, 4, 3, 4]
+    assert found.threshold_divergence == pytest.approx((2 * 1 + 3 * 11 / 3 + 2 * 3) / 7)
+
+
 @pytest.mark.parametrize("rule", ["soft_or", "quadrant", "teachability", "total_variation"])
 def test_micro_batch_scope_with_one_micro_batch_is_update_scope(rule):
     found = {}
