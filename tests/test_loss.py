@@ -102,6 +102,18 @@ def test_rows_of_weight_zero_are_absent_even_when_not_finite():
     assert weight_gradient.isfinite().all()
 
 
+def test_a_tiny_weight_is_not_zero():
+    hs, student, ht, teacher, _ = case(9, 31)
+    tiny = torch.ones(9)
+    tiny[4] = 1e-9
+    alone = torch.zeros(9)
+    alone[4] = 1e-9
+    gradient = gradients(divergence_sum(hs, student, ht, teacher, tiny), hs)[0]
+    naive = gradients(naive_total(hs, student, ht, teacher, tiny), hs)[0]
+    assert relative(gradient[4], naive[4]) < 1e-5
+    assert divergence_sum(hs, student, ht, teacher, alone).item() > 0
+
+
 def test_all_weights_zero_but_one_and_all_zero():
     hs, student, ht, teacher, _ = case(5, 17)
     one = torch.tensor([0, 0, 2.0, 0, 0])

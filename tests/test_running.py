@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -129,6 +130,39 @@ def test_running_quantiles_by_hand():
     restored = TipWeighter(weighter.config)
     restored.load_state(weighter.state())
     assert restored.one_pass and torch.equal(restored.memory["reverse_kl"].points, spread.points)
+
+
+def two_learnt(rule):
+    """A running weighter after two updates of three tokens, the second of them, and its metrics."""
+    weighter = TipWeighter(TipConfig(rule=rule, scope="running", running_decay=0.75, entropy_clip_quantile=None))
+    for step, h, d in ((1, [0.0, 0.5, 1.0], [0.0, 1.0, 4.0]), (2, [0.25, 0.75, 0.6], [1.0, 1.8, 8.0])):
+        stats = TokenStats(sequence_id=torch.zeros(3).long(), position=torch.arange(3), vocab_size=7, step=step,
+                           student_entropy=torch.tensor(h) * math.log(7), reverse_kl=torch.tensor(d))  # fmt: skip
+        metrics = weighter.learn(stats, TokenWeights(weights=torch.ones(3)))
+    return weighter, stats, metrics
+
+
+def test_looking_back_by_hand_is_by_what_was_known_before():
+    weighter, stats, metrics = two_learnt("soft_or")
+    score, found = weighter.look_back(stats)
+    # by update 1 the axes are h and d / 4, cut at 1: .25 .75 .6 and .25 .45 1
+    assert score.tolist() == pytest.approx([1 - 0.75 * 0.75, 1 - 0.25 * 0.55, 1])
+    # its quantiles average .5, and .5 below the median and 2.5 above it; those of both updates would say .51 and 1.91,
+    # those of update 2 alone .53 and 3.6: there the second token is in quadrant 2
+    assert found.quadrant.tolist() == [4, 1, 1]
+    assert found.threshold_entropy == pytest.approx(0.5, abs=1e-6)
+    assert found.threshold_divergence == pytest.approx(1.5, abs=0.01)  # of 1001 points
+    assert metrics["tip/threshold_divergence"] == found.threshold_divergence
+    assert [metrics[f"tip/share_q{q}"] for q in (1, 2, 3, 4)] == pytest.approx([2 / 3, 0, 0, 1 / 3])
+
+
+def test_looking_back_with_a_memory_of_one_axis_takes_the_quadrants_of_the_update():
+    weighter, stats, metrics = two_learnt("entropy_topk")
+    assert set(weighter.memory) == {"student_entropy"}
+    score, found = weighter.look_back(stats)
+    assert score.tolist() == pytest.approx([0.25, 0.75, 0.6])
+    assert found.threshold_entropy == pytest.approx(1.6 / 3) and found.threshold_divergence == pytest.approx(3.6)
+    assert found.quadrant.tolist() == [4, 2, 1] and metrics["tip/share_q2"] == pytest.approx(1 / 3)
 
 
 def test_spread_by_hand():
