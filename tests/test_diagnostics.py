@@ -188,11 +188,15 @@ def test_analysis_of_the_embedded_pair(tiny_pair, tmp_path, capsys):
         oracle["cosine_of_all"]
     )
     assert oracle["rules"]["random"]["score_weight"] is None
-    # tokens with signal gain most: bottom selections do not, and the signs of opposite scores are opposite
+    # tokens with signal gain most, and the signs of opposite scores are opposite. The top half has the direction of all
+    # tokens, the bottom half nearly none of it. That is .06 to .2, as the pair comes out, which every processor trains
+    # to other bits
+    assert oracle["cosine_of_all"] > 0
     for up, down in (("soft_or", "soft_or_bottom"), ("divergence", "divergence_bottom")):
         assert oracle["rules"][up]["score_gain"] > 0.2
         assert oracle["rules"][up]["score_gain"] == pytest.approx(-oracle["rules"][down]["score_gain"])
-        assert oracle["rules"][up]["cosine"][f"{up}@0.5"] > oracle["rules"][down]["cosine"][f"{down}@0.5"] + 0.1
+        assert oracle["rules"][up]["cosine"][f"{up}@0.5"] > 0.9 * oracle["cosine_of_all"]
+        assert oracle["rules"][down]["cosine"][f"{down}@0.5"] < 0.6 * oracle["cosine_of_all"]
 
 
 @pytest.mark.parametrize("settings", [

@@ -121,7 +121,7 @@ def test_a_run_folder_holds_what_it_should(small):
 
 
 def test_soft_or_at_a_fifth_covers_most_of_the_divergence_at_the_start(small):
-    assert rows(small)[0]["tip/mass_covered"] > 0.85
+    assert rows(small)[0]["tip/mass_covered"] > 0.75  # .90; entropy covers a third, chance a fifth
 
 
 def test_tensorboard_has_the_metrics_and_sample_rollouts(small):
