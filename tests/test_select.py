@@ -320,6 +320,30 @@ def test_equal_values_are_low_whatever_their_mean_rounds_to():
         assert set(taxonomy.of(Axes(same, TipConfig())).quadrant.tolist()) == {4}
 
 
+def test_the_mean_of_equal_values_is_that_value():
+    """Of float64 values: n copies of one of 24 bits sum up exactly, n copies of 0.1 mostly do not. Both ways of rounding."""
+    above = below = 0
+    for value in (0.1, 0.3, 1 / 3, 0.7, 2.3, 0.001):
+        for n in range(2, 120):
+            copies = torch.full((n,), value, dtype=torch.float64)
+            above, below = above + (sum([value] * n) / n > value), below + (sum([value] * n) / n < value)
+            assert Spread.of(copies).mean == value, (value, n)
+    assert above > 10 and below > 10  # sums in turn, in IEEE double: these are cases that test something
+
+
+@pytest.mark.parametrize("error", [1 + 2**-50, 1 - 2**-50])
+def test_equal_values_are_low_also_where_a_mean_is_rounded_up_or_down(error, monkeypatch):
+    """The same on a processor that sums otherwise: a mean that is off by a few units in the last place."""
+    original = torch.Tensor.mean
+    monkeypatch.setattr(torch.Tensor, "mean", lambda self, *rest, **named: original(self, *rest, **named) * error)
+    for value in (0.1, 1 / 3, 0.7):
+        assert torch.full((8,), value).double().mean().item() != torch.tensor(value).double().item()
+        same = stats(torch.full((8,), value), torch.full((8,), value), torch.zeros(8).long(), torch.arange(8))
+        assert taxonomy.of(Axes(same, TipConfig())).quadrant.tolist() == [4] * 8
+        found = Spread.of(same.reverse_kl)
+        assert found.mean == found.points[0].item()  # and not below either: an equal value is not above it
+
+
 def test_the_axes_are_cut_before_the_thresholds():
     metrics = TipWeighter(TipConfig(entropy_clip_quantile=2 / 3))(stats(), torch.Generator()).metrics
     assert metrics["tip/threshold_entropy"] == pytest.approx(H.clamp(max=0.4).mean().item(), rel=1e-6)

@@ -261,7 +261,7 @@ def test_a_stop_does_not_wait_for_an_engine_that_hangs(student, made, monkeypatc
 
     with pytest.raises(Interrupted):
         sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), stop)
-    assert time.monotonic() - stopped[0] < 10 and engine.servers[0].process.poll() is not None
+    assert time.monotonic() - stopped[0] < 60 and engine.servers[0].process.poll() is not None
 
 
 def test_an_engine_that_died_between_updates_gets_the_new_weights(student, made):
