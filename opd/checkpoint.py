@@ -20,7 +20,7 @@ from torch import Tensor
 from opd import distributed
 from opd.cli import RunError, say
 from opd.engine import DeepSpeedEngine, TorchEngine
-from opd.files import amount, sha256, step_number, write_whole
+from opd.files import amount, flush, sha256, step_number, write_whole
 from opd.models import LanguageModel
 
 MANIFEST = "manifest.json"
@@ -79,10 +79,10 @@ def save(
         manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (*files, temporary / MANIFEST, temporary / "trainer", temporary):
-            _flush(path)
+            flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        _flush(final.parent)
+        flush(final.parent)
         point(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -186,11 +186,3 @@ def _all(run_dir: Path) -> list[Path]:
     """Folders of checkpoints, the oldest first; whatever else lies there is no business of the run."""
     found = (p for p in (run_dir / "checkpoints").glob("step_*") if step_number(p) is not None and p.is_dir())
     return sorted(found, key=step_number)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

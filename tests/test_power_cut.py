@@ -16,7 +16,7 @@ from helpers import LOSS, engine_for, one_each, random_lm, random_rollouts
 
 from opd import checkpoint
 from opd.config import load_config
-from opd.metrics import write_whole
+from opd.files import write_whole
 from opd.step import train_step
 from opd.train import run
 from tip.config import TipConfig

@@ -227,14 +227,14 @@ def test_a_write_that_fails_stops_the_run_and_leaves_the_earlier_checkpoints(tin
 
         monkeypatch.setattr(checkpoint, "save_file", failing)
     else:
-        original_flush = checkpoint._flush
+        original_flush = checkpoint.flush
 
         def failing_flush(path):
             if "step_000004" in str(path):
                 raise OSError(5, "Input/output error")
             original_flush(path)
 
-        monkeypatch.setattr(checkpoint, "_flush", failing_flush)
+        monkeypatch.setattr(checkpoint, "flush", failing_flush)
     with pytest.raises(RunError, match=r"checkpoint of step 4 could not be written .* Earlier checkpoints are intact"):
         train(tmp_path)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_000002"]
