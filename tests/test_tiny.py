@@ -1,14 +1,17 @@
-"""The embedded pair: its task, its tokenizer, and that it is built once and the same."""
+"""The embedded pairs: task, tokenizer, what is shipped, and that another one is built once and the same."""
 
 import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from data.tiny import build, task
+from opd import evaluate
 from opd.grading import extract
 
 
@@ -73,7 +76,52 @@ def test_the_folder_is_a_pair_of_plain_checkpoints(tiny_pair):
     assert all(r["answer"] == str(task.answer(r["problem"])) for r in train + test)
 
 
-@pytest.mark.parametrize("name", ["chain", "addition"])
+CONFIGS = {"chain": "configs/tiny.json", "addition": "configs/tiny_addition.json"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_shipped_pair_is_made_by_todays_recipe(name, tmp_path):
+    folder, pair = Path("data/tiny/pairs") / name, build.PAIRS[name]
+    recorded = json.loads((folder / "recipe.json").read_text())
+    recipes = {"teacher": asdict(pair.teacher), "student": asdict(pair.student)}
+    assert {k: recorded[k] for k in ("task", "seed", "teacher", "student")} == json.loads(
+        json.dumps({"task": name, "seed": 0, **recipes})
+    )
+    test = build.write_problems(tmp_path / "test.jsonl", pair.task, build.TEST_PROBLEMS, build.TEST_SEED, set())
+    build.write_problems(tmp_path / "train.jsonl", pair.task, build.TRAIN_PROBLEMS, build.TRAIN_SEED, test)
+    for file in ("test.jsonl", "train.jsonl"):
+        assert (folder / file).read_bytes() == (tmp_path / file).read_bytes()
+    for who in ("teacher", "student"):
+        with safe_open(folder / who / "model.safetensors", framework="pt") as weights:
+            assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F16"}  # noqa: SIM118 (not a dict)
+
+
+def test_the_shipped_weights_are_small():
+    assert sum(path.stat().st_size for path in Path("data/tiny/pairs").rglob("*.safetensors")) < 2 * 2**20
+
+
+def greedy_accuracy(config, model, out):
+    evaluate.command(["--config", config, "--model", str(model), "--out", str(out), "--set", "eval.k=0",
+                      "--set", "eval.reverse_kl=false"])  # fmt: skip
+    (figures,) = json.loads((out / "summary.json").read_text()).values()
+    return figures["greedy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_building_from_the_recipe_reaches_the_shipped_accuracies(name, tmp_path):
+    """Another processor trains other weights; both models stay within five points on the 512 test problems."""
+    built, shipped = build.build(tmp_path / "pair", name=name), Path("data/tiny/pairs") / name
+    for who in ("teacher", "student"):
+        ours, theirs = (
+            greedy_accuracy(CONFIGS[name], folder / who, tmp_path / f"{which}-{who}")
+            for which, folder in (("built", built), ("shipped", shipped))
+        )
+        print(f"{name} {who}: built {ours:.3f}, shipped {theirs:.3f}")
+        assert abs(ours - theirs) <= 0.05
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_building_is_deterministic_and_happens_once(name, monkeypatch, tmp_path):
     pair = build.PAIRS[name]
     recipes = {who: replace(recipe, steps=3, batch=4) for who, recipe in vars(pair).items() if who != "task"}
