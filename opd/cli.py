@@ -79,8 +79,7 @@ def main(command: Callable[[list[str]], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _exit(2)
     except RunError as error:
-        who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"error: {who}{error}", file=sys.stderr, flush=True)
+        print(f"error: {_who()}{error}", file=sys.stderr, flush=True)
         _exit(1)
     except Interrupted as stop:
         say(str(stop))
@@ -92,10 +91,15 @@ def main(command: Callable[[list[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(1)
     except Exception as error:  # the one place where whatever nobody expected becomes a line that a user can read
-        print(f"error: {_unexpected(error)}", file=sys.stderr, flush=True)
+        print(f"error: {_who()}{_unexpected(error)}", file=sys.stderr, flush=True)
         _exit(1)
     else:
         _exit(0)
+
+
+def _who() -> str:
+    """Of several processes, which one speaks."""
+    return f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _unexpected(error: Exception) -> str:

@@ -71,7 +71,7 @@ def test_one_pass_is_the_update_of_two_passes_with_the_same_weights(rule):
     _, replayed, expected, twice = two_updates(Replay(first.weights, second.weights), one_each)
     assert torch.equal(second.stats.sequence_id, replayed.stats.sequence_id)
     assert second.loss == pytest.approx(replayed.loss, rel=1e-6)
-    assert relative(gradient, expected) < 1e-6
+    assert relative(gradient, expected) < 3e-6
     if weighter.one_pass:
         assert bodies == 7 and twice == 7 + len(second.stats.sequence_id[second.weights.weights > 0].unique())
         assert second.metrics["optim/grad_norm"] == pytest.approx(replayed.metrics["optim/grad_norm"], rel=1e-5)
@@ -89,7 +89,7 @@ def test_one_pass_does_not_depend_on_micro_batches_or_order(rule):
     ):
         _, other, other_gradient, _ = found(cut)
         assert torch.equal(base.weights.weights > 0, other.weights.weights > 0)
-        assert relative(other_gradient, gradient) < 2e-6
+        assert relative(other_gradient, gradient) < 3e-6
 
 
 def test_rollouts_draw_independently_in_one_pass():

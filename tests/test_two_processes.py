@@ -110,7 +110,7 @@ def test_two_processes_are_one(name, both):
         if name == "nothing":
             assert gradient is None and other_gradient is None and torch.equal(other_weights, weights)
         else:
-            assert relative(other_gradient, gradient) < 1e-6
+            assert relative(other_gradient, gradient) < 3e-6
             # Adam's first step is the gradient's sign, so a gradient of rounding size may step the other way
             assert relative(other_weights, weights) < 1e-4
     assert torch.equal(both[0][name][4], both[1][name][4])  # the ranks stay together, bit for bit
