@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from helpers import evaluation_figures, response
 
 from data.tiny import addition, build
 from opd.cli import InputError, RunError
@@ -45,9 +46,9 @@ def responses(folder, right):
     """An evaluation after update 60 whose greedy responses to some problems are right or not."""
     step = folder / "eval" / "step_000060"
     step.mkdir(parents=True)
-    rows = [{"id": problem, "sample": -1, "correct": correct} for problem, correct in right.items()]
+    rows = [response(problem, -1, correct) for problem, correct in right.items()]
     (step / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (step / "summary.json").write_text("{}")
+    (step / "summary.json").write_text(json.dumps({"bench": evaluation_figures()}))
     return folder
 
 
