@@ -4,7 +4,6 @@ Two texts overlap when they share at least half of the 10-word spans of the shor
 lower-cased `\\w+`; Chinese has no spaces, so each of its characters is a word. A paraphrase or a translation passes.
 """
 
-import argparse
 import json
 import re
 from collections import Counter, defaultdict
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.sources import BOXED
-from opd.cli import InputError, main, say
+from opd.cli import InputError, Parser, main, path_argument, say
 from opd.data import read_problems
 from opd.files import write_whole
 
@@ -65,11 +64,11 @@ def texts(path: str | Path, prompt_field: str = "prompt") -> list[tuple[str, str
 
 
 def command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.contamination", description=__doc__.splitlines()[0])
-    parser.add_argument("train", help="JSONL file")
-    parser.add_argument("evaluation", nargs="+", help="JSONL files")
+    parser = Parser("python -m data.contamination", __doc__.splitlines()[0])
+    parser.add_argument("train", type=path_argument, help="JSONL file")
+    parser.add_argument("evaluation", nargs="+", type=path_argument, help="JSONL files")
     parser.add_argument("--field", default="prompt", help="field with the problem (default: prompt)")
-    parser.add_argument("--out", type=Path, help="write every overlapping pair, with both texts, to this JSONL file")
+    parser.add_argument("--out", type=path_argument, help="write every overlapping pair, with both texts, to this JSONL file")
     options = parser.parse_args(arguments)
     train = texts(options.train, options.field)
     found = [pair for path in options.evaluation for pair in overlaps(train, texts(path, options.field))]

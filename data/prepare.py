@@ -102,11 +102,11 @@ def _write(
 def command(arguments: list[str]) -> None:
     parser = Parser("python -m data.prepare", __doc__.splitlines()[0])
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--source", default="hub", help="hub (default), a file, or for gsm8k a folder")
+    parser.add_argument("--source", type=path_argument, default="hub", help="hub (default), a file, or for gsm8k a folder")
     parser.add_argument("--out", type=path_argument, default=OUT)
     parser.add_argument("--seed", type=seed_argument, default=42)
     options = parser.parse_args(arguments)
-    print(prepare(options.name, options.source, options.out, options.seed))
+    print(prepare(options.name, str(options.source), options.out, options.seed))
 
 
 if __name__ == "__main__":

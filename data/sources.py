@@ -4,9 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.cli import InputError
-from opd.files import parse_json
+from opd.cli import InputError, first_line
+from opd.files import parse_json, read_text
 
+KINDS = "a .jsonl, .json or .parquet file of problems"
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -47,16 +48,18 @@ def read_rows(source: str, split: str, hub: Hub) -> tuple[list[dict], dict[str, 
 
             rows = parquet.read_table(path).to_pylist()
         else:
-            text = data.decode("utf-8")
+            text = read_text(source, KINDS)
             lines = [(source, text)] if path.suffix == ".json" else [
                 (f"{source}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
             ]
-            rows = [parse_json(line, where) for where, line in lines]
+            rows = [parse_json(line, where, KINDS) for where, line in lines]
             rows = rows[0] if path.suffix == ".json" else rows
-    except (OSError, ValueError) as error:
-        raise InputError(f"{source}: cannot be read ({error}). Expected a .jsonl, .json or .parquet file.") from None
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror}). Expected {KINDS}.") from None
+    except ValueError as error:
+        raise InputError(f"{source}: cannot be read ({first_line(error)}). Expected {KINDS}.") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{source}: expected a non-empty list of JSON objects.")
+        raise InputError(f"{source}: expected a non-empty list of JSON objects, in {KINDS}.")
     return rows, {"file": path.name, "sha256": hashlib.sha256(data).hexdigest()}
 
 

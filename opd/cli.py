@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from opd import distributed
 
@@ -148,8 +149,24 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        """As of the base class. Refuses bytes that are no text, which neither JSON nor a message can hold."""
+        for text in sys.argv[1:] if args is None else args:
+            if not encodable(text):
+                raise InputError(f"argument {text[:80]!r} is not UTF-8 text. Type it again, or rename the file that it names.")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> None:
         raise InputError(f"{message}. Usage: {' '.join(self.format_usage().split()[1:])}")
+
+
+def encodable(text: str) -> bool:
+    """Whether a text is whole characters: bytes that are no UTF-8 come from the command line as half ones."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def path_argument(text: str) -> Path:
@@ -170,11 +187,18 @@ def path_fault(text: str) -> str | None:
     return None
 
 
-def seed_argument(text: str) -> int:
-    """The type of arguments that are seeds: whole numbers from 0 to 2^31 - 1, which every generator takes."""
-    if not text.isascii() or not text.isdigit() or len(text) > 10 or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no seed, expected a whole number from 0 to 2147483647")
-    return int(text)
+def number_argument(least: int) -> Callable[[str], int]:
+    """The type of arguments that are whole numbers from `least` to 2^31 - 1, which every generator takes as a seed."""
+
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or len(text) > 10 or not least <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"got {text[:80]!r}, expected a whole number from {least} to {2**31 - 1}")
+        return int(text)
+
+    return number
+
+
+seed_argument = number_argument(0)
 
 
 def parser(prog: str, description: str) -> Parser:

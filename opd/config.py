@@ -363,7 +363,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not Path(path).exists():
         near = difflib.get_close_matches(str(path), [str(p) for p in Path(path).parent.glob("*.json")], 1, 0.5)
         raise InputError(f"{path}: no such file.{f' Did you mean {near[0]}?' if near else ''}")
-    return _section(parse_json(read_text(path, "a JSON file"), str(path)), "the file", path)
+    return _section(parse_json(read_text(path, "a JSON file"), str(path), "a JSON file"), "the file", path)
 
 
 def _section(value: Any, name: str, path: str | Path) -> dict[str, Any]:
@@ -375,7 +375,7 @@ def _section(value: Any, name: str, path: str | Path) -> dict[str, Any]:
 def _override(values: dict[str, Any], text: str) -> None:
     key, equals, raw = text.partition("=")
     if not equals or not key:
-        raise InputError(f"--set {text!r}: expected KEY=VALUE, for example --set optim.lr=1e-6.")
+        raise InputError(f"--set {text[:80]!r}: expected KEY=VALUE, for example --set optim.lr=1e-6.")
     try:
         value = parse_json(raw, f"--set {text[:80]!r}")
     except NotJson:
@@ -385,7 +385,7 @@ def _override(values: dict[str, Any], text: str) -> None:
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise InputError(f"--set {text!r}: {parent!r} is a value, not a section. Legal keys: configs/schema.json.")
+            raise InputError(f"--set {text[:80]!r}: {parent[:80]!r} is a value, not a section. See configs/schema.json.")
     node[name] = value
 
 
@@ -403,9 +403,9 @@ def _explain(kind: type, fault: Any, where: str) -> str:
     if fault["type"] in ("unexpected_keyword_argument", "missing"):
         legal = _leaf_names(kind)
         if fault["type"] == "missing":
-            return f"{where}: {name} is missing. Every key must be there; see configs/schema.json."
+            return f"{where}: {name[:200]} is missing. Every key must be there; see configs/schema.json."
         near = difflib.get_close_matches(name, legal, 1, 0.6) or [n for n in legal if n.endswith("." + path[-1])][:1]
-        return f"{where}: {name} is not a known key.{f' Did you mean {near[0]}?' if near else ''}"
+        return f"{where}: {name[:200]} is not a known key.{f' Did you mean {near[0]}?' if near else ''}"
     got = json.dumps(fault["input"], default=str)
     message = fault["msg"].removeprefix("Value error, expected ")
     return f"{where}: {name} is {got[:200]}. Expected: {message[0].lower()}{message[1:]}."

@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 from opd import distributed, grading, models
 from opd.batch import empty_micro_batch, make_micro_batches, share_of_rank
 from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, load_benchmarks
-from opd.cli import InputError, main, parser, path_argument, say
+from opd.cli import InputError, main, number_argument, parser, path_argument, say
 from opd.config import (
     Config,
     Student,
@@ -171,7 +171,7 @@ def finished(folder: Path, names: Collection[str]) -> dict[str, Figures] | None:
             return None
     except (InputError, OSError):
         return None
-    return summary
+    return summary or None
 
 
 def read_summary(folder: Path) -> dict[str, Figures]:
@@ -183,7 +183,10 @@ def read_summary(folder: Path) -> dict[str, Figures]:
 def read_responses(path: Path) -> list[Response]:
     """The lines of an evaluation's <benchmark>.jsonl. Raises InputError naming the line that is wrong."""
     expected = "the responses of an evaluation"
-    return [check(row, Response, f"{path}, line {number}", expected) for number, row in read_rows(path, expected)]
+    rows = [check(row, Response, f"{path}, line {number}", expected) for number, row in read_rows(path, expected)]
+    if not rows:
+        raise InputError(f"{path}: nothing is in it. Expected {expected}.")
+    return rows
 
 
 def _responses(
@@ -425,14 +428,13 @@ def command(arguments: list[str]) -> None:
     cli = parser("python -m opd.evaluate", "Evaluate one model on a config's benchmarks.")
     cli.add_argument("--model", required=True, type=path_argument, metavar="DIR", help="checkpoint folder or hub name")
     cli.add_argument("--benchmark", action="append", metavar="NAME", help="instead of the config's; repeatable")
-    cli.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each")
+    cli.add_argument("--limit", type=number_argument(1), metavar="N", help="only the first N problems of each")
     cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: OUTPUT_DIR/eval/<the model's name>")
     options = cli.parse_args(arguments)
-    if options.limit is not None and options.limit < 1:
-        raise InputError(f"--limit is {options.limit}, expected a positive number of problems.")
-    config, _ = load_config(options.config, options.overrides, ignore=("tip",))
-    if options.benchmark:
-        config = replace(config, eval=replace(config.eval, benchmarks=tuple(options.benchmark)))
+    chosen = [f"eval.benchmarks={json.dumps(options.benchmark)}"] if options.benchmark else []
+    config, _ = load_config(options.config, [*options.overrides, *chosen], ignore=("tip",))
+    if not config.eval.benchmarks:
+        raise InputError("eval.benchmarks is []: there is nothing to evaluate. Name one with --benchmark NAME.")
     parts = [part for part in options.model.parts[-3:] if part != "checkpoints"]
     out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
     limit = options.limit if options.limit is not None else config.eval.limit

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -65,10 +66,13 @@ def lock(folder: Path, setting: str, wait: Callable[[], object] | None = None) -
         InputError: another process writes there (its host and process id are named), nobody can, or it is a file.
     """
     path = Path(os.path.realpath(folder))
+    for place in (folder, *path.parents):
+        if os.path.lexists(place) and not os.path.isdir(place):
+            raise InputError(f"{place} is a file, expected a folder. Set {setting} to another one.")
+    if not path.name:
+        raise InputError(f"{folder} is the root of the file system. Set {setting} to a folder of its own.")
     path = path.with_name(f".{path.name}.lock")
     made = [parent for parent in path.parents if not os.path.lexists(parent)]
-    if os.path.lexists(folder) and not os.path.isdir(folder):
-        raise InputError(f"{folder} is a file, expected a folder. Set {setting} to another one.")
     handle = None
     try:
         try:
@@ -133,6 +137,29 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+@contextmanager
+def filled(folder: Path, setting: str) -> Iterator[Path]:
+    """A new folder whose files move into `folder` when the block ends well; else they are removed and it stays as it was.
+
+    For the one who holds the lock of `folder`. Raises InputError naming `setting` where one may not write.
+    """
+    temporary = Path(os.path.realpath(folder))
+    temporary = temporary.with_name(f".{temporary.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        folder.mkdir(exist_ok=True)
+        for path in sorted(temporary.iterdir()):
+            os.replace(path, folder / path.name)
+    except PermissionError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}). Set {setting} to a folder you may write to."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def whole_rows(path: Path, kind: Any) -> tuple[list[dict[str, Any]], int]:
     """The lines of a run's own JSONL file that have the shape of a TypedDict, and how many have not.
 
@@ -167,9 +194,11 @@ def amount(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, expected: str = "JSON") -> Any:
     """The value of a JSON text from outside.
 
+    Args:
+        expected: as of read_text.
     Raises:
         NotJson: naming `where`, for what is not JSON.
         InputError: likewise, for an object with a key twice, an integer of more digits than Python
@@ -190,7 +219,7 @@ def parse_json(text: str, where: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise NotJson(f"{where}: not JSON ({error.msg}, {line}column {error.colno}).") from None
+        raise NotJson(f"{where}: not JSON ({error.msg}, {line}column {error.colno}). Expected {expected}.") from None
     except UnicodeEncodeError as error:
         half = error.object[error.start].encode("ascii", "backslashreplace").decode()
         raise InputError(f"{where}: holds {half}, half of a character (a lone surrogate). Remove it.") from None
@@ -234,9 +263,12 @@ def check(value: Any, kind: Any, where: str, expected: str) -> Any:
 
 
 def read_text(path: str | Path, expected: str) -> str:
-    """A UTF-8 text file. Raises InputError; `expected` ends the message, for example "a JSONL file of problems"."""
+    """A UTF-8 text file, without the byte order mark that some editors write.
+
+    Raises InputError; `expected` ends the message, for example "a JSONL file of problems".
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {expected}.") from None
     except UnicodeDecodeError as error:
@@ -245,7 +277,7 @@ def read_text(path: str | Path, expected: str) -> str:
 
 def read_object(path: str | Path, expected: str) -> dict[str, Any]:
     """A JSON file that holds an object. Raises InputError naming the file."""
-    value = parse_json(read_text(path, expected), str(path))
+    value = parse_json(read_text(path, expected), str(path), expected)
     if not isinstance(value, dict):
         raise InputError(f"{path}: {type(value).__name__}, expected {expected}, which is a JSON object.")
     return value
@@ -256,7 +288,7 @@ def read_rows(path: str | Path, expected: str) -> Iterator[tuple[int, dict[str, 
     for number, line in enumerate(read_text(path, expected).split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            value = parse_json(line, where)
+            value = parse_json(line, where, expected)
             if not isinstance(value, dict):
                 raise InputError(f"{where}: {type(value).__name__}, expected a JSON object.")
             yield number, value

@@ -11,13 +11,14 @@ well; this one picks the numbers, keeps the exit code, and says in one line whic
 import os
 import signal
 import sys
+from argparse import ArgumentTypeError
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from opd.cli import InputError, Interrupted, RunError, main, parser
+from opd.cli import InputError, Interrupted, RunError, main, number_argument, parser
 from opd.config import Engine, load_config
 
 MASTER_PORT = 29500
@@ -47,10 +48,10 @@ def machine() -> int:
 
 
 def _number(name: str, default: int, least: int = 1) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit() or int(text) < least:
-        raise InputError(f"{name} is {text!r}, expected a whole number from {least}.")
-    return int(text)
+    try:
+        return number_argument(least)(os.environ.get(name, str(default)))
+    except ArgumentTypeError as error:
+        raise InputError(f"{name}: {error}.") from None
 
 
 def command(arguments: list[str]) -> None:

@@ -10,10 +10,10 @@ fresh process, and one that is gone takes it along, so no GPU stays occupied.
 What travels is JSON and safetensors, never a pickle. Only who knows the key is listened to; nothing is encrypted.
 """
 
-import argparse
 import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -31,7 +31,7 @@ from multiprocessing.connection import Connection, Listener, answer_challenge, d
 from pathlib import Path
 from typing import Any
 
-from opd.cli import InputError, main
+from opd.cli import InputError, Parser, main, number_argument
 
 KEY = "OPD_VLLM_KEY"
 SHUTDOWN = 20  # seconds that a server has to put vLLM away
@@ -42,7 +42,7 @@ def address_of(text: str) -> tuple[str, int] | str:
     if text.startswith("/"):
         return text
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise InputError(f"{text!r} is no address of a vLLM server, expected HOST:PORT, for example 10.0.0.2:8500.")
     return host, int(port)
 
@@ -296,10 +296,11 @@ def _serve_one(address: tuple[str, int] | str, key: bytes, parent: int) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    cli = argparse.ArgumentParser(prog="python -m opd.vllm_server", description="Generates for trainers, with vLLM.")
+    cli = Parser("python -m opd.vllm_server", "Generates for trainers, with vLLM.")
     cli.add_argument("--listen", required=True, metavar="HOST:PORT", help="where trainers connect (rollout.servers)")
     cli.add_argument(
-        "--child-of", type=int, metavar="PID", help="end after one trainer, or with that process; for our own use"
+        "--child-of", type=number_argument(1), metavar="PID",
+        help="end after one trainer, or with that process; for our own use",
     )
     options = cli.parse_args(arguments)
     address, key = address_of(options.listen), os.environ.get(KEY, "")

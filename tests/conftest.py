@@ -1,5 +1,7 @@
 """Fixtures. Tests marked slow run with --run-slow; the embedded pair is the shipped one."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,20 @@ def _one_thread(monkeypatch):
 def tiny_pair() -> Path:
     """Folder of the embedded pair."""
     return ROOT / "data" / "tiny" / "pairs" / "chain"
+
+
+@pytest.fixture
+def setup(tiny_pair, tmp_path):
+    """A folder with a working pair, problems, benchmark and config; nothing in it refers to anything outside."""
+    shutil.copytree(tiny_pair, tmp_path / "pair")
+    benchmark = json.loads(Path("configs/benchmarks/tiny.json").read_text())
+    benchmark["file"] = str(tmp_path / "pair/test.jsonl")
+    (tmp_path / "bench.json").write_text(json.dumps(benchmark))
+    config = json.loads(Path("configs/tiny.json").read_text())
+    config["student"]["path"] = str(tmp_path / "pair/student")
+    config["teacher"]["path"] = str(tmp_path / "pair/teacher")
+    config["data"]["train"] = [str(tmp_path / "pair/train.jsonl")]
+    config["eval"] |= {"benchmarks": [str(tmp_path / "bench.json")], "limit": 4}
+    config["output_dir"] = str(tmp_path / "out")
+    (tmp_path / "pair.json").write_text(json.dumps(config))
+    return tmp_path

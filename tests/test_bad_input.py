@@ -23,23 +23,6 @@ from tip import train as tip_train
 COMMANDS = {"tip": tip_train.command, "opd": opd_train.command, "evaluate": evaluate.command, "report": report.command}
 
 
-@pytest.fixture
-def setup(tiny_pair, tmp_path):
-    """A folder with a working pair, problems, benchmark and config; nothing in it refers to anything outside."""
-    shutil.copytree(tiny_pair, tmp_path / "pair")
-    benchmark = json.loads(Path("configs/benchmarks/tiny.json").read_text())
-    benchmark["file"] = str(tmp_path / "pair/test.jsonl")
-    (tmp_path / "bench.json").write_text(json.dumps(benchmark))
-    config = json.loads(Path("configs/tiny.json").read_text())
-    config["student"]["path"] = str(tmp_path / "pair/student")
-    config["teacher"]["path"] = str(tmp_path / "pair/teacher")
-    config["data"]["train"] = [str(tmp_path / "pair/train.jsonl")]
-    config["eval"] |= {"benchmarks": [str(tmp_path / "bench.json")], "limit": 4}
-    config["output_dir"] = str(tmp_path / "out")
-    (tmp_path / "pair.json").write_text(json.dumps(config))
-    return tmp_path
-
-
 def snapshot(folder):
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
@@ -279,11 +262,11 @@ CASES = {
     "a selection onto a baseline": (finished_run, "tip", [], "holds a run of another configuration; it differs in tip"),
     "a folder that is not a run": (foreign_folder, "tip", [], "exists and is not a run folder"),
     "a run folder that is a file": (run_is_a_file, "tip", [], "out/tiny is a file, expected a folder"),
-    "an output folder that is a file": (output_is_a_file, "tip", [], "cannot be written"),
+    "an output folder that is a file": (output_is_a_file, "tip", [], "{dir}/out is a file, expected a folder. Set output_dir"),
     # the other commands
     "evaluation of nothing": (nothing, "evaluate", ["--model", "{dir}/none"], "no such folder"),
     "evaluation without a model": (nothing, "evaluate", [], "required: --model"),
-    "evaluation of zero problems": (nothing, "evaluate", ["--model", "{dir}/pair/student", "--limit", "0"], "--limit is 0"),
+    "evaluation of zero problems": (nothing, "evaluate", ["--model", "{dir}/pair/student", "--limit", "0"], "argument --limit: got '0', expected a whole number from 1"),
     "evaluation beyond the context": (edit("bench.json", max_response_tokens=500), "evaluate",
         ["--model", "{dir}/pair/student"], "max_response_tokens of benchmark bench is 500: together 519"),
     "evaluation on an unknown benchmark": (nothing, "evaluate", ["--model", "{dir}/pair/student", "--benchmark", "x"],

@@ -24,11 +24,11 @@ from torch import Tensor
 from opd import distributed, models
 from opd.batch import MicroBatch, make_micro_batches
 from opd.benchmarks import check_context
-from opd.cli import InputError, main, parser, path_argument, say
+from opd.cli import InputError, main, number_argument, parser, path_argument, say
 from opd.config import Config, load_config
 from opd.data import Prompt, prompts_of_step, read_training_prompts
 from opd.engine import load_teacher, pick_device
-from opd.files import lock, write_whole
+from opd.files import filled, lock, write_whole
 from opd.hooks import TokenStats
 from opd.loss import divergence_sum
 from opd.metrics import Progress
@@ -346,11 +346,11 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
         names, gradients, target = oracle(student, teacher, batches, fresh, vocab_size, config, oracle_tokens)
         if len(names):
             result["oracle"] = against_oracle(stats, tip, config.seed, names, gradients, target)
-    out.mkdir(parents=True, exist_ok=True)
     text = table(result)
-    write_whole(out / "analysis.json", json.dumps(result, indent=1) + "\n")
-    write_whole(out / "table.md", text + "\n")
-    plots(result, stats, out)
+    with filled(out, "--out") as new:
+        write_whole(new / "analysis.json", json.dumps(result, indent=1) + "\n")
+        write_whole(new / "table.md", text + "\n")
+        plots(result, stats, new)
     say(f"{out}: analysis.json, table.md, coverage, overlap and quadrants (.png, .svg)")
     return text
 
@@ -358,17 +358,13 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
 def command(arguments: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     cli = parser("python -m tip.analyze", "Compares all rules on the same tokens, without training.")
-    cli.add_argument("--prompts", type=int, default=64, metavar="N", help="prompts answered and scored (64)")
+    cli.add_argument("--prompts", type=number_argument(1), default=64, metavar="N", help="prompts answered and scored (64)")
     cli.add_argument(
-        "--oracle-tokens", type=int, metavar="N",
+        "--oracle-tokens", type=number_argument(0), metavar="N",
         help=f"tokens whose own gradient is taken (1024 up to {SMALL_STUDENT:,} student parameters, else 0)",
     )  # fmt: skip
     cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: output_dir/<run_name>-analysis")
     options = cli.parse_args(arguments)
-    for name, least in (("prompts", 1), ("oracle_tokens", 0)):
-        value = vars(options)[name]
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, expected {least} or more.")
     config, sections = load_config(options.config, options.overrides, SECTIONS)
     out = options.out or config.run_dir.with_name(f"{config.run_name}-analysis")
     from_user = " ".join(["python -m tip.analyze", *arguments])

@@ -15,7 +15,7 @@ from opd.benchmarks import GREEDY
 from opd.cli import InputError, Parser, command_line, main, path_argument
 from opd.compare import evaluation_folder
 from opd.evaluate import percent, read_responses
-from opd.files import check, lock, write_whole
+from opd.files import check, filled, lock, write_whole
 from opd.run_folder import Recorded, Summary, read_final, read_record
 from tip import page, results
 from tip.grid import grid
@@ -44,6 +44,13 @@ def read_run(folder: Path) -> Run:
     tip = config.get("tip")
     if tip is not None:
         check(tip, Selection, f"{folder / 'config.json'}: config.tip", "a rule and its retention")
+    start = (summary["eval"]["step_0"] or {}).keys()
+    for who in ("teacher", "final"):
+        if missing := sorted(start - (summary["eval"][who] or {}).keys()):
+            raise InputError(
+                f"{folder / 'summary.json'}: eval.{who} has no figures of benchmark {missing[0]!r}. Remove the file and give "
+                "the command of the run again, which makes it anew from the run's evaluations."
+            )
     label = f"{tip['rule']} {tip['retention']:g}" if tip and tip["rule"] != "all" else "all tokens"
     return Run(folder, label, config, summary)
 
@@ -126,6 +133,9 @@ def example(runs: list[Run]) -> str:
     responses["teacher"] = _first_responses(evaluations / "teacher", name)
     responses |= {run.label: _first_responses(evaluation_folder(run.folder), name) for run in runs}
     start = responses["step-0 student"]
+    for label, rows in responses.items():
+        if start.keys() != rows.keys():
+            raise InputError(f"{runs[0].folder}: step-0 student and {label} have not answered the same problems of {name}.")
     chosen = next((key for key, row in start.items() if not row["correct"]), next(iter(start)))
     how = "greedy" if start[chosen]["sample"] == GREEDY else "sampled"
     prompt = f"problem {chosen} of {name}, answer {start[chosen]['answer']}\n\n{_indented(start[chosen]['prompt'])}"
@@ -164,10 +174,9 @@ def command(arguments: list[str]) -> None:
     runs = [read_run(folder) for folder in options.runs]
     text = table(runs) + (f"\n\n{example(runs)}" if options.example else "")
     if options.out:
-        with lock(options.out, "--out"):
-            options.out.mkdir(exist_ok=True)
-            write_whole(options.out / "table.md", text + "\n")
-            page.write(results.of_runs(runs) | {"command": command_line()}, options.out)
+        with lock(options.out, "--out"), filled(options.out, "--out") as new:
+            write_whole(new / "table.md", text + "\n")
+            page.write(results.of_runs(runs) | {"command": command_line()}, new)
     print(text)
 
 

@@ -29,7 +29,7 @@ import transformers
 
 from data.tiny import build
 from opd import distributed, launch
-from opd.cli import InputError, Interrupted, RunError, main, parser, say, seed_argument
+from opd.cli import InputError, Interrupted, RunError, main, number_argument, parser, say, seed_argument
 from opd.config import ROOT, Config, load_config, read_json_object
 from opd.files import lock
 from opd.train import dry_run
@@ -102,7 +102,7 @@ def only(table: Table, labels: list[str]) -> Table:
     """The table with these arms and its baselines alone. Raises InputError for a label that it does not have."""
     known = [arm.label for arm in table.arms]
     if unknown := [label for label in labels if label not in known]:
-        raise InputError(f"--arms: {table.name} has no arm {unknown[0]!r}; its arms are {', '.join(known)}.")
+        raise InputError(f"--arms: {table.name} has no arm {unknown[0][:80]!r}; its arms are {', '.join(known)}.")
     wanted = {*labels, *table.baselines}
     panels = ((title, tuple(arm for arm in arms if arm.label in wanted)) for title, arms in table.panels)
     return replace(table, panels=tuple((title, arms) for title, arms in panels if arms))
@@ -235,7 +235,9 @@ def command(arguments: list[str]) -> None:
     which.add_argument("--table", metavar="N", help="3, 4, 5, 6, 7, 8, main or rules (a file of configs/tables)")
     which.add_argument("--figure", metavar="N", help="1, 3 or 4")
     cli.add_argument("--seeds", default="0", metavar="0,1,2", help="default 0")
-    cli.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds at a time, each in a process of its own")
+    cli.add_argument(
+        "--jobs", type=number_argument(1), default=1, metavar="N", help="seeds at a time, each in a process of its own"
+    )
     cli.add_argument("--arms", metavar="A,B", help="only these arms, by the labels of --dry-run, and the baselines")
     cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")
     cli.add_argument("--only-seed", type=seed_argument, metavar="N", help="run this seed's arms here and write no table")
@@ -253,13 +255,13 @@ def command(arguments: list[str]) -> None:
         seeds = [seed_argument(text) for text in options.seeds.split(",")]
     except ArgumentTypeError as error:
         raise InputError(f"--seeds: {error}. Give them with commas, for example 0,1,2.") from None
-    if len(set(seeds)) < len(seeds) or options.jobs < 1:
-        raise InputError(f"--seeds {options.seeds} --jobs {options.jobs}: expected different seeds and jobs >= 1.")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {options.seeds[:80]}: expected different seeds. Give each once.")
     base, _ = load_config(options.config, options.overrides, SECTIONS)
     fixed = {"seed", "run_name"}.union(*(arm.settings for arm in table.arms))
     for text in options.overrides:
         if (key := text.partition("=")[0]) in fixed:
-            raise InputError(f"--set {text}: the arms and seeds of a table set {key}. Leave it out.")
+            raise InputError(f"--set {text[:80]}: the arms and seeds of a table set {key}. Leave it out.")
     for arm in table.arms:  # what is wrong with the settings is said before anything runs
         settings = [f"{key}={json.dumps(value)}" for key, value in arm.settings.items()]
         TipWeighter(load_config(options.config, [*options.overrides, *settings], SECTIONS)[1]["tip"])
