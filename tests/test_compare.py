@@ -122,7 +122,7 @@ DAMAGED = {
     "a sample that is a text": ("bench.jsonl", edited(sample="-1"), "line 1: sample is '-1' (Input should be a valid integer)"),
     "a response without verdict": ("bench.jsonl", edited(correct=None), "line 1: correct is missing"),
     "a verdict that is a text": ("bench.jsonl", edited(correct="yes"), "line 1: correct is 'yes'"),
-    "no response at all": ("bench.jsonl", b"", "no problem of bench with a greedy response in both"),
+    "no response at all": ("bench.jsonl", b"", "nothing is in it. Expected the responses"),
 }
 
 

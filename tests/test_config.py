@@ -149,7 +149,7 @@ def test_plain_training_refuses_a_file_with_a_selection():
     ("{", "not JSON (Expecting property name enclosed in double quotes, column 2)"),
     ("[1]", "the file is list, expected an object"),
     ('{"a": 1, "a": 2}', "key 'a' stands twice"),
-    ("\ufeff{}", "not JSON"), ("{}", "student is missing"),
+    ("\ufeff{}", "student is missing"), ("{}", "student is missing"),
 ])  # fmt: skip
 def test_broken_files_are_named(tmp_path, text, message):
     path = tmp_path / "pair.json"

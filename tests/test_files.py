@@ -95,7 +95,7 @@ def test_a_file_and_a_folder_that_nobody_may_make(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file is a file, expected a folder. Set --out"), files.lock(tmp_path / "file", "--out"):
         pass
-    with pytest.raises(InputError, match="cannot be written"), files.lock(tmp_path / "file" / "run", "output_dir"):
+    with pytest.raises(InputError, match="file is a file, expected a folder"), files.lock(tmp_path / "file" / "run", "output_dir"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

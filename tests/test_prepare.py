@@ -136,7 +136,7 @@ def test_training_data_needs_the_evaluation_sets_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content,message", [
-    ("{", "cannot be read"), ("[1]", "expected a non-empty list"), ("", "expected a non-empty list"),
+    ("{", "not JSON"), ("[1]", "expected a non-empty list"), ("", "expected a non-empty list"),
     ('{"problem": "x"}', "row 1: no field 'answer'"), ('{"problem": "x", "answer": "1/2"}', "not an integer from 0 to 999"),
 ])  # fmt: skip
 def test_malformed_sources_are_named(tmp_path, content, message):
