@@ -363,6 +363,9 @@ def test_a_split_teacher_scores_and_samples_as_a_whole_one(files):
         assert relative(flat(weights), flat({n: engine.weights()[n] for n in weights})) < 1e-5, case
 
 
+@pytest.mark.skipif(
+    "ATEN_CPU_CAPABILITY" in os.environ, reason="torch 2.13 mixes instruction sets in bfloat16 attention when one is forced"
+)
 def test_bfloat16_stages_agree_also_far_down_a_long_sequence(files):
     in_two_processes(in_bfloat16, files)
     found = torch.load(files / "bfloat16_0.pt")

