@@ -48,10 +48,11 @@ def machine() -> int:
 
 
 def _number(name: str, default: int, least: int = 1) -> int:
+    text = os.environ.get(name, str(default))
     try:
-        return number_argument(least)(os.environ.get(name, str(default)))
-    except ArgumentTypeError as error:
-        raise InputError(f"{name}: {error}.") from None
+        return number_argument(least)(text)
+    except ArgumentTypeError:
+        raise InputError(f"{name} is {text[:80]!r}, expected a whole number from {least}.") from None
 
 
 def command(arguments: list[str]) -> None:
