@@ -70,6 +70,8 @@ def command(arguments: list[str]) -> None:
     parser.add_argument("--field", default="prompt", help="field with the problem (default: prompt)")
     parser.add_argument("--out", type=path_argument, help="write every overlapping pair, with both texts, to this JSONL file")
     options = parser.parse_args(arguments)
+    if options.out and options.out.exists() and not options.out.is_file():
+        raise InputError(f"--out {options.out}: it is a folder or a device, expected a file. Give the name of a file.")
     train = texts(options.train, options.field)
     found = [pair for path in options.evaluation for pair in overlaps(train, texts(path, options.field))]
     rows = len({pair.train_id for pair in found})

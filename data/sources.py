@@ -42,13 +42,13 @@ def read_rows(source: str, split: str, hub: Hub) -> tuple[list[dict], dict[str, 
         return rows, {"hub": hub.repository, "revision": hub.revision, "split": split}
     path = Path(source)
     try:
-        data = path.read_bytes()
         if path.suffix == ".parquet":
             from pyarrow import parquet
 
+            data = path.read_bytes()
             rows = parquet.read_table(path).to_pylist()
         else:
-            text = read_text(source, KINDS)
+            text, data = read_text(source, KINDS), path.read_bytes()
             lines = [(source, text)] if path.suffix == ".json" else [
                 (f"{source}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
             ]
@@ -67,7 +67,7 @@ def need(row: dict, names: tuple[str, ...], where: str) -> dict:
     """The row, if it has these fields. Raises InputError naming what is missing."""
     missing = [name for name in names if name not in row]
     if missing:
-        raise InputError(f"{where}: no field {missing[0]!r}; it has {sorted(row)}.")
+        raise InputError(f"{where}: no field {missing[0]!r}; it has {str(sorted(row))[:300]}. Expected {KINDS}.")
     return row
 
 

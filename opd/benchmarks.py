@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from opd.cli import InputError
-from opd.config import ROOT, Config, Count, PathText, Text, build, doc, read_json_object, strict
+from opd.config import COLDEST, MOST_SAMPLES, ROOT, Config, Count, PathText, Text, build, doc, read_json_object, strict
 from opd.data import Prompt, make_prompts, read_problems
 from opd.models import LanguageModel
 
@@ -24,8 +24,8 @@ class Benchmark:
     answer_field: Annotated[Text, doc("Field with the reference answer.")]
     instruction: Annotated[str, doc("Text appended to the problem.")]
     greedy: Annotated[bool, doc("One greedy response per problem.")]
-    k: Annotated[int, doc("Sampled responses per problem, for mean@k, pass@k and maj@k. Paper: 16.", ge=0)]
-    temperature: Annotated[float, doc("Of the k samples. Paper: 1.0.", gt=0)]
+    k: Annotated[int, doc("Sampled responses per problem, for mean@k, pass@k and maj@k. Paper: 16.", ge=0, le=MOST_SAMPLES)]
+    temperature: Annotated[float, doc("Of the k samples. Paper: 1.0.", ge=COLDEST)]
     top_p: Annotated[float, doc("Of the k samples. Not stated in the paper.", gt=0, le=1)]
     max_response_tokens: Annotated[Count, doc("A response is cut here. Tokens.")]
     answer_lines: Annotated[bool, doc("Without a box, take what follows the last line that starts with Answer:.")]

@@ -157,7 +157,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:
-        raise InputError(f"{message}. Usage: {' '.join(self.format_usage().split()[1:])}")
+        short = message if len(message) <= 300 else f"{message[:300]}..."
+        raise InputError(f"{short}. Usage: {' '.join(self.format_usage().split()[1:])}")
 
 
 def encodable(text: str) -> bool:

@@ -38,7 +38,10 @@ def _path(text: str) -> str:
 
 
 PathText = Annotated[Text, AfterValidator(_path)]
-Count = Annotated[int, Field(ge=1)]
+MOST = 10**9  # of what is counted: more overflows whoever lays it out
+Count = Annotated[int, Field(ge=1, le=MOST)]
+MOST_SAMPLES = 100_000  # of one problem, and prompts of one update
+COLDEST = 1e-3  # temperature above 0: colder ones overflow the scaled logits, and are greedy
 
 
 def doc(text: str, **limits: Any) -> Any:
@@ -83,6 +86,7 @@ class Teacher:
             "above goes to RUN/teacher_states/ on disk. Beside a GPU it is pinned, where torch rounds each micro-batch up to a "
             "power of two bytes. null: no limit.",
             ge=0,
+            le=MOST,
         ),
     ]
 
@@ -154,8 +158,8 @@ class RolloutSection:
             "one is always before the first update. transformers: not used."
         ),
     ]
-    prompts_per_step: Annotated[Count, doc("Prompts of one update. Table 9: 8.")]
-    n: Annotated[Count, doc("Responses per prompt. Table 9: 16.")]
+    prompts_per_step: Annotated[int, doc("Prompts of one update. Table 9: 8.", ge=1, le=MOST_SAMPLES)]
+    n: Annotated[int, doc("Responses per prompt. Table 9: 16.", ge=1, le=MOST_SAMPLES)]
     batch_size: Annotated[
         Count, doc("Responses a process generates together; bounds the key/value cache. Not the result.")
     ]
@@ -253,7 +257,10 @@ class Eval:
     """Held-out accuracy of the step-0 student, the teacher, and the student in training and at the end."""
 
     benchmarks: Annotated[tuple[PathText, ...], doc("Names of configs/benchmarks/NAME.json, or paths of such files.")]
-    k: Annotated[int | None, doc("Samples per problem, instead of each benchmark's own k; null: its own.", ge=0)]
+    k: Annotated[
+        int | None,
+        doc("Samples per problem, instead of each benchmark's own k; null: its own.", ge=0, le=MOST_SAMPLES),
+    ]
     every: Annotated[int, doc("Evaluate every so many updates as well; 0: only before and after.", ge=0)]
     reverse_kl: Annotated[
         bool,
@@ -430,6 +437,10 @@ def _check(config: Config, where: str) -> None:
     require(
         (config.optim.steps is None) != (config.data.epochs is None),
         f"optim.steps is {config.optim.steps} and data.epochs is {config.data.epochs}: give one, set the other to null.",
+    )
+    require(
+        config.rollout.temperature == 0 or config.rollout.temperature >= COLDEST,
+        f"rollout.temperature is {config.rollout.temperature}, expected 0 (greedy) or at least {COLDEST}.",
     )
     require(
         config.rollout.temperature > 0 or config.rollout.n == 1,

@@ -63,7 +63,8 @@ def read_problems(path: str | Path, prompt_field: str, answer_field: str | None)
 
 def _field(row: dict[str, Any], name: str, where: str) -> Any:
     if name not in row:
-        raise InputError(f"{where}: no field {name!r}; it has {sorted(row)}. Set the field's name in the config.")
+        there = str(sorted(row))[:300]
+        raise InputError(f"{where}: no field {name[:80]!r}; it has {there}. Set the field's name in the config.")
     return row[name]
 
 

@@ -262,11 +262,18 @@ def check(value: Any, kind: Any, where: str, expected: str) -> Any:
         raise InputError(f"{where}: {name} {got}. Expected {expected}.") from None
 
 
+def refuse_device(path: str | Path, expected: str) -> None:
+    """Raises InputError for a device such as /dev/zero, which no read comes to the end of."""
+    if Path(path).is_char_device():
+        raise InputError(f"{path}: is a device, which may have no end. Expected {expected}.")
+
+
 def read_text(path: str | Path, expected: str) -> str:
     """A UTF-8 text file, without the byte order mark that some editors write.
 
     Raises InputError; `expected` ends the message, for example "a JSONL file of problems".
     """
+    refuse_device(path, expected)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -174,5 +174,9 @@ class MetricsLog:
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl. Raises InputError naming the damaged one."""
     path, expected = run_dir / "metrics.jsonl", "the metrics of an update, with its step"
-    rows = read_rows(path, expected)
-    return [check(row, Row, f"{path}, line {number}", expected) for number, row in rows]
+    rows = []
+    for number, row in read_rows(path, expected):
+        rows.append(check(row, Row, f"{path}, line {number}", expected))
+        for name, value in row.items():
+            check(value, float, f"{path}, line {number}: {name[:80]}", "a number")
+    return rows

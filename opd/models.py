@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from opd import distributed
 from opd.batch import MicroBatch
-from opd.cli import InputError, say
+from opd.cli import InputError, first_line, say
 from opd.config import Config, Student, Teacher
 from opd.data import Prompt
 from opd.loss import Head
@@ -58,6 +58,7 @@ def _call(work: Callable[[], Any]) -> Any:
     return work()
 
 
+LARGEST = 1e30  # scale or soft cap of a head
 HEAD_KEYS = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # multiplier, divisor, soft cap of logits
 
 
@@ -134,8 +135,9 @@ def _check_head_keys(model: PreTrainedModel, where: str) -> None:
     values = _text_values(model)
     for name in HEAD_KEYS:
         value = values.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise InputError(f"{where}: config.json has {name} = {value!r}, expected a number.")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+        if value is not None and not number:
+            raise InputError(f"{where}: config.json has {name} = {repr(value)[:80]}, expected a number. Restore the file.")
 
 
 def check_paths(config: Config) -> None:
@@ -177,7 +179,7 @@ def load(
         if isinstance(error, RuntimeError) and distributed.is_lost_connection(error):
             raise
         raise InputError(
-            f"{where} does not load as a causal language model with its tokenizer: {_first_line(error)} "
+            f"{where} does not load as a causal language model with its tokenizer: {first_line(error)} "
             "Expected a Hugging Face checkpoint in safetensors format whose architecture is part of transformers."
         ) from error
     if not tokenizer.chat_template:
@@ -191,12 +193,15 @@ def load(
             f"{name}.attn_implementation to 'eager' or 'flash_attention_2'."
         )
     _check_head_keys(model, where)
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{where}: config.json has is_encoder_decoder, expected a decoder alone. Choose another model.")
     model.eval()
     if isinstance(section, Teacher):
         model.requires_grad_(False)
     else:
         _refuse_dropout(model, where)
-    eos_ids = _eos_ids(model, tokenizer)
+        _check_generation_config(model, where)
+    eos_ids = _eos_ids(model, tokenizer, where)
     if not eos_ids:
         raise InputError(f"{where}: neither tokenizer, config.json nor generation_config.json names an EOS id.")
     found = LanguageModel(model, tokenizer, eos_ids, dtype, name)
@@ -275,14 +280,30 @@ def _strings(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
     return [by_id.get(i) for i in range(max(by_id) + 1)]
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _check_generation_config(model: PreTrainedModel, where: str) -> None:
+    """Refuses what transformers reads and does not save: the run would end at its first checkpoint. Raises InputError."""
+    try:
+        model.generation_config.validate(strict=True)
+    except (ValueError, TypeError) as error:  # TypeError: a value of another type, which it compares with a number
+        fault = (str(error).splitlines()[1:2] or [str(error)])[0].removeprefix("- ")[:300]
+        raise InputError(
+            f"{where}: its generation_config.json cannot be saved again with a checkpoint ({fault}). Mend the file; the "
+            "trainer itself takes nothing but the EOS ids from it."
+        ) from None
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:
+    """Every id that ends a response. Raises InputError for what is no id."""
     found: set[int] = set()
     for value in (
         tokenizer.eos_token_id,
         model.config.get_text_config().eos_token_id,
         model.generation_config.eos_token_id,
     ):
-        found.update([value] if isinstance(value, int) else value or [])
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(type(i) is not int or i < 0 for i in ids):
+            raise InputError(f"{where}: eos_token_id is {repr(value)[:80]}, expected a token id or a list of them.")
+        found.update(ids)
     return tuple(sorted(found))
 
 
@@ -295,8 +316,8 @@ def _check_folder(section: Student | Teacher, name: str) -> None:
         raise InputError(f"{where}: no such folder, and not a hub name (owner/model).")
     if section.revision is not None:
         raise InputError(
-            f"{name}.revision is {section.revision!r} and {where} is a folder, which has no revisions. Set it to null, or name "
-            "a hub repository."
+            f"{name}.revision is {section.revision[:80]!r} and {where} is a folder, which has no revisions. Set it to null, or "
+            "name a hub repository."
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{where}: the folder has no config.json. Expected a Hugging Face checkpoint.")
@@ -355,7 +376,3 @@ def _logits(states: Tensor, head: Head) -> Tensor:
         logits += head.bias[: head.size].float()
     logits *= head.scale
     return logits if head.soft_cap is None else head.soft_cap * (logits / head.soft_cap).tanh()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

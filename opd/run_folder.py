@@ -17,7 +17,7 @@ from opd import checkpoint, evaluate
 from opd.benchmarks import VALIDATION
 from opd.cli import InputError, command_line, path_fault, say
 from opd.config import ROOT
-from opd.files import check, read_object, sha256, step_number, whole_rows, write_whole
+from opd.files import check, read_object, refuse_device, sha256, step_number, whole_rows, write_whole
 from opd.metrics import Row, Warned, read_metrics
 
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -104,7 +104,7 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
     """
     if not run_dir.exists() or all(p.name.startswith(".") for p in run_dir.iterdir()):
         if resume not in ("auto", "none"):
-            raise InputError(f"--resume {resume}: {run_dir} has no run to continue. Expected an existing run folder.")
+            raise InputError(f"--resume {resume[:200]}: {run_dir} has no run to continue. Expected an existing run folder.")
         return None
     if resume == "none":
         raise InputError(f"{run_dir} exists, and --resume none starts a new run. Choose another --set run_name=NAME.")
@@ -125,10 +125,10 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
     if resume != "auto":
         try:
             if path_fault(resume) or Path(resume).resolve().parent != (run_dir / "checkpoints").resolve():
-                raise checkpoint.CheckpointError(f"{resume} does not stand in {run_dir / 'checkpoints'}")
+                raise checkpoint.CheckpointError(f"{resume[:200]} does not stand in {run_dir / 'checkpoints'}")
             checkpoint.verify(Path(resume))
         except checkpoint.CheckpointError as error:
-            raise InputError(f"--resume {resume}: {error}. Expected a whole checkpoint of {run_dir}.") from None
+            raise InputError(f"--resume {resume[:200]}: {error}. Expected a whole checkpoint of {run_dir}.") from None
         found = Path(resume)
     elif _is_complete(run_dir):
         return DONE
@@ -214,11 +214,13 @@ def _anywhere(config: Mapping[str, Any]) -> dict[str, Any]:
 def digests(paths: Sequence[str]) -> dict[str, str]:
     """SHA-256 of the problem files: other problems under the same name make another run. Raises InputError."""
     found = {}
+    expected = "a JSONL file of problems"
     for path in paths:
+        refuse_device(path, expected)
         try:
             found[path] = sha256(Path(path))
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}). Expected a JSONL file of problems.") from None
+            raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {expected}.") from None
     return found
 
 

@@ -17,9 +17,9 @@ import torch
 import transformers
 from test_bad_input import edit, line, nothing, outcome, snapshot, write
 
-from data import prepare
+from data import contamination, prepare
 from data.tiny import build
-from opd import cli, compare, evaluate
+from opd import cli, compare, evaluate, launch
 from opd import train as opd_train
 from opd.config import MOST_THREADS
 from tip import analyze, report, reproduce
@@ -111,6 +111,12 @@ CASES = {
     "a config without a name": (nothing, ["--config", ""], "argument --config", "is empty, expected a path"),
     "an endless checkpoint": (nothing, ["--resume", NAME], "--resume", "Expected"),
     "an endless rule": (nothing, [S, f"tip.rule={NAME}"], "rule is", "one of all, random"),
+    "a device without end": (nothing, ["--config", "/dev/zero"], "/dev/zero: is a device, which may have no end", "Expected"),
+    "a device of data": (nothing, [S, 'data.train=["/dev/zero"]'], "/dev/zero: is a device", "Expected"),
+    "an endless argument": (nothing, [NAME * 10], "unrecognized arguments: nnn", "Usage: "),
+    "an endless field": (nothing, [S, f"data.prompt_field={NAME * 10}"], "no field 'nnn", "Set the field's name"),
+    "an endless server": (nothing, [S, "rollout.engine=vllm", S, f'rollout.servers=["{NAME * 10}"]'], "is no address of a vLLM server", ""),
+    "a port of other digits": (nothing, [S, "rollout.engine=vllm", S, 'rollout.servers=["a:²"]'], "'a:²' is no address", ""),
     "an endless key": (nothing, [S, f"{NAME * 10}=1"], "nnn", "not a known key"),
     **{
         f"template argument {name}": (nothing, [S, f"data.chat_template_args={json.dumps({name: value})}"], f"sets '{name}'", "Remove it")
@@ -121,6 +127,16 @@ CASES = {
         }.items()
     },
     "a hundred million threads": (nothing, [S, "engine.cpu_threads=100000000"], "engine.cpu_threads is 100000000", "less than or equal to 1024"),
+    **{
+        f"{key} = {value}": (nothing, [S, f"{key}={value}"], f"{key} is ", "less than or equal to")
+        for key, value in {
+            "rollout.n": 10**9, "rollout.prompts_per_step": 10**9, "eval.k": 2**31, "optim.steps": 10**30, "rollout.batch_size": 2**63,
+            "data.max_prompt_tokens": 10**30, "rollout.max_response_tokens": 2**64, "teacher.cache_gb": 1e308,
+        }.items()
+    },
+    "more samples than anyone takes": (edit("bench.json", k=2**31), [], "bench.json: k is 2147483648", "less than or equal to 100000"),
+    "a temperature that overflows": (nothing, [S, "rollout.temperature=1e-320"], "rollout.temperature is 1e-320", "expected 0 (greedy) or at least 0.001"),
+    "a benchmark's temperature that overflows": (edit("bench.json", temperature=1e-320), [], "bench.json: temperature is 1e-320", "greater than or equal to 0.001"),
     "no thread": (nothing, [S, "engine.cpu_threads=0"], "engine.cpu_threads is 0", "greater than or equal to 1"),
     "a revision of a folder": (nothing, [S, "student.revision=main"], "student.revision is 'main'", "Set it to null"),
     "a revision of a teacher's folder": (nothing, [S, "teacher.revision=main"], "teacher.revision is 'main'", "Set it to null"),
@@ -183,6 +199,22 @@ def test_a_head_that_is_scaled_by_no_number(name, key, value, random_model, setu
     assert "student.path" in message and key in message, message
 
 
+@pytest.mark.parametrize("name, changes, wanted", [
+    ("config.json", {"is_encoder_decoder": True}, "config.json has is_encoder_decoder"),
+    ("config.json", {"final_logit_softcapping": 10**400}, "final_logit_softcapping"),
+    ("generation_config.json", {"eos_token_id": True}, "eos_token_id"),
+    ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id"),
+    ("generation_config.json", {"eos_token_id": [1, -1]}, "eos_token_id"),
+    ("generation_config.json", {"pad_token_id": -1}, "generation_config.json cannot be saved again"),
+    ("generation_config.json", {"temperature": 0.6, "do_sample": False}, "generation_config.json cannot be saved again"),
+    ("generation_config.json", {"temperature": ""}, "generation_config.json"),
+])  # fmt: skip
+def test_settings_of_a_model_that_end_a_run_later(name, changes, wanted, setup, monkeypatch, capsys):
+    edit(f"pair/student/{name}", **changes)(setup)
+    message = refused(tip_train.command, ["--config", setup / "pair.json"], setup, monkeypatch, capsys)
+    assert "student.path" in message and wanted in message, message
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 def evaluating(d, *extra):
     return ["--config", d / "pair.json", "--model", d / "pair/student", *extra]
@@ -204,6 +236,7 @@ def evaluating(d, *extra):
     (["--benchmark", "tiny", "--benchmark", "tiny"], "names a benchmark twice"),
     ([S, "eval.benchmarks=[]"], "eval.benchmarks is []: there is nothing to evaluate"),
     (["--out", "/"], "/ is the root of the file system. Set --out"),
+    (["--out", "/proc/x"], "/proc/x cannot be written (No such file or directory). Set --out"),
 ])  # fmt: skip
 def test_evaluations_of_wrong_arguments(extra, message, setup, monkeypatch, capsys):
     arguments = evaluating(setup, *(text.replace("{dir}", str(setup)) for text in extra))
@@ -308,6 +341,7 @@ RUNS = {
         ["--example"], "teacher/bench.jsonl: cannot be read (Is a directory)", "Expected"),
     "half a line of metrics": (cut("metrics.jsonl", 0.9), ["--out", "{dir}/o"], "metrics.jsonl, line 2: not JSON", ""),
     "metrics of another shape": (write("metrics.jsonl", '{"step": 1}\n'), ["--out", "{dir}/o"], "metrics.jsonl, line 1", "Expected"),
+    "a metric that is no number": (replaced("metrics.jsonl", '"loss/divergence": ', '"loss/divergence": null, "x": '), ["--out", "{dir}/o"], "metrics.jsonl, line 1: loss/divergence", "Expected a number"),
     "no metrics": (lambda d: (d / "metrics.jsonl").unlink(), ["--out", "{dir}/o"], "metrics.jsonl: cannot be read", "Expected"),
     "half a line of a dump": (cut("tokens/step_000001.jsonl", 0.9), ["--out", "{dir}/o"], "tokens/step_000001.jsonl, line 4: not JSON", ""),
     "a shorter column of a dump": (shorter_column, ["--out", "{dir}/o"], "step_000001.jsonl, line 1: reverse_kl is not as long as token_ids", "Expected"),
@@ -429,6 +463,7 @@ def test_sources_that_hold_no_problems(name, tmp_path, monkeypatch, capsys):
     (["--source", "{dir}"], "cannot be read (Is a directory)"),
     (["--source", "{dir}/none.jsonl"], "cannot be read (No such file or directory)"),
     (["--source", "{dir}/bad.parquet"], "bad.parquet: cannot be read"),
+    (["--source", "/dev/zero"], "/dev/zero: is a device"),
     (["--source", ""], "argument --source: '' is empty, expected a path"),
     (["--source", NAME], "at most 255 bytes"),
     (["--source", "a\0b"], "holds a null byte"),
@@ -442,6 +477,22 @@ def test_preparations_of_wrong_arguments(extra, message, tmp_path, monkeypatch, 
     arguments = ["math500", "--source", tmp_path / "good.jsonl", "--out", tmp_path / "o"]
     arguments += [text.replace("{dir}", str(tmp_path)) for text in extra]
     assert message in refused(prepare.command, arguments, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("out", [".", "/", "{dir}", "{dir}/device"])
+def test_overlaps_are_written_to_a_file(out, tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "device")
+    (tmp_path / "a.jsonl").write_text(ROW)
+    arguments = [tmp_path / "a.jsonl", tmp_path / "a.jsonl", "--field", "problem", "--out", out.replace("{dir}", str(tmp_path))]
+    assert "it is a folder or a device, expected a file" in refused(contamination.command, arguments, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name, value", [("NUM_GPUS", "²"), ("NUM_GPUS", DIGITS), ("NNODES", "0"), ("NNODES", "x")])
+def test_numbers_of_processes_that_are_none(name, value, setup, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    arguments = ["tip.train", "--config", setup / "pair.json", S, "engine.kind=deepspeed", S, "engine.deepspeed=zero2"]
+    message = refused(launch.command, arguments, setup, monkeypatch, capsys)
+    assert f"{name} is '" in message and "expected a whole number from 1" in message
 
 
 @pytest.mark.parametrize("extra, message", [
