@@ -19,6 +19,7 @@ from helpers import random_lm, tiny_config
 from helpers import response as row
 
 from opd import benchmarks, evaluate, train
+from opd.cli import InputError
 from opd.data import Prompt, Rollout
 from opd.grading import Grader, Verdict
 
@@ -330,8 +331,9 @@ def test_comparing_two_runs_from_the_command_line(tiny_pair, tmp_path):
     assert "tiny greedy: A" in result.stdout and "tiny mean@k: A" in result.stdout and "of 24" in result.stdout
 
 
-def test_an_evaluation_without_benchmarks_says_nothing_and_fails_at_nothing(tiny_pair, tmp_path):
+def test_an_evaluation_without_benchmarks_is_refused_and_leaves_nothing(tmp_path):
     for engine in ("transformers", "vllm"):
-        evaluate.command(["--config", "configs/tiny.json", "--model", "data/tiny/pairs/chain/student", "--out", str(tmp_path / engine),
-                          "--set", "eval.benchmarks=[]", "--set", f"rollout.engine={engine}"])  # fmt: skip
-        assert json.loads((tmp_path / engine / "summary.json").read_text()) == {}
+        with pytest.raises(InputError, match="there is nothing to evaluate"):
+            evaluate.command(["--config", "configs/tiny.json", "--model", "data/tiny/pairs/chain/student", "--out", str(tmp_path / engine),
+                              "--set", "eval.benchmarks=[]", "--set", f"rollout.engine={engine}"])  # fmt: skip
+    assert not list(tmp_path.iterdir())
