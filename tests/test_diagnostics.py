@@ -224,7 +224,7 @@ def test_a_dump_shows_scores_and_quadrants_as_the_update_was_weighed(settings, t
 
 
 @pytest.mark.parametrize("options,message", [
-    (["--prompts", "0"], "--prompts is 0, expected 1 or more"), (["--oracle-tokens", "-1"], "--oracle-tokens is -1"),
+    (["--prompts", "0"], "--prompts: got .0., expected a whole number from 1"), (["--oracle-tokens", "-1"], "--oracle-tokens: got .-1., expected a whole number from 0"),
     (["--set", "tip.quadrants=[]"], "quadrants is empty"), (["--set", "tip.scope=running"], "no past"),
     (["--prompts", "5000"], "expected at most half"),
 ])  # fmt: skip
