@@ -4,8 +4,9 @@
 
 A table is data (configs/tables/): its arms are settings of a pair file. A run lies in
 `<output_dir>/<run_name>-reproduce/seed_<n>/<arm>` and serves every table that has the arm. Finished runs are found and
-left alone, stopped ones continue, a failed one is reported and the others go on. All arms of a seed run in one
-process (with engine.kind deepspeed: on all GPUs) and share the evaluations of step-0 student and teacher. On an embedded
+left alone, stopped ones continue, a failed one is reported and the others go on. The arms of a seed share the evaluations
+of step-0 student and teacher. With `--jobs` several processes work at a time: each takes a seed with all of its arms, or
+one arm where there are fewer seeds than jobs (with engine.kind deepspeed each arm runs on all GPUs). On an embedded
 pair a seed is a new student and a new stream of prompts; on others it is a new stream. The results are made by
 tip.results from the run folders.
 """
@@ -161,7 +162,7 @@ def _in_processes(arguments: list[str], parts: list[tuple[int, str | None]], job
     """One process per (seed, arm or None for all of its arms), `jobs` at a time, each with a GPU of its own where it uses one.
 
     With engine.kind deepspeed it is a group of processes on all GPUs. Their progress lines go to our stderr, the rest to a log
-    per seed. Returns how many failed.
+    of each part. Returns how many failed.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting, running, failed = list(parts), {}, 0
@@ -187,7 +188,7 @@ def _in_processes(arguments: list[str], parts: list[tuple[int, str | None]], job
                 part = seed, arm = waiting.pop(0)
                 slot = free.pop(0)
                 own_gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot]} if jobs > 1 and gpus else {}
-                with (logs / f"seed_{seed}.log").open("a") as log:
+                with _log(logs, part).open("a") as log:
                     child = subprocess.Popen(
                         [sys.executable, "-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", str(seed),
                          *(["--only-arm", arm] if arm else [])],
@@ -196,24 +197,28 @@ def _in_processes(arguments: list[str], parts: list[tuple[int, str | None]], job
                 threading.Thread(target=read, args=(child,), daemon=True).start()
                 running[part] = child
                 slots[part] = slot
-                say(f"seed {seed}: {f'{arm} ' if arm else ''}started; log in {logs / f'seed_{seed}.log'}")
+                say(f"seed {seed}: {f'{arm} ' if arm else ''}started; log in {_log(logs, part)}")
             for part, child in list(running.items()):
                 try:
                     code = child.wait(timeout=0.2)
                 except subprocess.TimeoutExpired:
                     continue
-                seed, _ = part
                 del running[part]
                 free.append(slots[part])
                 if code and not stopped:
                     failed += 1
-                    say(f"seed {seed}: ended with exit code {code}; see {logs / f'seed_{seed}.log'}")
+                    say(f"seed {part[0]}: ended with exit code {code}; see {_log(logs, part)}")
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
     if stopped:
         raise Interrupted(stopped)
     return failed
+
+
+def _log(folder: Path, part: tuple[int, str | None]) -> Path:
+    seed, arm = part
+    return folder / (f"seed_{seed}-{arm.replace(' ', '-')}.log" if arm else f"seed_{seed}.log")
 
 
 def deepplanning() -> str:
@@ -236,7 +241,7 @@ def command(arguments: list[str]) -> None:
     which.add_argument("--figure", metavar="N", help="1, 3 or 4")
     cli.add_argument("--seeds", default="0", metavar="0,1,2", help="default 0")
     cli.add_argument(
-        "--jobs", type=number_argument(1), default=1, metavar="N", help="seeds at a time, each in a process of its own"
+        "--jobs", type=number_argument(1), default=1, metavar="N", help="seeds (or arms) at a time, in processes of their own"
     )
     cli.add_argument("--arms", metavar="A,B", help="only these arms, by the labels of --dry-run, and the baselines")
     cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")
@@ -292,15 +297,16 @@ def _all_seeds(table: Table, base: Config, seeds: list[int], options: Namespace,
     """Runs what has not run, then writes the table, as the only writer of its folder."""
     root = _root(base)
     jobs = min(options.jobs, torch.cuda.device_count() or options.jobs)
-    if base.engine.kind == "deepspeed":  # a group of processes for each arm: one that fails does not take others along
+    sharded = base.engine.kind == "deepspeed"  # then an arm is a group of processes on all GPUs, so one arm runs at a time
+    if jobs == 1 and not sharded:
+        failed = sum(run_seed(table, options.config, options.overrides, seed) for seed in seeds)
+    elif jobs <= len(seeds) and not sharded:
+        failed = _in_processes(arguments, [(seed, None) for seed in seeds], jobs, root / "logs")
+    else:
         for seed in seeds:
             student_of(base, seed)  # made before several processes want it
         parts = [(seed, arm.label) for seed in seeds for arm in table.arms]
-        failed = _in_processes(arguments, parts, 1, root / "logs")
-    elif jobs == 1 or len(seeds) == 1:
-        failed = sum(run_seed(table, options.config, options.overrides, seed) for seed in seeds)
-    else:
-        failed = _in_processes(arguments, [(seed, None) for seed in seeds], jobs, root / "logs")
+        failed = _in_processes(arguments, parts, 1 if sharded else jobs, root / "logs")
     if launch.machine() > 0:
         return  # the first machine writes the table
     out = root / table.name
