@@ -19,7 +19,8 @@ HUB_SPLIT = "train"  # where the hub's data sets keep them
 
 
 def key(value: object) -> str:
-    """`033`, `33.0`, `33^\\circ`, `$33$` and 33 are all "33". Raises ValueError for what is no integer from 0 to 999."""
+    """`033`, `33.0`, `33^\\circ`, `$33$` and 33 are all "33". Raises ValueError for what is no integer from 0 to
+    999."""
     text = re.sub(r"\^?\s*\{?\s*(\\circ|°)\s*\}?|\$|\s", "", str(value))
     match = re.fullmatch(r"(\d+)(\.0*)?", text)
     if not match or int(match[1]) > 999:
@@ -37,11 +38,13 @@ def rows(raw: list[dict], name: str, where: str) -> list[dict]:
             answer = key(fields["answer"])
         except ValueError as error:
             raise InputError(f"{where}, row {number}: the answer {error}.") from None
-        found.append({
-            "id": f"{name}-{fields.get('id', number)}",
-            "prompt": user(text_of(fields, "problem", f"{where}, row {number}")),
-            "answer": answer,
-            "source": name,
-            "meta": {},
-        })  # fmt: skip
+        found.append(
+            {
+                "id": f"{name}-{fields.get('id', number)}",
+                "prompt": user(text_of(fields, "problem", f"{where}, row {number}")),
+                "answer": answer,
+                "source": name,
+                "meta": {},
+            }
+        )
     return found

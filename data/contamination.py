@@ -68,7 +68,9 @@ def command(arguments: list[str]) -> None:
     parser.add_argument("train", type=path_argument, help="JSONL file")
     parser.add_argument("evaluation", nargs="+", type=path_argument, help="JSONL files")
     parser.add_argument("--field", default="prompt", help="field with the problem (default: prompt)")
-    parser.add_argument("--out", type=path_argument, help="write every overlapping pair, with both texts, to this JSONL file")
+    parser.add_argument(
+        "--out", type=path_argument, help="write every overlapping pair, with both texts, to this JSONL file"
+    )
     options = parser.parse_args(arguments)
     if options.out and options.out.exists() and not options.out.is_file():
         raise InputError(f"--out {options.out}: it is a folder or a device, expected a file. Give the name of a file.")

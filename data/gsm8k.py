@@ -19,11 +19,13 @@ def rows(raw: list[dict], split: str, where: str) -> list[dict]:
         if not mark:
             raise InputError(f"{where}, row {number}: expected an answer that ends in '#### N'.")
         instruction = BOXED if split == "train" else ""
-        found.append({
-            "id": f"gsm8k-{split}-{number - 1:05d}",
-            "prompt": user(text_of(row, "question", f"{where}, row {number}") + instruction),
-            "answer": answer.strip().replace(",", ""),
-            "source": "gsm8k",
-            "meta": {"split": split},
-        })  # fmt: skip
+        found.append(
+            {
+                "id": f"gsm8k-{split}-{number - 1:05d}",
+                "prompt": user(text_of(row, "question", f"{where}, row {number}") + instruction),
+                "answer": answer.strip().replace(",", ""),
+                "source": "gsm8k",
+                "meta": {"split": split},
+            }
+        )
     return found

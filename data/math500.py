@@ -11,11 +11,13 @@ def rows(raw: list[dict], split: str, where: str) -> list[dict]:
     found = []
     for number, row in enumerate(raw, 1):
         need(row, ("problem", "answer", "unique_id"), f"{where}, row {number}")
-        found.append({
-            "id": text_of(row, "unique_id", f"{where}, row {number}"),
-            "prompt": user(text_of(row, "problem", f"{where}, row {number}")),
-            "answer": text_of(row, "answer", f"{where}, row {number}"),
-            "source": "math500",
-            "meta": {key: row[key] for key in ("subject", "level") if key in row},
-        })  # fmt: skip
+        found.append(
+            {
+                "id": text_of(row, "unique_id", f"{where}, row {number}"),
+                "prompt": user(text_of(row, "problem", f"{where}, row {number}")),
+                "answer": text_of(row, "answer", f"{where}, row {number}"),
+                "source": "math500",
+                "meta": {key: row[key] for key in ("subject", "level") if key in row},
+            }
+        )
     return found

@@ -1,8 +1,8 @@
 """Makes training and evaluation files of one schema: `python -m data.prepare NAME [--source hub|FILE]`.
 
 Every line is {id, prompt (messages), answer, source, meta}. Written to data/prepared/NAME/{split}.jsonl, with
-manifest.json: where it came from, counts, why rows were dropped, SHA-256 of every file; overlap.jsonl holds both texts of
-every pair that overlaps an evaluation set. The same source gives the same bytes.
+manifest.json: where it came from, counts, why rows were dropped, SHA-256 of every file; overlap.jsonl holds both texts
+of every pair that overlaps an evaluation set. The same source gives the same bytes.
 """
 
 import hashlib
@@ -68,9 +68,7 @@ def _evaluation_texts(name: str, out: Path) -> list[tuple[str, str]]:
     return contamination.texts(path)
 
 
-def _write(
-    name: str, splits: dict, origins: dict, dropped: Counter, overlapping: list, seed: int, out: Path
-) -> Path:  # fmt: skip
+def _write(name: str, splits: dict, origins: dict, dropped: Counter, overlapping: list, seed: int, out: Path) -> Path:
     final = out / name
     temporary = out / f".{name}.{os.getpid()}.tmp"
     try:
@@ -83,8 +81,13 @@ def _write(
         if overlapping:
             lines = (json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in overlapping)
             (temporary / "overlap.jsonl").write_text("".join(lines), encoding="utf-8")
-        manifest = {"name": name, "source": origins, "seed": seed, "files": files,
-                    "dropped": {reason: count for reason, count in sorted(dropped.items()) if count}}  # fmt: skip
+        manifest = {
+            "name": name,
+            "source": origins,
+            "seed": seed,
+            "files": files,
+            "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
+        }
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -102,7 +105,9 @@ def _write(
 def command(arguments: list[str]) -> None:
     parser = Parser("python -m data.prepare", __doc__.splitlines()[0])
     parser.add_argument("name", choices=NAMES)
-    parser.add_argument("--source", type=path_argument, default="hub", help="hub (default), a file, or for gsm8k a folder")
+    parser.add_argument(
+        "--source", type=path_argument, default="hub", help="hub (default), a file, or for gsm8k a folder"
+    )
     parser.add_argument("--out", type=path_argument, default=OUT)
     parser.add_argument("--seed", type=seed_argument, default=42)
     options = parser.parse_args(arguments)

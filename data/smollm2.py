@@ -37,9 +37,13 @@ def with_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     weights = {k: v for k, v in model.state_dict().items() if ".layers." not in k}
     for new, old in enumerate(kept):
         prefix = f"model.layers.{old}."
-        weights.update({
-            f"model.layers.{new}.{k.removeprefix(prefix)}": v for k, v in model.state_dict().items() if k.startswith(prefix)
-        })  # fmt: skip
+        weights.update(
+            {
+                f"model.layers.{new}.{k.removeprefix(prefix)}": v
+                for k, v in model.state_dict().items()
+                if k.startswith(prefix)
+            }
+        )
     result.load_state_dict(weights)
     result.generation_config = model.generation_config
     return result

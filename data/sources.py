@@ -49,9 +49,11 @@ def read_rows(source: str, split: str, hub: Hub) -> tuple[list[dict], dict[str, 
             rows = parquet.read_table(path).to_pylist()
         else:
             text, data = read_text(source, KINDS), path.read_bytes()
-            lines = [(source, text)] if path.suffix == ".json" else [
-                (f"{source}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
-            ]
+            lines = (
+                [(source, text)]
+                if path.suffix == ".json"
+                else [(f"{source}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+            )
             rows = [parse_json(line, where, KINDS) for where, line in lines]
             rows = rows[0] if path.suffix == ".json" else rows
     except OSError as error:

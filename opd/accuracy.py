@@ -68,10 +68,13 @@ def paired_interval(differences: Sequence[Mapping[str, float]]) -> Interval:
         raise ValueError(f"got a difference of {wrong[0]:g}, expected differences of shares, in [-1, 1].")
     mean, half = table.mean(), _half_width(table)
     return Interval(
-        mean=float(mean), low=float(max(mean - half, -1)), high=float(min(mean + half, 1)),
+        mean=float(mean),
+        low=float(max(mean - half, -1)),
+        high=float(min(mean + half, 1)),
         covers=PROBLEMS_ONLY if len(table) == 1 else SEEDS_AND_PROBLEMS,
-        by_seed=tuple(map(float, table.mean(1))), problems=len(common),
-    )  # fmt: skip
+        by_seed=tuple(map(float, table.mean(1))),
+        problems=len(common),
+    )
 
 
 def _half_width(table: np.ndarray) -> float:

@@ -78,8 +78,8 @@ def make_micro_batches(rollouts: Sequence[Rollout], max_tokens: int, pad_id: int
 def share_of_rank(rollouts: Sequence[Rollout], rank: int, ranks: int) -> list[Rollout]:
     """This rank's part of an update: every rank gets as many rollouts and about as many tokens, whoever sampled them.
 
-    Dealt longest first, forwards and then backwards (0 1 2 2 1 0 0 ...), so that micro-batches of the same number, which
-    wait for each other, are also of about the same length.
+    Dealt longest first, forwards and then backwards (0 1 2 2 1 0 0 ...), so that micro-batches of the same number,
+    which wait for each other, are also of about the same length.
     """
     order = sorted(rollouts, key=lambda r: (-len(r.prompt.token_ids) - len(r.response_ids), r.sequence_id))
     rounds = range(-(-len(order) // ranks))

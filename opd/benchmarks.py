@@ -24,7 +24,9 @@ class Benchmark:
     answer_field: Annotated[Text, doc("Field with the reference answer.")]
     instruction: Annotated[str, doc("Text appended to the problem.")]
     greedy: Annotated[bool, doc("One greedy response per problem.")]
-    k: Annotated[int, doc("Sampled responses per problem, for mean@k, pass@k and maj@k. Paper: 16.", ge=0, le=MOST_SAMPLES)]
+    k: Annotated[
+        int, doc("Sampled responses per problem, for mean@k, pass@k and maj@k. Paper: 16.", ge=0, le=MOST_SAMPLES)
+    ]
     temperature: Annotated[float, doc("Of the k samples. Paper: 1.0.", ge=COLDEST)]
     top_p: Annotated[float, doc("Of the k samples. Not stated in the paper.", gt=0, le=1)]
     max_response_tokens: Annotated[Count, doc("A response is cut here. Tokens.")]
@@ -85,7 +87,8 @@ def check_context(lm: LanguageModel, key: str, response: int, prompts: Sequence[
     longest = max(len(p.token_ids) for p in prompts)
     if lm.context is not None and longest + response > lm.context:
         raise InputError(
-            f"the longest prompt has {longest} tokens and {key} is {response}: together {longest + response}, more than "
+            f"the longest prompt has {longest} tokens and {key} is {response}: together {longest + response}, more "
+            "than "
             f"the {lm.name}'s context of {lm.context}. Lower {key} or data.max_prompt_tokens."
         )
 
@@ -98,9 +101,16 @@ def check_benchmarks(lm: LanguageModel, benchmarks: Sequence[LoadedBenchmark]) -
 def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchmark:
     """Held-out training prompts as a benchmark: a greedy and a sampled response, decoded as in training."""
     benchmark = Benchmark(
-        version=1, file=", ".join(config.data.train), prompt_field=config.data.prompt_field,
-        answer_field=str(config.data.answer_field), instruction="", greedy=True, k=1,
-        temperature=config.rollout.temperature or 1.0, top_p=config.rollout.top_p,
-        max_response_tokens=config.rollout.max_response_tokens, answer_lines=False,
-    )  # fmt: skip
+        version=1,
+        file=", ".join(config.data.train),
+        prompt_field=config.data.prompt_field,
+        answer_field=str(config.data.answer_field),
+        instruction="",
+        greedy=True,
+        k=1,
+        temperature=config.rollout.temperature or 1.0,
+        top_p=config.rollout.top_p,
+        max_response_tokens=config.rollout.max_response_tokens,
+        answer_lines=False,
+    )
     return LoadedBenchmark(VALIDATION, benchmark, prompts)

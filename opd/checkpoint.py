@@ -1,10 +1,10 @@
 """Checkpoints that are there whole or not at all.
 
-`checkpoints/step_000020/` holds the student in Hugging Face format (safetensors, float32, tokenizer beside it), in trainer/
-the optimizer's moments and what a running weighter remembers (safetensors; beside the model vLLM would take them for it),
-trainer.json, and manifest.json with size and SHA-256 of every file. It is written under a temporary name, flushed to
-disk, then renamed; `latest` names the newest one. Nothing is ever unpickled. It is the same whatever number of processes
-wrote it, so any number continues from it.
+`checkpoints/step_000020/` holds the student in Hugging Face format (safetensors, float32, tokenizer beside it), in
+trainer/ the optimizer's moments and what a running weighter remembers (safetensors; beside the model vLLM would take
+them for it), trainer.json, and manifest.json with size and SHA-256 of every file. It is written under a temporary name,
+flushed to disk, then renamed; `latest` names the newest one. Nothing is ever unpickled. It is the same whatever number
+of processes wrote it, so any number continues from it.
 """
 
 import json
@@ -177,7 +177,8 @@ def load_weighter(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _say_float32(config: Path) -> None:
-    """Under DeepSpeed the student runs in bfloat16 and transformers writes that down, but the saved weights are float32."""
+    """Under DeepSpeed the student runs in bfloat16 and transformers writes that down, but the saved weights are
+    float32."""
     values = json.loads(config.read_text()) | {"dtype": "float32"}
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 

@@ -112,7 +112,8 @@ def _unexpected(error: Exception) -> str:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{sys.orig_argv}\n{report}")
     except OSError as refused:
-        return f"{what}. Its traceback could not be written ({refused.strerror}); free some room in {tempfile.gettempdir()}."
+        full = tempfile.gettempdir()
+        return f"{what}. Its traceback could not be written ({refused.strerror}); free some room in {full}."
     cause = "the system refused" if isinstance(error, OSError | MemoryError) else "the program did not expect this"
     return f"{what} ({cause}). The traceback is in {path}; files that were complete before stay as they are."
 
@@ -124,7 +125,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _exit(code: int) -> None:
-    """Ends the process. One of several ends at once: gloo's threads can abort it while the interpreter takes itself apart."""
+    """Ends the process. One of several ends at once: gloo's threads can abort it while the interpreter takes itself
+    apart."""
     if distributed.world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -153,7 +155,9 @@ class Parser(argparse.ArgumentParser):
         """As of the base class. Refuses bytes that are no text, which neither JSON nor a message can hold."""
         for text in sys.argv[1:] if args is None else args:
             if not encodable(text):
-                raise InputError(f"argument {text[:80]!r} is not UTF-8 text. Type it again, or rename the file that it names.")
+                raise InputError(
+                    f"argument {text[:80]!r} is not UTF-8 text. Type it again, or rename the file that it names."
+                )
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:

@@ -59,10 +59,14 @@ def compare(a: Path, b: Path, name: str, greedy: bool = False) -> Difference:
     difference = {key: theirs[key] - ours[key] for key in common}
     found = paired_interval([difference])
     return Difference(
-        problems=len(common), a=fmean(ours[key] for key in common), b=fmean(theirs[key] for key in common),
-        low=found.low, high=found.high,
-        better=sum(d > 0 for d in difference.values()), worse=sum(d < 0 for d in difference.values()),
-    )  # fmt: skip
+        problems=len(common),
+        a=fmean(ours[key] for key in common),
+        b=fmean(theirs[key] for key in common),
+        low=found.low,
+        high=found.high,
+        better=sum(d > 0 for d in difference.values()),
+        worse=sum(d < 0 for d in difference.values()),
+    )
 
 
 def evaluation_folder(path: Path) -> Path:

@@ -57,7 +57,8 @@ class Student:
     dtype: Annotated[
         Dtype,
         doc(
-            "Compute dtype. Weights and optimizer state are always float32: a bfloat16 weight would not move at lr 1e-6."
+            "Compute dtype. Weights and optimizer state are always float32: a bfloat16 weight would not move at lr "
+            "1e-6."
         ),
     ]
     attn_implementation: Annotated[Attention, doc("Attention kernel of transformers.")]
@@ -75,15 +76,19 @@ class Teacher:
     placement: Annotated[
         Literal["device", "sharded", "host"],
         doc(
-            "Where its weights lie. device: whole on every process's device; sharded: split over the processes, gathered "
-            "layer by layer while it runs (ZeRO-3); host: that, in host memory. The latter two need engine.kind deepspeed."
+            "Where its weights lie. device: whole on every process's device; sharded: split over the processes, "
+            "gathered "
+            "layer by layer while it runs (ZeRO-3); host: that, in host memory. The latter two need engine.kind "
+            "deepspeed."
         ),
     ]
     cache_gb: Annotated[
         float | None,
         doc(
-            "GiB of host memory, per process, for its hidden states of one update, which wait there for the student; what is "
-            "above goes to RUN/teacher_states/ on disk. Beside a GPU it is pinned, where torch rounds each micro-batch up to a "
+            "GiB of host memory, per process, for its hidden states of one update, which wait there for the student; "
+            "what is "
+            "above goes to RUN/teacher_states/ on disk. Beside a GPU it is pinned, where torch rounds each micro-batch "
+            "up to a "
             "power of two bytes. null: no limit.",
             ge=0,
             le=MOST,
@@ -101,7 +106,8 @@ class Data:
     validation: Annotated[
         int,
         doc(
-            "Prompts held out of the training data, chosen by the seed, and evaluated as benchmark `validation` with the "
+            "Prompts held out of the training data, chosen by the seed, and evaluated as benchmark `validation` with "
+            "the "
             "rollouts' own decoding. 0: none.",
             ge=0,
         ),
@@ -133,7 +139,8 @@ class RolloutSection:
     servers: Annotated[
         tuple[Text, ...],
         doc(
-            "Where vLLM servers run (python -m opd.vllm_server), each HOST:PORT. Empty: vLLM starts beside each process, on "
+            "Where vLLM servers run (python -m opd.vllm_server), each HOST:PORT. Empty: vLLM starts beside each "
+            "process, on "
             "its device, and sleeps during the update. transformers: empty."
         ),
     ]
@@ -147,14 +154,16 @@ class RolloutSection:
     timeout: Annotated[
         Count,
         doc(
-            "Seconds without a sign of life (a token, a bucket of weights) after which vLLM counts as lost and is started once "
+            "Seconds without a sign of life (a token, a bucket of weights) after which vLLM counts as lost and is "
+            "started once "
             "more. transformers: not used."
         ),
     ]
     parity_every: Annotated[
         Count,
         doc(
-            "Updates between comparisons of vLLM's logprobs with the trainer's, which end the run when they differ. The first "
+            "Updates between comparisons of vLLM's logprobs with the trainer's, which end the run when they differ. "
+            "The first "
             "one is always before the first update. transformers: not used."
         ),
     ]
@@ -227,20 +236,23 @@ class Engine:
     kind: Annotated[
         Literal["torch", "deepspeed"],
         doc(
-            "torch: one process, one device. deepspeed: one process per GPU, started by opd.launch, torchrun or deepspeed."
+            "torch: one process, one device. deepspeed: one process per GPU, started by opd.launch, torchrun or "
+            "deepspeed."
         ),
     ]
     deepspeed: Annotated[
         PathText | None,
         doc(
-            "Name of configs/deepspeed/NAME.json, or path of such a file: ZeRO stage and offload. null with kind torch. What "
+            "Name of configs/deepspeed/NAME.json, or path of such a file: ZeRO stage and offload. null with kind "
+            "torch. What "
             "the pair file decides (optimizer, schedule, clipping, dtype, batch) has no place in it."
         ),
     ]
     phases: Annotated[
         Literal[1, 2],
         doc(
-            "2: teacher, student and vLLM take turns on the device and wait in host memory (opd/phases.py): the pair needs not "
+            "2: teacher, student and vLLM take turns on the device and wait in host memory (opd/phases.py): the pair "
+            "needs not "
             "fit together. 1: they stay, and only vLLM sleeps. Not the result. With deepspeed 1: its files offload."
         ),
     ]
@@ -284,7 +296,8 @@ class Log:
     diagnostics_every: Annotated[
         int,
         doc(
-            "Updates between diagnostics (entropies, divergences, quadrants); costs one scoring pass where the rule needs "
+            "Updates between diagnostics (entropies, divergences, quadrants); costs one scoring pass where the rule "
+            "needs "
             "none. 0: never.",
             ge=0,
         ),
@@ -293,7 +306,8 @@ class Log:
     token_dump_every: Annotated[
         int,
         doc(
-            "Updates between token dumps (tokens/step_000010.jsonl: every statistic of every token, top 5 of both models, what "
+            "Updates between token dumps (tokens/step_000010.jsonl: every statistic of every token, top 5 of both "
+            "models, what "
             "each rule would keep). 0: never.",
             ge=0,
         ),
@@ -392,7 +406,9 @@ def _override(values: dict[str, Any], text: str) -> None:
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise InputError(f"--set {text[:80]!r}: {parent[:80]!r} is a value, not a section. See configs/schema.json.")
+            raise InputError(
+                f"--set {text[:80]!r}: {parent[:80]!r} is a value, not a section. See configs/schema.json."
+            )
     node[name] = value
 
 
@@ -436,7 +452,8 @@ def _check(config: Config, where: str) -> None:
 
     require(
         (config.optim.steps is None) != (config.data.epochs is None),
-        f"optim.steps is {config.optim.steps} and data.epochs is {config.data.epochs}: give one, set the other to null.",
+        f"optim.steps is {config.optim.steps} and data.epochs is {config.data.epochs}: give one, set the other to "
+        "null.",
     )
     require(
         config.rollout.temperature == 0 or config.rollout.temperature >= COLDEST,
@@ -444,12 +461,14 @@ def _check(config: Config, where: str) -> None:
     )
     require(
         config.rollout.temperature > 0 or config.rollout.n == 1,
-        f"rollout.temperature is 0 and rollout.n is {config.rollout.n}: greedy responses to one prompt are all the same. "
+        f"rollout.temperature is 0 and rollout.n is {config.rollout.n}: greedy responses to one prompt are all the "
+        "same. "
         "Set rollout.n=1 or a temperature above 0.",
     )
     require(
         config.rollout.temperature > 0 or config.rollout.top_p == 1,
-        f"rollout.top_p is {config.rollout.top_p} with temperature 0: a greedy response has no nucleus. Set rollout.top_p=1.",
+        f"rollout.top_p is {config.rollout.top_p} with temperature 0: a greedy response has no nucleus. Set "
+        "rollout.top_p=1.",
     )
     require(
         config.data.validation == 0 or config.data.answer_field is not None,
@@ -465,7 +484,8 @@ def _check(config: Config, where: str) -> None:
     )
     require(
         (config.engine.kind == "deepspeed") == (config.engine.deepspeed is not None),
-        f"engine.kind is {config.engine.kind!r} and engine.deepspeed is {config.engine.deepspeed!r}: the file belongs to kind "
+        f"engine.kind is {config.engine.kind!r} and engine.deepspeed is {config.engine.deepspeed!r}: the file belongs "
+        "to kind "
         '"deepspeed" and to it alone. For example --set engine.kind=deepspeed --set engine.deepspeed=zero2.',
     )
     require(
@@ -479,14 +499,16 @@ def _check(config: Config, where: str) -> None:
     )
     require(
         config.engine.kind == "deepspeed" or config.teacher.placement == "device",
-        f"teacher.placement is {config.teacher.placement!r} and engine.kind is 'torch': weights are split or kept in host "
+        f"teacher.placement is {config.teacher.placement!r} and engine.kind is 'torch': weights are split or kept in "
+        "host "
         'memory by ZeRO-3. Set engine.kind to "deepspeed", or teacher.placement to "device".',
     )
     for server in config.rollout.servers:
         address_of(server)
     require(
         config.engine.kind == "torch" or config.engine.phases == 1,
-        "engine.phases is 2 and engine.kind is 'deepspeed': there the weights wait in host memory with engine.deepspeed="
+        "engine.phases is 2 and engine.kind is 'deepspeed': there the weights wait in host memory with "
+        "engine.deepspeed="
         "zero2_offload or zero3_offload, and teacher.placement=host. Set engine.phases=1.",
     )
     if config.optim.steps is not None:
@@ -496,7 +518,8 @@ def _check(config: Config, where: str) -> None:
         )
     require(
         config.log.samples == 0 or config.log.diagnostics_every > 0,
-        f"log.samples is {config.log.samples}, but samples are written on diagnostics steps and log.diagnostics_every is 0.",
+        f"log.samples is {config.log.samples}, but samples are written on diagnostics steps and log.diagnostics_every "
+        "is 0.",
     )
 
 

@@ -101,7 +101,8 @@ def make_prompts(
     ours = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents", "kwargs"}
     if taken := sorted(ours & data.chat_template_args.keys()):
         raise InputError(
-            f"data.chat_template_args sets {taken[0]!r}, which is no variable of the chat template but decides how it is "
+            f"data.chat_template_args sets {taken[0]!r}, which is no variable of the chat template but decides how it "
+            "is "
             "applied. Remove it."
         )
     prompts = []

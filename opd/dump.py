@@ -4,7 +4,8 @@
      "weight": [n], "forward_share": [n], <TokenStats field>: [n], ..., <observer's column>: [n], ...,
      "student_top5": [n lists of [text, probability]], "teacher_top5": ...}
 
-n is the number of *counted* tokens of the response. Numbers are rounded to six digits; entropies and divergences in nats.
+n is the number of *counted* tokens of the response. Numbers are rounded to six digits; entropies and divergences in
+nats.
 """
 
 import json
@@ -22,10 +23,17 @@ from opd.files import check, read_rows, write_whole
 from opd.hooks import TokenStats, TokenWeights
 
 TOP5 = frozenset(f"{who}_top5_{what}" for who in ("student", "teacher") for what in ("ids", "logprobs"))
-STATS = frozenset({
-    "student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "total_variation", "student_logprob",
-    "teacher_logprob",
-})  # fmt: skip
+STATS = frozenset(
+    {
+        "student_entropy",
+        "teacher_entropy",
+        "reverse_kl",
+        "forward_kl",
+        "total_variation",
+        "student_logprob",
+        "teacher_logprob",
+    }
+)
 
 
 def write(
@@ -53,11 +61,17 @@ def write(
         mine = stats.rows(rows)
         ids = list(rollout.response_ids[: len(rows)])
         record = {
-            "step": stats.step, "sequence_id": rollout.sequence_id, "id": rollout.prompt.id, "vocab_size": stats.vocab_size,
-            "prompt": tokenizer.decode(rollout.prompt.token_ids), "answer": rollout.prompt.answer,
-            "response": tokenizer.decode(rollout.response_ids), "token_ids": ids, "tokens": [text(i) for i in ids],
+            "step": stats.step,
+            "sequence_id": rollout.sequence_id,
+            "id": rollout.prompt.id,
+            "vocab_size": stats.vocab_size,
+            "prompt": tokenizer.decode(rollout.prompt.token_ids),
+            "answer": rollout.prompt.answer,
+            "response": tokenizer.decode(rollout.response_ids),
+            "token_ids": ids,
+            "tokens": [text(i) for i in ids],
             "weight": _numbers(weights.weights[rows]),
-        }  # fmt: skip
+        }
         if weights.forward_share is not None:
             record["forward_share"] = _numbers(weights.forward_share[rows])
         record |= {name: _numbers(vars(mine)[name]) for name in sorted(STATS)}

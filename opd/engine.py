@@ -1,12 +1,14 @@
 """What holds the weights and applies the update: plain torch on one device, or DeepSpeed's ZeRO on many.
 
-Both are AdamW on float32 weights with the same learning-rate schedule and clipping; ZeRO splits optimizer (1), gradients
-(2) and parameters (3) over the processes. Their state is the same too, by parameter name, so a checkpoint of one process
-continues on eight and back; DeepSpeed's own checkpoints are pickles for a fixed number of processes, and not used.
+Both are AdamW on float32 weights with the same learning-rate schedule and clipping; ZeRO splits optimizer (1),
+gradients (2) and parameters (3) over the processes. Their state is the same too, by parameter name, so a checkpoint of
+one process continues on eight and back; DeepSpeed's own checkpoints are pickles for a fixed number of processes, and
+not used.
 
-ZeRO-3 gathers a parameter while the module that owns it runs. Two things follow, both tested: every call of the model goes
-through the DeepSpeed engine's forward (LanguageModel.run; without it gradients are silently wrong, by 28 % of the weights'
-norm after ten updates of a small model), and the fused loss runs in a module that owns the head (opd.models.HeadScope).
+ZeRO-3 gathers a parameter while the module that owns it runs. Two things follow, both tested: every call of the model
+goes through the DeepSpeed engine's forward (LanguageModel.run; without it gradients are silently wrong, by 28 % of the
+weights' norm after ten updates of a small model), and the fused loss runs in a module that owns the head
+(opd.models.HeadScope).
 """
 
 import json
@@ -31,28 +33,52 @@ from opd.loss import Head
 from opd.models import LanguageModel
 
 REFUSED = {  # key of DeepSpeed's file -> where the same is decided
-    "optimizer": "optim.lr, optim.betas and optim.weight_decay (AdamW)", "scheduler": "optim.schedule and optim.warmup_steps",
-    "gradient_clipping": "optim.grad_clip", "bf16": "student.dtype", "fp16": "student.dtype",
-    "amp": "student.dtype", "torch_autocast": "student.dtype", "data_types": "student.dtype; gradients add up in float32",
+    "optimizer": "optim.lr, optim.betas and optim.weight_decay (AdamW)",
+    "scheduler": "optim.schedule and optim.warmup_steps",
+    "gradient_clipping": "optim.grad_clip",
+    "bf16": "student.dtype",
+    "fp16": "student.dtype",
+    "amp": "student.dtype",
+    "torch_autocast": "student.dtype",
+    "data_types": "student.dtype; gradients add up in float32",
     "communication_data_type": "nothing: gradients are reduced in float32",
-    "train_batch_size": "rollout.prompts_per_step and rollout.n", "train_micro_batch_size_per_gpu": "optim.micro_batch_tokens",
-    "gradient_accumulation_steps": "optim.micro_batch_tokens", "managed_gradient_accumulation": "the training step",
-    "zero_force_ds_cpu_optimizer": "the engine: AdamW is torch's everywhere", "steps_per_print": "log",
-}  # fmt: skip
+    "train_batch_size": "rollout.prompts_per_step and rollout.n",
+    "train_micro_batch_size_per_gpu": "optim.micro_batch_tokens",
+    "gradient_accumulation_steps": "optim.micro_batch_tokens",
+    "managed_gradient_accumulation": "the training step",
+    "zero_force_ds_cpu_optimizer": "the engine: AdamW is torch's everywhere",
+    "steps_per_print": "log",
+}
 ALLOWED = {"zero_optimization", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown"}
 INEXACT = {  # key of zero_optimization -> why it is refused
-    "zero_quantized_weights": "it rounds weights on their way", "zero_quantized_gradients": "it rounds gradients",
-    "zero_quantized_nontrainable_weights": "it rounds weights", "zenflow": "it delays updates, so rollouts are not on-policy",
-    "super_offload": "it runs an optimizer of its own", "zero_hpz_partition_size": "moments are gathered over all processes",
-    "mics_shard_size": "moments are gathered over all processes", "legacy_stage1": "it is another optimizer",
-    "cpu_offload": "it is offload_optimizer by an old name", "compute_grad_norm": "gradients are clipped",
-}  # fmt: skip
+    "zero_quantized_weights": "it rounds weights on their way",
+    "zero_quantized_gradients": "it rounds gradients",
+    "zero_quantized_nontrainable_weights": "it rounds weights",
+    "zenflow": "it delays updates, so rollouts are not on-policy",
+    "super_offload": "it runs an optimizer of its own",
+    "zero_hpz_partition_size": "moments are gathered over all processes",
+    "mics_shard_size": "moments are gathered over all processes",
+    "legacy_stage1": "it is another optimizer",
+    "cpu_offload": "it is offload_optimizer by an old name",
+    "compute_grad_norm": "gradients are clipped",
+}
 ZERO_KEYS = {
-    "stage": int, "overlap_comm": bool, "contiguous_gradients": bool, "reduce_scatter": bool, "reduce_bucket_size": int,
-    "allgather_partitions": bool, "allgather_bucket_size": int, "sub_group_size": int, "offload_optimizer": dict,
-    "offload_param": dict, "round_robin_gradients": bool, "stage3_max_live_parameters": int, "stage3_max_reuse_distance": int,
-    "stage3_prefetch_bucket_size": int, "stage3_param_persistence_threshold": int,
-}  # fmt: skip
+    "stage": int,
+    "overlap_comm": bool,
+    "contiguous_gradients": bool,
+    "reduce_scatter": bool,
+    "reduce_bucket_size": int,
+    "allgather_partitions": bool,
+    "allgather_bucket_size": int,
+    "sub_group_size": int,
+    "offload_optimizer": dict,
+    "offload_param": dict,
+    "round_robin_gradients": bool,
+    "stage3_max_live_parameters": int,
+    "stage3_max_reuse_distance": int,
+    "stage3_prefetch_bucket_size": int,
+    "stage3_param_persistence_threshold": int,
+}
 GATHERED = 10**8  # numbers of a ZeRO-3 student that are whole at once on their way to vLLM
 WORDS = {int: "a whole number", bool: "true or false", dict: "an object with device and pin_memory"}
 
@@ -71,7 +97,8 @@ def learning_rate(step: int, total_steps: int, lr: float, schedule: str, warmup_
 
 
 def pick_device(engine: Engine) -> torch.device:
-    """The device of config section engine; sets the CPU threads. Raises InputError when cuda is asked for and missing."""
+    """The device of config section engine; sets the CPU threads. Raises InputError when cuda is asked for and
+    missing."""
     if engine.kind == "torch" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "engine.kind 'torch' trains in one process, and WORLD_SIZE says there are more. Start it plainly, or set "
@@ -104,8 +131,9 @@ def _adamw(
     matrices = [p for p in parameters if dimensions[p] >= 2]
     vectors = [p for p in parameters if dimensions[p] < 2]  # norms and biases
     groups = [
-        {"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0},
-    ]  # fmt: skip
+        {"params": matrices, "weight_decay": config.optim.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=fused)
 
 
@@ -124,8 +152,12 @@ class TorchEngine:
     divides_late = True  # the gradient can be divided after it is summed
 
     def __init__(
-        self, student: LanguageModel, config: Config, total_steps: int, value: Callable[[Tensor], Tensor] = Tensor.detach
-    ):  # fmt: skip
+        self,
+        student: LanguageModel,
+        config: Config,
+        total_steps: int,
+        value: Callable[[Tensor], Tensor] = Tensor.detach,
+    ):
         self.student = student
         self.value = value  # of a tensor that may lie in host memory (opd.phases)
         self.config = config
@@ -242,7 +274,8 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
     for key, values in offloads.items():
         if values.get("device") != "cpu":
             raise InputError(
-                f"{path}: zero_optimization.{key}.device is {values.get('device')!r}, expected 'cpu': what lies on an NVMe "
+                f"{path}: zero_optimization.{key}.device is {values.get('device')!r}, expected 'cpu': what lies on an "
+                "NVMe "
                 "cannot be saved and continued exactly here."
             )
         if more := set(values) - {"device", "pin_memory"}:
@@ -263,11 +296,17 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
             "engine.deepspeed=zero1, or student.dtype=float32."
         )
     return settings | {
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
         "gradient_clipping": config.optim.grad_clip if stage else 0.0,  # without ZeRO it keeps the norm to itself
-        "bf16": {"enabled": bf16}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32",
-        "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True, "steps_per_print": 2**62,
-    }  # fmt: skip
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
 
 
 def _teacher_settings(teacher: Teacher) -> dict[str, Any]:
@@ -275,9 +314,11 @@ def _teacher_settings(teacher: Teacher) -> dict[str, Any]:
     if teacher.placement == "host":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
-        "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": {"enabled": teacher.dtype == "bfloat16"},
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": teacher.dtype == "bfloat16"},
         "steps_per_print": 2**62,
-    }  # fmt: skip
+    }
 
 
 def _initialize(**arguments: Any) -> Any:
@@ -305,7 +346,8 @@ def _sharding(settings: dict[str, Any]) -> Iterator[None]:
 
 
 class _Whole(torch.nn.Module):
-    """What DeepSpeed takes as the model: its forward is whatever the trainer does with the model (LanguageModel.run)."""
+    """What DeepSpeed takes as the model: its forward is whatever the trainer does with the model
+    (LanguageModel.run)."""
 
     def __init__(self, lm: LanguageModel):
         super().__init__()
@@ -316,7 +358,8 @@ class _Whole(torch.nn.Module):
 
 
 def load_student(section: Student, device: torch.device, settings: dict[str, Any] | None) -> LanguageModel:
-    """The student of a run; `settings` are DeepSpeed's, if it has the weights. Raises InputError like opd.models.load."""
+    """The student of a run; `settings` are DeepSpeed's, if it has the weights. Raises InputError like
+    opd.models.load."""
     sharded = settings is not None and settings["zero_optimization"]["stage"] == 3
     return models.load(section, device, "student", _sharding(settings) if sharded else None)
 
@@ -461,7 +504,8 @@ class DeepSpeedEngine:
         return None
 
     def _make_moments(self) -> None:
-        """AdamW makes its moments in its first step: one at rate 0 on a gradient of zeros, which changes nothing else."""
+        """AdamW makes its moments in its first step: one at rate 0 on a gradient of zeros, which changes nothing
+        else."""
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         head = self.student.head_scope
@@ -506,7 +550,8 @@ class DeepSpeedEngine:
 
 
 def _on_first(gathered: Mapping[str, tuple[Any, ...]]) -> dict[str, Tensor]:
-    """Calls (function, *arguments) by name, each a collective of all ranks; the first rank keeps the tensors, on the CPU."""
+    """Calls (function, *arguments) by name, each a collective of all ranks; the first rank keeps the tensors, on the
+    CPU."""
     found = {}
     for name, (gather, *arguments) in gathered.items():
         value = gather(*arguments)

@@ -85,9 +85,12 @@ class Response(TypedDict):
 
 
 def evaluated(
-    lm: LanguageModel, section: Student | Teacher, benchmarks: Sequence[LoadedBenchmark], config: Config,
+    lm: LanguageModel,
+    section: Student | Teacher,
+    benchmarks: Sequence[LoadedBenchmark],
+    config: Config,
     apart: Callable[[], None] = lambda: None,
-) -> AbstractContextManager[LanguageModel]:  # fmt: skip
+) -> AbstractContextManager[LanguageModel]:
     """A model that is evaluated as it is, with the engine that samples its responses (opd.vllm_engine.sampling)."""
     prompts = [prompt for b in benchmarks for prompt in b.prompts]
     if not prompts:
@@ -161,7 +164,8 @@ def evaluate(
 
 
 def finished(folder: Path, names: Collection[str]) -> dict[str, Figures] | None:
-    """The figures of a finished evaluation on these benchmarks; None where there is none whose files are what was written."""
+    """The figures of a finished evaluation on these benchmarks; None where there is none whose files are what was
+    written."""
     path = folder / "summary.json"
     try:
         summary = read_summary(folder) if path.is_file() else None
@@ -194,16 +198,19 @@ def _responses(
 ) -> list[tuple[int, Rollout]]:
     """(sample number, response) of every problem, sample by sample; what `partial` holds is not generated again.
 
-    The unit is a batch of fixed content for each process, so that a continued evaluation computes exactly what an unbroken
-    one of as many processes does.
+    The unit is a batch of fixed content for each process, so that a continued evaluation computes exactly what an
+    unbroken one of as many processes does.
     """
     benchmark, size = loaded.benchmark, config.rollout.batch_size * distributed.world_size()
     order = sorted(range(len(loaded.prompts)), key=lambda i: -len(loaded.prompts[i].token_ids))
     batches = [(n, order[i : i + size]) for n in loaded.numbers for i in range(0, len(order), size)]
     first = distributed.is_first()
     lines = distributed.from_first(_read_partial(partial, len(batches)) if first else "").splitlines()
-    done = {(r["sample"], i): response for r in map(json.loads, lines)
-            for i, response in zip(r["problems"], r["responses"], strict=True)}  # fmt: skip
+    done = {
+        (r["sample"], i): response
+        for r in map(json.loads, lines)
+        for i, response in zip(r["problems"], r["responses"], strict=True)
+    }
     found: dict[tuple[int, int], Rollout] = {}
     sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
     greedy = replace(sampled, temperature=0.0, top_p=1.0)
@@ -219,8 +226,10 @@ def _responses(
         for number, chosen in batches:
             prompts = [loaded.prompts[i] for i in chosen]
             if all((number, i) in done for i in chosen):
-                rollouts = [Rollout(i, prompt, tuple(done[number, i][0]), done[number, i][1])
-                            for i, prompt in zip(chosen, prompts, strict=True)]  # fmt: skip
+                rollouts = [
+                    Rollout(i, prompt, tuple(done[number, i][0]), done[number, i][1])
+                    for i, prompt in zip(chosen, prompts, strict=True)
+                ]
                 progress.advance(len(rollouts), 0)
             else:
                 decoding = greedy if number == GREEDY else sampled
@@ -293,7 +302,8 @@ def _warn_of_ungraded(rows: Sequence[dict], path: Path) -> None:
     ungraded = sum(row["correct"] is None for row in rows)
     if 100 * ungraded > UNGRADED_PERCENT * len(rows):
         say(
-            f"warning: the grader gave up on {ungraded} of {len(rows)} answers of {path.stem} (it crashed or ran out of "
+            f"warning: the grader gave up on {ungraded} of {len(rows)} answers of {path.stem} (it crashed or ran out "
+            "of "
             f'time), and they count as wrong. Look at the rows with "correct": null in {path}: if these are ordinary '
             "answers, the machine was too busy to grade; evaluate again, into a new folder, when it is not."
         )
@@ -332,8 +342,9 @@ def summarise(rows: Sequence[dict]) -> dict[str, Any]:
 
     mean_at_k: mean over problems of the share of right samples; its standard error over problems (`mean_at_k_se`) and
     over the k passes (`mean_at_k_se_passes`). pass_at: unbiased pass@j for j = 1, 2, 4, ... and k. maj_at_k: share of
-    problems whose most frequent answer is right, ties counted in parts. `reverse_kl`: mean over the tokens of the sampled
-    responses (the greedy ones without samples), nats. `ungraded`: how many the grader gave up on. None: not measured.
+    problems whose most frequent answer is right, ties counted in parts. `reverse_kl`: mean over the tokens of the
+    sampled responses (the greedy ones without samples), nats. `ungraded`: how many the grader gave up on. None: not
+    measured.
     """
     greedy = [float(r["correct"] is True) for r in rows if r["sample"] == GREEDY]
     problems: dict[str, list[dict]] = {}
@@ -356,15 +367,19 @@ def summarise(rows: Sequence[dict]) -> dict[str, Any]:
         "mean_at_k": statistics.fmean(means) if means else None,
         "mean_at_k_se": standard_error(means),
         "mean_at_k_se_passes": standard_error([statistics.fmean(values) for values in passes.values()]),
-        "pass_at": {str(j): statistics.fmean(pass_at(len(group), count, j)
-                                             for count, group in zip(right, groups, strict=True)) for j in sizes},
+        "pass_at": {
+            str(j): statistics.fmean(pass_at(len(group), count, j) for count, group in zip(right, groups, strict=True))
+            for j in sizes
+        },
         "maj_at_k": statistics.fmean(map(majority, groups)) if groups else None,
-        "reverse_kl": sum(r["reverse_kl"] * r["tokens"] for r in scored) / sum(r["tokens"] for r in scored) if scored else None,
+        "reverse_kl": sum(r["reverse_kl"] * r["tokens"] for r in scored) / sum(r["tokens"] for r in scored)
+        if scored
+        else None,
         "ungraded": sum(r["correct"] is None for r in rows),
         "truncated": statistics.fmean(r["finish_reason"] == "length" for r in rows),
         "unformatted": statistics.fmean(r["extracted"] is None for r in rows),
         "length_mean": statistics.fmean(r["tokens"] for r in rows),
-    }  # fmt: skip
+    }
 
 
 def pass_at(n: int, right: int, j: int) -> float:
@@ -483,15 +498,20 @@ def _recorded(path: Path) -> Any:
 
 
 def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[LoadedBenchmark]) -> None:
-    """A stopped evaluation of the same model in the same way continues, a finished one stands; another one is cleared."""
+    """A stopped evaluation of the same model in the same way continues, a finished one stands; another one is
+    cleared."""
     weights = sorted(Path(model).glob("*.safetensors"))
     about = {
         "model": model,
         "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
         "benchmarks": {b.name: [asdict(b.benchmark), _digest(b.prompts)] for b in benchmarks},
-        "data": asdict(config.data), "dtype": config.student.dtype, "seed": config.seed, "grader": grading.VERSION,
-        "batch_size": config.rollout.batch_size, "reverse_kl": config.eval.reverse_kl and config.teacher.path,
-    }  # fmt: skip
+        "data": asdict(config.data),
+        "dtype": config.student.dtype,
+        "seed": config.seed,
+        "grader": grading.VERSION,
+        "batch_size": config.rollout.batch_size,
+        "reverse_kl": config.eval.reverse_kl and config.teacher.path,
+    }
     about = json.loads(json.dumps(about))
     recorded = out / "evaluation.json"
     try:

@@ -55,13 +55,14 @@ def flush(path: Path) -> None:
 def lock(folder: Path, setting: str, wait: Callable[[], object] | None = None) -> Iterator[None]:
     """Makes this process the only writer of a folder, which need not exist, for the length of the block.
 
-    The operating system holds the lock, on `.NAME.lock` beside the folder, and drops it when the process ends, however it
-    ends. Between machines it works as far as their shared disk passes locks on. Nothing is left behind: neither the lock's
-    file nor parents that were made for it and stayed empty.
+    The operating system holds the lock, on `.NAME.lock` beside the folder, and drops it when the process ends, however
+    it ends. Between machines it works as far as their shared disk passes locks on. Nothing is left behind: neither the
+    lock's file nor parents that were made for it and stayed empty.
 
     Args:
         setting: what the user may set to choose another folder, for the message.
-        wait: to wait for the other writer instead of refusing; called again and again meanwhile, and may raise to give up.
+        wait: to wait for the other writer instead of refusing; called again and again meanwhile, and may raise to give
+        up.
     Raises:
         InputError: another process writes there (its host and process id are named), nobody can, or it is a file.
     """
@@ -113,7 +114,8 @@ def _acquire(path: Path, folder: Path, setting: str, wait: Callable[[], object] 
                 raise
             if wait is None:
                 raise InputError(
-                    f"{folder} is being written by {owner}. Two writers would destroy each other's files: wait until it has "
+                    f"{folder} is being written by {owner}. Two writers would destroy each other's files: wait until "
+                    "it has "
                     f"ended, or choose another folder ({setting})."
                 ) from None
             if not waiting:
@@ -139,7 +141,8 @@ def _remove_empty(folders: list[Path]) -> None:
 
 @contextmanager
 def filled(folder: Path, setting: str) -> Iterator[Path]:
-    """A new folder whose files move into `folder` when the block ends well; else they are removed and it stays as it was.
+    """A new folder whose files move into `folder` when the block ends well; else they are removed and it stays as it
+    was.
 
     For the one who holds the lock of `folder`. Raises InputError naming `setting` where one may not write.
     """
@@ -202,8 +205,8 @@ def parse_json(text: str, where: str, expected: str = "JSON") -> Any:
     Raises:
         NotJson: naming `where`, for what is not JSON.
         InputError: likewise, for an object with a key twice, an integer of more digits than Python
-            converts, a nesting deeper than DEPTH, or an escape that is half a character (a lone surrogate), which no file
-            or tokenizer can take.
+            converts, a nesting deeper than DEPTH, or an escape that is half a character (a lone surrogate), which no
+            file or tokenizer can take.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -291,7 +294,8 @@ def read_object(path: str | Path, expected: str) -> dict[str, Any]:
 
 
 def read_rows(path: str | Path, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for every line of a JSONL file that is not blank. Raises InputError naming file and line."""
+    """(line number, object) for every line of a JSONL file that is not blank. Raises InputError naming file and
+    line."""
     for number, line in enumerate(read_text(path, expected).split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"

@@ -120,9 +120,14 @@ class _Worker:
     def _start(self) -> None:
         root = Path(__file__).resolve().parent.parent
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "opd.grading"], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "opd.grading"],
+            cwd=root,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
         self._read(time.monotonic() + 120)  # it says when it has imported sympy
 
     @staticmethod
@@ -157,8 +162,8 @@ def votes(problems: Sequence[Sequence[Verdict]], grader: Grader) -> list[list[st
     """For every answer of every problem, the answer it votes for: the first of those that are held equal to it.
 
     None: there is no answer, or an empty one. Equal are: answers that are the same text without spaces; right answers,
-    for all of them equal the reference; wrong ones that the grader holds equal. A pair that the grader gives up on is not
-    equal, and an ungraded answer equals its own text alone: to compare it again may cost the whole time limit.
+    for all of them equal the reference; wrong ones that the grader holds equal. A pair that the grader gives up on is
+    not equal, and an ungraded answer equals its own text alone: to compare it again may cost the whole time limit.
     """
     chosen: list[dict[str, str | None]] = []  # per problem: an answer without its spaces -> the answer it votes for
     waiting: list[list[str]] = []  # per problem: the different wrong answers that have no class yet

@@ -3,9 +3,9 @@
     python -m opd.launch tip.train --config configs/qwen3_8b_to_4b.json [...]
 
 With engine.kind "deepspeed" that is one process per GPU of this machine; else, or where there is one GPU, it is
-`python -m tip.train ...` itself. NUM_GPUS sets the number (without GPUs: of CPU processes). On several machines the same
-command runs on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. `torchrun` and `deepspeed --no_local_rank` do as
-well; this one picks the numbers, keeps the exit code, and says in one line which process failed.
+`python -m tip.train ...` itself. NUM_GPUS sets the number (without GPUs: of CPU processes). On several machines the
+same command runs on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. `torchrun` and `deepspeed
+--no_local_rank` do as well; this one picks the numbers, keeps the exit code, and says in one line which process failed.
 """
 
 import os
@@ -76,10 +76,11 @@ def command(arguments: list[str]) -> None:
         {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # any free port
         if machines == 1
         else {
-            "rdzv_backend": "static", "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{port}",
+            "rdzv_backend": "static",
+            "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{port}",
             "rdzv_configs": {"rank": machine(), "timeout": 900},
         }
-    )  # fmt: skip
+    )
     settings = LaunchConfig(
         min_nodes=machines,
         max_nodes=machines,
@@ -106,7 +107,8 @@ def command(arguments: list[str]) -> None:
             else f"ended with code {failure.exitcode}"
         )
         raise RunError(
-            f"process {rank} (pid {failure.pid}) {how}, so the others were stopped. Checkpoints are intact; the same command "
+            f"process {rank} (pid {failure.pid}) {how}, so the others were stopped. Checkpoints are intact; the same "
+            "command "
             "continues from the newest."
         ) from None
 

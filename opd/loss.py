@@ -339,8 +339,8 @@ class _Workspace:
         return self.buffers[number][:rows]
 
     def log_softmax(self, number: int, hidden: Tensor, head: Head, slope: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of (c, H) states into buffer `number`, by way of buffer 0; with `slope` also the derivative of
-        the soft cap, in the last buffer."""
+        """Log-probabilities of (c, H) states into buffer `number`, by way of buffer 0; with `slope` also the derivative
+        of the soft cap, in the last buffer."""
         logits = self.buffer(0, len(hidden))
         for part, weight in self._tiles(head, hidden.dtype):
             _matmul(logits[:, part], hidden, weight.T, add=False)

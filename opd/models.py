@@ -1,7 +1,7 @@
 """Causal language models as this trainer sees them: a body that gives hidden states, and a head.
 
-Any Hugging Face causal LM will do whose logits are soft_cap * tanh(scale * (h W^T + b) / soft_cap). That is not taken on
-trust: on loading, the head found here is compared with the model's own logits, and a model that differs is refused.
+Any Hugging Face causal LM will do whose logits are soft_cap * tanh(scale * (h W^T + b) / soft_cap). That is not taken
+on trust: on loading, the head found here is compared with the model's own logits, and a model that differs is refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -137,7 +137,9 @@ def _check_head_keys(model: PreTrainedModel, where: str) -> None:
         value = values.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
         if value is not None and not number:
-            raise InputError(f"{where}: config.json has {name} = {repr(value)[:80]}, expected a number. Restore the file.")
+            raise InputError(
+                f"{where}: config.json has {name} = {repr(value)[:80]}, expected a number. Restore the file."
+            )
 
 
 def check_paths(config: Config) -> None:
@@ -189,12 +191,15 @@ def load(
         )
     if section.attn_implementation == "sdpa" and _text_values(model).get("attn_logit_softcapping"):
         raise InputError(
-            f"{where}: its attention has a soft cap (attn_logit_softcapping), which sdpa leaves out without a word. Set "
+            f"{where}: its attention has a soft cap (attn_logit_softcapping), which sdpa leaves out without a word. "
+            "Set "
             f"{name}.attn_implementation to 'eager' or 'flash_attention_2'."
         )
     _check_head_keys(model, where)
     if model.config.is_encoder_decoder:
-        raise InputError(f"{where}: config.json has is_encoder_decoder, expected a decoder alone. Choose another model.")
+        raise InputError(
+            f"{where}: config.json has is_encoder_decoder, expected a decoder alone. Choose another model."
+        )
     model.eval()
     if isinstance(section, Teacher):
         model.requires_grad_(False)
@@ -213,8 +218,8 @@ def load(
 def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Float32 buffers of a model that was made while DeepSpeed split it: it rounds them to the weights' dtype.
 
-    In bfloat16 the frequencies of rotary positions are off by radians after some thousand tokens, without a word. Raises
-    ValueError for another kind of buffer.
+    In bfloat16 the frequencies of rotary positions are off by radians after some thousand tokens, without a word.
+    Raises ValueError for another kind of buffer.
     """
     for name, module in model.named_modules():
         floats = [n for n, b in module.named_buffers(recurse=False) if b.is_floating_point()]
@@ -238,7 +243,8 @@ def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
     size = min(len(ours), len(theirs))
     if min(student.eos_ids) >= size:
         raise InputError(
-            f"the student's EOS ids {list(student.eos_ids)} are all beyond the {size} ids that both tokenizers have, so "
+            f"the student's EOS ids {list(student.eos_ids)} are all beyond the {size} ids that both tokenizers have, "
+            "so "
             "no response could end. Use the teacher's tokenizer for the student."
         )
     for i in range(size):
@@ -270,7 +276,8 @@ def check_prompt_ids(prompts: Sequence[Prompt], teacher: LanguageModel) -> None:
     for prompt in prompts:
         if max(prompt.token_ids) >= embeddable(teacher):
             raise InputError(
-                f"prompt {prompt.id} holds id {max(prompt.token_ids)}, beyond the {embeddable(teacher)} ids the teacher "
+                f"prompt {prompt.id} holds id {max(prompt.token_ids)}, beyond the {embeddable(teacher)} ids the "
+                "teacher "
                 "can read. The student's tokenizer or chat template uses tokens the teacher lacks; give both the same."
             )
 
@@ -281,13 +288,15 @@ def _strings(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
 
 
 def _check_generation_config(model: PreTrainedModel, where: str) -> None:
-    """Refuses what transformers reads and does not save: the run would end at its first checkpoint. Raises InputError."""
+    """Refuses what transformers reads and does not save: the run would end at its first checkpoint. Raises
+    InputError."""
     try:
         model.generation_config.validate(strict=True)
     except (ValueError, TypeError) as error:  # TypeError: a value of another type, which it compares with a number
         fault = (str(error).splitlines()[1:2] or [str(error)])[0].removeprefix("- ")[:300]
         raise InputError(
-            f"{where}: its generation_config.json cannot be saved again with a checkpoint ({fault}). Mend the file; the "
+            f"{where}: its generation_config.json cannot be saved again with a checkpoint ({fault}). Mend the file; "
+            "the "
             "trainer itself takes nothing but the EOS ids from it."
         ) from None
 
@@ -316,7 +325,8 @@ def _check_folder(section: Student | Teacher, name: str) -> None:
         raise InputError(f"{where}: no such folder, and not a hub name (owner/model).")
     if section.revision is not None:
         raise InputError(
-            f"{name}.revision is {section.revision[:80]!r} and {where} is a folder, which has no revisions. Set it to null, or "
+            f"{name}.revision is {section.revision[:80]!r} and {where} is a folder, which has no revisions. Set it to "
+            "null, or "
             "name a hub repository."
         )
     if not (folder / "config.json").is_file():
@@ -364,8 +374,10 @@ def check_head(lm: LanguageModel) -> None:
     error = ((logits - own).norm() / own.norm()).item()
     if not error < (1e-4 if lm.compute_dtype == torch.float32 else 2e-2):
         raise InputError(
-            f"{lm.name}.path {lm.model.name_or_path!r}: the logits of {type(lm.model).__name__} are not its final states "
-            f"times its head (relative difference {error:.2g}), so divergences computed from hidden states would be wrong. "
+            f"{lm.name}.path {lm.model.name_or_path!r}: the logits of {type(lm.model).__name__} are not its final "
+            "states "
+            f"times its head (relative difference {error:.2g}), so divergences computed from hidden states would be "
+            "wrong. "
             "Not supported."
         )
 

@@ -1,14 +1,15 @@
 """Two phases on one GPU: what lies on the device in each part of an update, while the rest waits in host memory.
 
-A student of P parameters trains in 16 P bytes and gradients among them, its teacher needs 2 bytes a parameter, and vLLM takes
-what is left for its cache: together they seldom fit. But they are never needed together (engine.phases = 2):
+A student of P parameters trains in 16 P bytes and gradients among them, its teacher needs 2 bytes a parameter, and vLLM
+takes what is left for its cache: together they seldom fit. But they are never needed together (engine.phases = 2):
 
     rollout     vLLM with its weights and cache; without vLLM, the student's weights
     teacher     the teacher; its hidden states go to host memory (opd.teacher.Cache)
     update      student, gradients and optimizer; of the teacher its LM head, which projects the hidden states
 
-With engine.phases = 1 everything stays on the device, and only vLLM sleeps while the student learns. On a CPU the same code
-runs: what is put away is copied to another buffer and its own is released, so whoever uses it in the wrong phase fails.
+With engine.phases = 1 everything stays on the device, and only vLLM sleeps while the student learns. On a CPU the same
+code runs: what is put away is copied to another buffer and its own is released, so whoever uses it in the wrong phase
+fails.
 """
 
 from collections.abc import Callable, Iterable

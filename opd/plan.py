@@ -1,8 +1,8 @@
 """What a run will need, before it starts: memory per phase and hours. Printed by --dry-run and at the start of a run.
 
 Sizes are exact (models are built on torch's meta device, without weights); activations and time are estimates, for
-responses of full length, of one process where several share the work. The device's speed is measured for a moment with one
-matrix product and one copy.
+responses of full length, of one process where several share the work. The device's speed is measured for a moment with
+one matrix product and one copy.
 """
 
 import time
@@ -82,9 +82,15 @@ BUCKET = 5 * 10**8  # numbers of a reduction
 
 
 def make_plan(
-    config: Config, student: Size, teacher: Size, device: torch.device, updates: int, longest_answer: int = 0,
-    zero: dict | None = None, processes: int = 1,
-) -> Plan:  # fmt: skip
+    config: Config,
+    student: Size,
+    teacher: Size,
+    device: torch.device,
+    updates: int,
+    longest_answer: int = 0,
+    zero: dict | None = None,
+    processes: int = 1,
+) -> Plan:
     """Estimates for responses of full length.
 
     Args:
@@ -141,13 +147,14 @@ def make_plan(
     phases = {
         "loading": scoring | {"float32 weights": 4 * student.parameters} if rounded else {},
         "rollout": rollout,
-        "teacher": beside_teacher | {
+        "teacher": beside_teacher
+        | {
             "teacher layers gathered": gathered,
             "activations": micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
         },
         "update": learning | {"gradients": gradients} | max(backward, adam, key=lambda parts: sum(parts.values())),
         "evaluation": evaluation if longest_answer else {},
-    }  # fmt: skip
+    }
     phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items() if parts}
 
     flops, bandwidth = device_speed(device, torch.bfloat16 if s_bytes == 2 else torch.float32)
@@ -179,8 +186,12 @@ def _student_memory(
     parameters = student.parameters
     if zero is None:  # float32, and a copy in the compute dtype while autocast holds
         copy = 2 * parameters if compute_bytes == 2 else 0
-        return {"weights": 4 * parameters, "copy for autocast": copy, "gradients": 4 * parameters,
-                "optimizer": 8 * parameters}, {}  # fmt: skip
+        return {
+            "weights": 4 * parameters,
+            "copy for autocast": copy,
+            "gradients": 4 * parameters,
+            "optimizer": 8 * parameters,
+        }, {}
     stage, part = zero["stage"], -(-parameters // processes)
     if stage == 0:
         return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters}, {}
@@ -213,8 +224,10 @@ def _teacher_memory(
     if placement == "device":
         return {"teacher": teacher.parameters * bytes_each}
     part = -(-teacher.parameters // processes) * bytes_each
-    device = {"teacher head": teacher.head * bytes_each,
-              "teacher layers gathered": min(teacher.parameters, LIVE) * bytes_each}  # fmt: skip
+    device = {
+        "teacher head": teacher.head * bytes_each,
+        "teacher layers gathered": min(teacher.parameters, LIVE) * bytes_each,
+    }
     if placement == "host":
         host["teacher"] = part
     else:
@@ -251,15 +264,21 @@ def text(plan: Plan, config: Config, student: Size, teacher: Size, device: torch
         for phase, parts in plan.phases.items()
     ]
     host = " + ".join(f"{name} {amount(size)}" for name, size in plan.host.items())
-    return "\n".join([
-        f"plan of {config.run_dir}: {plan.updates} updates of {config.rollout.prompts_per_step} prompts x {config.rollout.n} "
-        f"responses of up to {config.rollout.max_response_tokens} tokens on {device}; {config.engine.kind} engine, "
-        f"{config.rollout.engine} rollouts, {config.teacher.mode} teacher",
-        f"  parameters: student {student.parameters / 1e6:.2f} M, teacher {teacher.parameters / 1e6:.2f} M",
-        f"  memory{each}, by phase:", *peaks,
-        f"    host memory throughout: {amount(sum(plan.host.values()))} = {host}",
-        f"  disk: {amount((config.checkpoint.keep + 1) * plan.checkpoint)} for checkpoints ({config.checkpoint.keep} kept, one "
-        "being written)" + (f", and {amount(plan.spilled)} for teacher states above teacher.cache_gb" if plan.spilled else ""),
-        f"  time, if every response were of full length: {per_update:.2g} s an update ({times}), "
-        f"{plan.updates * per_update / 3600:.2g} h in all; evaluations not counted",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"plan of {config.run_dir}: {plan.updates} updates of {config.rollout.prompts_per_step} prompts x "
+            f"{config.rollout.n} "
+            f"responses of up to {config.rollout.max_response_tokens} tokens on {device}; {config.engine.kind} engine, "
+            f"{config.rollout.engine} rollouts, {config.teacher.mode} teacher",
+            f"  parameters: student {student.parameters / 1e6:.2f} M, teacher {teacher.parameters / 1e6:.2f} M",
+            f"  memory{each}, by phase:",
+            *peaks,
+            f"    host memory throughout: {amount(sum(plan.host.values()))} = {host}",
+            f"  disk: {amount((config.checkpoint.keep + 1) * plan.checkpoint)} for checkpoints "
+            f"({config.checkpoint.keep} kept, one "
+            "being written)"
+            + (f", and {amount(plan.spilled)} for teacher states above teacher.cache_gb" if plan.spilled else ""),
+            f"  time, if every response were of full length: {per_update:.2g} s an update ({times}), "
+            f"{plan.updates * per_update / 3600:.2g} h in all; evaluations not counted",
+        ]
+    )

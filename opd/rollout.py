@@ -1,10 +1,11 @@
 """Student sampling: prompts -> responses, as token ids that are kept and never re-tokenised.
 
-Sampling is by inverse transform: response token t of a rollout is the quantile of u_t in the student's distribution, with u
-from a generator seeded by what the rollout *is* (run seed, step, sequence id), not by when it is computed. So a rollout
-does not depend on its batch, and a resumed run repeats it. Under bfloat16 compute, the distribution is that of the
-bfloat16 forward pass, head included; scoring projects the same states in float32 (the two differ by about 0.001 in total
-variation on the embedded pair). vLLM (opd.vllm_engine) draws with generators of its own, one seed for each response.
+Sampling is by inverse transform: response token t of a rollout is the quantile of u_t in the student's distribution,
+with u from a generator seeded by what the rollout *is* (run seed, step, sequence id), not by when it is computed. So a
+rollout does not depend on its batch, and a resumed run repeats it. Under bfloat16 compute, the distribution is that of
+the bfloat16 forward pass, head included; scoring projects the same states in float32 (the two differ by about 0.001 in
+total variation on the embedded pair). vLLM (opd.vllm_engine) draws with generators of its own, one seed for each
+response.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,9 +70,13 @@ def sample(
     for number, chosen in enumerate([*mine, *[batches[0]] * spare]):
         try:
             responses = _generate(
-                lm, [prompts[i] for i in chosen], decoding, vocab_size, [seeds[i] for i in chosen],
+                lm,
+                [prompts[i] for i in chosen],
+                decoding,
+                vocab_size,
+                [seeds[i] for i in chosen],
                 progress if number < len(mine) else lambda responses, tokens: None,
-            )  # fmt: skip
+            )
         except FloatingPointError as error:
             failed = error
             if not lm.sharded:
@@ -86,9 +91,13 @@ def sample(
 
 
 def _from_vllm(
-    lm: LanguageModel, prompts: Sequence[Prompt], decoding: Decoding, vocab_size: int,
-    seeds: Sequence[tuple[int | str, ...]], progress: Callable[[int, int], None],
-) -> list[Rollout]:  # fmt: skip
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    vocab_size: int,
+    seeds: Sequence[tuple[int | str, ...]],
+    progress: Callable[[int, int], None],
+) -> list[Rollout]:
     numbers = [derive_seed(*seed) % 2**31 for seed in seeds]
     failed: RunError | None = None
     try:
@@ -101,8 +110,11 @@ def _from_vllm(
 
 
 def _joined(
-    lm: LanguageModel, prompts: Sequence[Prompt], found: dict[int, tuple[int, ...]], progress: Callable[[int, int], None]
-) -> list[Rollout]:  # fmt: skip
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    found: dict[int, tuple[int, ...]],
+    progress: Callable[[int, int], None],
+) -> list[Rollout]:
     """The rollouts of all ranks, of which this one has found some."""
     own = sum(map(len, found.values()))
     responses = _of_all_ranks(found)
@@ -240,8 +252,8 @@ def quantile_token(probs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
 
 @torch.no_grad()
 def own_logprobs(lm: LanguageModel, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """The model's own logprobs of every token but the first of each sequence, given those before it, one sequence after the
-    other, on the CPU; nats. Every rank calls it."""
+    """The model's own logprobs of every token but the first of each sequence, given those before it, one sequence after
+    the other, on the CPU; nats. Every rank calls it."""
 
     def one(ids: Tensor) -> Tensor:
         with lm.precision():

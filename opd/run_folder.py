@@ -104,7 +104,9 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
     """
     if not run_dir.exists() or all(p.name.startswith(".") for p in run_dir.iterdir()):
         if resume not in ("auto", "none"):
-            raise InputError(f"--resume {resume[:200]}: {run_dir} has no run to continue. Expected an existing run folder.")
+            raise InputError(
+                f"--resume {resume[:200]}: {run_dir} has no run to continue. Expected an existing run folder."
+            )
         return None
     if resume == "none":
         raise InputError(f"{run_dir} exists, and --resume none starts a new run. Choose another --set run_name=NAME.")
@@ -144,8 +146,8 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
 def _is_complete(run_dir: Path) -> bool:
     """Whether a run has its final figures; unreadable ones are said to be, and are made again.
 
-    Raises InputError for a complete run whose last checkpoint is damaged: to train it once more is for the user to decide.
-    A last checkpoint that was removed is not missed.
+    Raises InputError for a complete run whose last checkpoint is damaged: to train it once more is for the user to
+    decide. A last checkpoint that was removed is not missed.
     """
     path = run_dir / "summary.json"
     try:
@@ -158,7 +160,8 @@ def _is_complete(run_dir: Path) -> bool:
             checkpoint.verify(last)
         except checkpoint.CheckpointError as error:
             raise InputError(
-                f"{run_dir} is complete, and {error}. To have the run go on from the checkpoint before it, or from the start "
+                f"{run_dir} is complete, and {error}. To have the run go on from the checkpoint before it, or from the "
+                "start "
                 f"where there is none, remove {path} and give the same command."
             ) from None
     return last is not None
@@ -225,10 +228,12 @@ def digests(paths: Sequence[str]) -> dict[str, str]:
 
 
 def rewind(run_dir: Path, step: int, start: Path | None) -> None:
-    """Removes what a run wrote after `step`, from where it continues: checkpoints, evaluations, token dumps, the summary.
+    """Removes what a run wrote after `step`, from where it continues: checkpoints, evaluations, token dumps, the
+    summary.
 
     For a run that goes on from an older checkpoint they are an abandoned future; damaged checkpoints go with them.
-    Checkpoints go first: stopped half-way, the run still continues from `step`. What the run did not write is left alone.
+    Checkpoints go first: stopped half-way, the run still continues from `step`. What the run did not write is left
+    alone.
 
     Args:
         start: the checkpoint it continues from, if any.
@@ -279,8 +284,10 @@ def write_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
 def _git_commit() -> str | None:
     result = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return result.stdout.strip() or None
 
 

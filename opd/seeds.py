@@ -1,4 +1,5 @@
-"""All randomness of a run is a pure function of its seed and of what is drawn, so a resumed run needs no saved state."""
+"""All randomness of a run is a pure function of its seed and of what is drawn, so a resumed run needs no saved
+state."""
 
 import hashlib
 

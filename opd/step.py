@@ -1,7 +1,7 @@
 """One update, from rollouts to optimizer step, with the patch point. Everything that is new about a run happens here.
 
-The loss of an update is one fraction, over all micro-batches and ranks: sum of weight * divergence / sum of weight. It is
-never a mean of means, so how the update is cut into micro-batches, split over processes, padded or ordered does not
+The loss of an update is one fraction, over all micro-batches and ranks: sum of weight * divergence / sum of weight. It
+is never a mean of means, so how the update is cut into micro-batches, split over processes, padded or ordered does not
 change the gradient.
 """
 
@@ -69,8 +69,8 @@ def train_step(
     """
     watch = Stopwatch(student.device)
     needs = weighter.needs | measure
-    # A running weighter judges a rollout at a time. Where the gradient can be divided when it is summed, it does so in the
-    # update's own forward (one pass); else after the scoring pass, with the same result.
+    # A running weighter judges a rollout at a time. Where the gradient can be divided when it is summed, it does so in
+    # the update's own forward (one pass); else after the scoring pass, with the same result.
     by_rollout = isinstance(weighter, RunningWeighter) and weighter.one_pass
     one_pass = by_rollout and engine.divides_late
     # models that are split over the ranks run everywhere or nowhere: who has fewer micro-batches runs empty ones
@@ -113,10 +113,20 @@ def train_step(
             device = own.device
             share = None if share is None else share[keep].to(device)
             states = states.to(device, non_blocking=True)[keep.to(device)]  # whole: picked rows would not be pinned
-            return student.head_scope(own, lambda own: divergence_sum(
-                own, student.head(vocab_size), states, teacher_head, weight[keep].to(device), share,
-                loss.divergence, loss.jsd_beta, loss.chunk_bytes,
-            ))  # fmt: skip
+            return student.head_scope(
+                own,
+                lambda own: divergence_sum(
+                    own,
+                    student.head(vocab_size),
+                    states,
+                    teacher_head,
+                    weight[keep].to(device),
+                    share,
+                    loss.divergence,
+                    loss.jsd_beta,
+                    loss.chunk_bytes,
+                ),
+            )
 
         def forward(batch: MicroBatch, states: Tensor, keep: Tensor, weight: Tensor, share: Tensor | None) -> Tensor:
             return divergence(student.states(batch, keep), states, keep, weight, share)
@@ -189,9 +199,14 @@ def _stats_of(
 
 @torch.no_grad()
 def _scored(
-    student: LanguageModel, batch: MicroBatch, states: Tensor, teacher_head: Head, vocab_size: int, loss: Loss,
+    student: LanguageModel,
+    batch: MicroBatch,
+    states: Tensor,
+    teacher_head: Head,
+    vocab_size: int,
+    loss: Loss,
     needs: frozenset[str],
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """The scoring pass of one micro-batch: TokenStats columns, on the CPU."""
 
     def forward() -> dict[str, Tensor]:
@@ -204,9 +219,14 @@ def _scored(
 
 
 def pair_stats(
-    student: LanguageModel, teacher: LanguageModel, micro_batches: Sequence[MicroBatch], vocab_size: int, loss: Loss,
-    needs: frozenset[str], enter: Callable[[str], None] = lambda phase: None,
-) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+    student: LanguageModel,
+    teacher: LanguageModel,
+    micro_batches: Sequence[MicroBatch],
+    vocab_size: int,
+    loss: Loss,
+    needs: frozenset[str],
+    enter: Callable[[str], None] = lambda phase: None,
+) -> Iterator[dict[str, Tensor]]:
     """TokenStats columns of each micro-batch outside of an update, in the batch's own order; on the CPU.
 
     The teacher scores GROUP micro-batches, then the student does; `enter` is called before each (opd.phases).
@@ -222,9 +242,15 @@ def pair_stats(
 
 
 def score_update(
-    student: LanguageModel, teacher: LanguageModel, micro_batches: Sequence[MicroBatch], vocab_size: int, loss: Loss,
-    needs: frozenset[str], step: int, progress: Callable[[int, int], None] = lambda batches, tokens: None,
-) -> TokenStats:  # fmt: skip
+    student: LanguageModel,
+    teacher: LanguageModel,
+    micro_batches: Sequence[MicroBatch],
+    vocab_size: int,
+    loss: Loss,
+    needs: frozenset[str],
+    step: int,
+    progress: Callable[[int, int], None] = lambda batches, tokens: None,
+) -> TokenStats:
     """What a weighter would see of these micro-batches; nothing is trained."""
     columns = []
     scored = pair_stats(student, teacher, micro_batches, vocab_size, loss, needs)

@@ -93,7 +93,8 @@ def run(
         resume: "auto" continues an existing run folder of the same configuration; "none" refuses an existing one;
             else the path of one of its checkpoints to continue from.
         observer: further diagnostics and columns of token dumps; changes nothing.
-        shared: folder in which runs that start alike keep the evaluations of teacher and step-0 student, made by whoever
+        shared: folder in which runs that start alike keep the evaluations of teacher and step-0 student, made by
+        whoever
             comes first.
     Raises:
         InputError: something in the configuration cannot be used; nothing was written.
@@ -121,7 +122,8 @@ def run(
             raise
         except OSError as error:
             raise RunError(
-                f"{config.run_dir} cannot be read or written ({error}). Checkpoints are intact; mend the cause and start the "
+                f"{config.run_dir} cannot be read or written ({error}). Checkpoints are intact; mend the cause and "
+                "start the "
                 "same command again."
             ) from error
 
@@ -141,7 +143,8 @@ def _run(
     start = run_folder.open_run(run_dir, identity, resume)
     if distributed.largest(str(start) != distributed.from_first(str(start))):
         raise InputError(
-            f"the processes do not see the same {run_dir}: here it continues from {start}. Set output_dir to a folder that "
+            f"the processes do not see the same {run_dir}: here it continues from {start}. Set output_dir to a folder "
+            "that "
             "all machines share."
         )
     if start == run_folder.DONE:
@@ -210,7 +213,8 @@ def _run(
         say(f"{run_dir}: continuing after step {step} of {total_steps}")
         if (before := checkpoint.processes_of(start)) != distributed.world_size():
             say(
-                f"note: {before} processes wrote this checkpoint and {distributed.world_size()} continue it: the same weights, "
+                f"note: {before} processes wrote this checkpoint and {distributed.world_size()} continue it: the same "
+                "weights, "
                 "moments and data, but sums in another order, so the run is not the unbroken one bit for bit"
             )
     if first:
@@ -238,9 +242,16 @@ def _run(
             )
             with alone(folder), _evaluated(parts, lm, benchmarks, folder) as (sampled, enter):
                 found = evaluate.evaluate(
-                    sampled, sampled if lm is teacher else teacher, benchmarks, config, vocab_size, folder, grader,
-                    stop.check, enter,
-                )  # fmt: skip
+                    sampled,
+                    sampled if lm is teacher else teacher,
+                    benchmarks,
+                    config,
+                    vocab_size,
+                    folder,
+                    grader,
+                    stop.check,
+                    enter,
+                )
             if log is None:
                 return
             if folder != own:
@@ -289,14 +300,16 @@ def _run(
     except FloatingPointError as error:
         saved = checkpoint.newest(run_dir)
         raise RunError(
-            f"after step {step}: {error}. {f'The newest checkpoint is {saved}' if saved else 'There is no checkpoint yet'}. "
+            f"after step {step}: {error}. "
+            f"{f'The newest checkpoint is {saved}' if saved else 'There is no checkpoint yet'}. "
             "Lower optim.lr, or look at the weights of student and teacher."
         ) from error
     except RuntimeError as error:
         if not distributed.is_lost_connection(error):
             raise
         raise RunError(
-            f"after step {step}: another process of this run has ended or cannot be reached. Look at its message; checkpoints "
+            f"after step {step}: another process of this run has ended or cannot be reached. Look at its message; "
+            "checkpoints "
             "are intact, and the same command continues from the newest."
         ) from error
     finally:
@@ -336,10 +349,20 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
     try:
         with Progress(f"scoring and update of step {step}", 3 * len(micro_batches), "micro-batches") as progress:
             result = train_step(
-                student=student, teacher=parts.teacher, engine=parts.engine, micro_batches=micro_batches,
-                weighter=parts.weighter, loss=config.loss, vocab_size=parts.vocab_size, step=step, seed=config.seed,
-                measure=measure, progress=progress.advance, enter=parts.phases.enter, cache=cache,
-            )  # fmt: skip
+                student=student,
+                teacher=parts.teacher,
+                engine=parts.engine,
+                micro_batches=micro_batches,
+                weighter=parts.weighter,
+                loss=config.loss,
+                vocab_size=parts.vocab_size,
+                step=step,
+                seed=config.seed,
+                measure=measure,
+                progress=progress.advance,
+                enter=parts.phases.enter,
+                cache=cache,
+            )
     except FloatingPointError as error:
         raise RunError(_dump_offenders(parts, step, rollouts, str(error))) from error
     finally:
@@ -357,10 +380,14 @@ def _update(parts: Parts, step: int) -> dict[str, float]:
         return {}
     texts = [student.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
     metrics = {
-        **result.metrics, **_rollout_metrics(rollouts, texts, parts.grader), **watch.times,
+        **result.metrics,
+        **_rollout_metrics(rollouts, texts, parts.grader),
+        **watch.times,
         "time/move": watch.times["time/move"] + result.metrics["time/move"],
-        **parity, "time/step": time.perf_counter() - begin, "memory/peak_gb": peak,
-    }  # fmt: skip
+        **parity,
+        "time/step": time.perf_counter() - begin,
+        "memory/peak_gb": peak,
+    }
     if diagnose:
         metrics.update(_diagnose(parts, result))
         for i, (sampled, text) in enumerate(list(zip(rollouts, texts, strict=True))[: config.log.samples]):
@@ -437,7 +464,8 @@ def _rollout_metrics(rollouts: list[Rollout], texts: list[str], grader: grading.
 
 
 def _diagnose(parts: Parts, result: StepResult) -> dict[str, float]:
-    """Means of the statistics, and what the observer sees; its histograms go to TensorBoard, its warnings to the console."""
+    """Means of the statistics, and what the observer sees; its histograms go to TensorBoard, its warnings to the
+    console."""
     columns = {name: vars(result.stats)[name] for name in DIAGNOSTICS}
     found = {DIAGNOSTICS[name]: column.mean().item() for name, column in columns.items() if len(column)}
     if parts.observer is None or not len(result.stats.position):
@@ -462,8 +490,13 @@ def _dump_offenders(parts: Parts, step: int, rollouts: list[Rollout], reason: st
     for rollout, columns in zip(rollouts, scored, strict=True):
         finite = all(column.isfinite().all() for column in columns.values())
         broken += [] if finite else [rollout.sequence_id]
-        record = {"sequence_id": rollout.sequence_id, "id": rollout.prompt.id, "finite": bool(finite),
-                  "prompt_ids": rollout.prompt.token_ids, "response_ids": rollout.response_ids}  # fmt: skip
+        record = {
+            "sequence_id": rollout.sequence_id,
+            "id": rollout.prompt.id,
+            "finite": bool(finite),
+            "prompt_ids": rollout.prompt.token_ids,
+            "response_ids": rollout.response_ids,
+        }
         lines.append(json.dumps(record) + "\n")
     if distributed.is_first():
         write_whole(path, "".join(lines))
@@ -532,9 +565,11 @@ def train_parser(prog: str, description: str) -> argparse.ArgumentParser:
     transformers.logging.disable_progress_bar()
     cli = parser(prog, description)
     cli.add_argument(
-        "--resume", default="auto", metavar="auto|none|DIR",
+        "--resume",
+        default="auto",
+        metavar="auto|none|DIR",
         help="auto: continue an existing run of the same config; none: refuse one; DIR: from that checkpoint",
-    )  # fmt: skip
+    )
     cli.add_argument("--dry-run", action="store_true", help="print config, memory, hours and command; start nothing")
     return cli
 

@@ -1,13 +1,14 @@
 """vLLM as the trainer sees it: token ids in, token ids out, with the trainer's weights, and not believed.
 
-It runs in processes of its own (opd.vllm_server): beside each trainer process on its device, with tensor parallelism one
-for several of them, or on other GPUs and hosts (rollout.servers). The requests of an update are dealt over all of them.
+It runs in processes of its own (opd.vllm_server): beside each trainer process on its device, with tensor parallelism
+one for several of them, or on other GPUs and hosts (rollout.servers). The requests of an update are dealt over all of
+them.
 
 After every update it gets the trainer's weights, all of them by name, by the one route that was found exact; two others
-are silently wrong (a tied LM head that is not named stays the old one). So logprobs of a fixed probe are compared, and a
-difference ends the run. A server that dies or falls silent is started once more, or connected to again, gets the weights,
-and continues with the responses that were not finished; they are seeded, so nothing depends on it. The second time the run
-ends, with its checkpoints intact.
+are silently wrong (a tied LM head that is not named stays the old one). So logprobs of a fixed probe are compared, and
+a difference ends the run. A server that dies or falls silent is started once more, or connected to again, gets the
+weights, and continues with the responses that were not finished; they are seeded, so nothing depends on it. The second
+time the run ends, with its checkpoints intact.
 """
 
 import gc
@@ -42,8 +43,9 @@ from opd.models import LanguageModel
 from opd.rollout import Decoding, own_logprobs
 from opd.vllm_server import KEY, SHUTDOWN, Scratch, address_of, limit
 
-# Nats, of the mean difference of a logprob. In bfloat16 single tokens differ by 0.3 where nothing is wrong: vLLM rounds what
-# layers add up, autocast does not. Measured on SmolLM2-135M: mean 0.06, and 0.63 with two neighbouring layers swapped.
+# Nats, of the mean difference of a logprob. In bfloat16 single tokens differ by 0.3 where nothing is wrong: vLLM rounds
+# what layers add up, autocast does not. Measured on SmolLM2-135M: mean 0.06, and 0.63 with two neighbouring layers
+# swapped.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 BUCKET = 2**28  # bytes of weights that are brought together at once
 LOADING = 3600  # seconds that a server may take to load a model
@@ -66,15 +68,17 @@ class _Server:
         self.connection: Connection | None = None
 
     def start(self) -> None:
-        """Starts or connects to it and has it load the model; `receive(LOADING)` says how that went. Raises ServerLost."""
+        """Starts or connects to it and has it load the model; `receive(LOADING)` says how that went. Raises
+        ServerLost."""
         address, key = self.where, os.environ.get(KEY, "")
         if address is None:
             self.folder = tempfile.TemporaryDirectory(prefix="opd-vllm-")  # nobody else may open it
             address, key = f"{self.folder.name}/socket", secrets.token_hex()
             self.process = subprocess.Popen(
                 [_python(), "-m", "opd.vllm_server", "--listen", address, "--child-of", str(os.getpid())],
-                env=self._environment(key), start_new_session=True,
-            )  # fmt: skip
+                env=self._environment(key),
+                start_new_session=True,
+            )
         self._connect(address_of(address), key.encode())
         self.asleep = False
         self.send(do="open", model=self.model, threads=self.threads)
@@ -160,7 +164,8 @@ class _Server:
         self.asleep = False
 
     def sleep(self) -> None:
-        """Frees its GPU's memory, weights included; `give` wakes it. A server somewhere else, or on a CPU, stays awake."""
+        """Frees its GPU's memory, weights included; `give` wakes it. A server somewhere else, or on a CPU, stays
+        awake."""
         if self.where is None and not self.asleep:
             self.send(do="sleep")
             self.asleep = self.receive()["asleep"]
@@ -199,17 +204,21 @@ class VllmEngine:
         self.lm, self.tolerance = lm, TOLERANCE[lm.compute_dtype]
         rollout = config.rollout
         model = {
-            "model": section.path, "revision": section.revision,
-            "dtype": str(lm.compute_dtype).removeprefix("torch."), "max_model_len": longest,
-            "max_num_seqs": rollout.batch_size, "gpu_memory_utilization": rollout.gpu_memory,
+            "model": section.path,
+            "revision": section.revision,
+            "dtype": str(lm.compute_dtype).removeprefix("torch."),
+            "max_model_len": longest,
+            "max_num_seqs": rollout.batch_size,
+            "gpu_memory_utilization": rollout.gpu_memory,
             "tensor_parallel_size": rollout.tensor_parallel,
-        }  # fmt: skip
+        }
         group = rollout.tensor_parallel
         # torchrun's name, and that of the deepspeed launcher
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world_size())
         if not rollout.servers and distributed.world_size() > 1 and here % group:
             raise InputError(
-                f"rollout.tensor_parallel is {group} and this machine has {here} processes: expected a divisor of them, since "
+                f"rollout.tensor_parallel is {group} and this machine has {here} processes: expected a divisor of "
+                "them, since "
                 "each group of so many GPUs has a vLLM."
             )
         self.total = len(rollout.servers) or max(distributed.world_size() // group, 1)
@@ -262,7 +271,8 @@ class VllmEngine:
         if "missing" in answer:
             raise InputError(
                 f"rollout.engine is 'vllm', which is not installed ({answer['missing']}). On a GPU it is part of "
-                "requirements.txt; on a CPU, bash scripts/setup.sh --vllm makes .venv-vllm. Or set rollout.engine=transformers."
+                "requirements.txt; on a CPU, bash scripts/setup.sh --vllm makes .venv-vllm. Or set "
+                "rollout.engine=transformers."
             )
         if "refused" in answer:
             raise InputError(
@@ -274,8 +284,10 @@ class VllmEngine:
         server.end()
         if self.restarted:
             raise RunError(
-                f"{server.name} is lost for the second time: {lost}. Checkpoints are intact; mend the cause (its messages are "
-                "above; memory is rollout.gpu_memory, patience rollout.timeout) and start the same command again, or set "
+                f"{server.name} is lost for the second time: {lost}. Checkpoints are intact; mend the cause (its "
+                "messages are "
+                "above; memory is rollout.gpu_memory, patience rollout.timeout) and start the same command again, or "
+                "set "
                 "rollout.engine=transformers in a new run."
             )
         self.restarted = True
@@ -303,9 +315,13 @@ class VllmEngine:
                 self._again(server, lost)
 
     def generate(
-        self, prompts: Sequence[Prompt], decoding: Decoding, vocab_size: int, seeds: Sequence[int],
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        vocab_size: int,
+        seeds: Sequence[int],
         progress: Callable[[int, int], None],
-    ) -> dict[int, tuple[int, ...]]:  # fmt: skip
+    ) -> dict[int, tuple[int, ...]]:
         """This process's share of the responses by place in `prompts`, the EOS that ended one included.
 
         `progress` may raise to stop; nothing is kept then. Raises RunError when a server is lost for the second time.
@@ -315,10 +331,12 @@ class VllmEngine:
             "do": "generate",
             "never": list(range(vocab_size, rows)),  # padded vocabulary rows
             "sampling": {
-                "temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_response_tokens,
+                "temperature": decoding.temperature,
+                "top_p": decoding.top_p,
+                "max_tokens": decoding.max_response_tokens,
                 "stop_token_ids": list(self.lm.eos_ids),
             },
-        }  # fmt: skip
+        }
         found: dict[int, tuple[int, ...]] = {}
         left = {
             server: [i for i in range(len(prompts)) if i % self.total == number]
@@ -360,7 +378,8 @@ class VllmEngine:
         return found
 
     def _stop(self, server: _Server) -> None:
-        """In the middle of its responses. It stays usable; one that does not listen is ended, as the next request finds."""
+        """In the middle of its responses. It stays usable; one that does not listen is ended, as the next request
+        finds."""
         try:
             server.send(do="stop")
             while "done" not in server.receive(SHUTDOWN):
@@ -403,7 +422,8 @@ class VllmEngine:
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"the weights for vLLM, {self.size / 2**30:.1f} GiB, do not fit: {path} cannot be written ({error}). "
-                "Checkpoints are intact; make room in /dev/shm or in the folder TMPDIR names, and start the same command again."
+                "Checkpoints are intact; make room in /dev/shm or in the folder TMPDIR names, and start the same "
+                "command again."
             ) from error
         bucket.clear()
         return number + 1
@@ -422,7 +442,8 @@ class VllmEngine:
                 self._surely(server, lambda server=server: server.give(self.folder))
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-        """Per server of this process, and sequence: of every token but the first, given those before it, (n - 1,); nats."""
+        """Per server of this process, and sequence: of every token but the first, given those before it, (n - 1,);
+        nats."""
 
         def ask(server: _Server) -> list[Tensor]:
             server.send(do="logprobs", sequences=[list(ids) for ids in sequences])
@@ -448,13 +469,16 @@ class VllmEngine:
             if difference.mean().item() >= mean:
                 mean = difference.mean().item()
                 message = (
-                    f"{server.name} does not have the trainer's weights: on a fixed probe logprobs are {mean:.6f} nats apart "
-                    f"on average (tolerance {self.tolerance:g}); at the worst it has {engine[where]:.6f} and the trainer "
+                    f"{server.name} does not have the trainer's weights: on a fixed probe logprobs are {mean:.6f} nats "
+                    "apart "
+                    f"on average (tolerance {self.tolerance:g}); at the worst it has {engine[where]:.6f} and the "
+                    "trainer "
                     f"{own[where]:.6f}"
                 )
         if not distributed.largest(mean) <= self.tolerance:
             raise RunError(
-                f"{message}, so its samples would not be on-policy. Checkpoints are intact; set rollout.engine=transformers "
+                f"{message}, so its samples would not be on-policy. Checkpoints are intact; set "
+                "rollout.engine=transformers "
                 "in a new run, and report this."
             )
         return distributed.largest(worst)
@@ -473,9 +497,13 @@ class VllmEngine:
 
 @contextmanager
 def sampling(
-    lm: LanguageModel, section: Student | Teacher, config: Config, prompts: Sequence[Prompt], response: int,
+    lm: LanguageModel,
+    section: Student | Teacher,
+    config: Config,
+    prompts: Sequence[Prompt],
+    response: int,
     apart: Callable[[], None] = lambda: None,
-) -> Iterator[LanguageModel]:  # fmt: skip
+) -> Iterator[LanguageModel]:
     """The model, sampled by what rollout.engine says, for as long as the context lasts; it does not change meanwhile.
 
     Args:
@@ -515,6 +543,7 @@ def _gpus(device: torch.device, group: int) -> str | None:
     first = device.index or 0
     if first + group > len(all_of_them):
         raise InputError(
-            f"rollout.tensor_parallel is {group}, and there are {len(all_of_them) - first} from GPU {first} on. Lower it."
+            f"rollout.tensor_parallel is {group}, and there are {len(all_of_them) - first} from GPU {first} on. Lower "
+            "it."
         )
     return ",".join(all_of_them[first : first + group])

@@ -2,10 +2,10 @@
 
     OPD_VLLM_KEY=SECRET python -m opd.vllm_server --listen 0.0.0.0:8500
 
-A trainer starts one beside itself, or is told in rollout.servers where some run, on other GPUs or other hosts. In a process
-of its own, because then a crash or a hang of vLLM costs its rollouts and not the run, and its packages need not be the
-trainer's. A server knows nothing about a run: model, lengths and memory come with the first message. Each trainer gets a
-fresh process, and one that is gone takes it along, so no GPU stays occupied.
+A trainer starts one beside itself, or is told in rollout.servers where some run, on other GPUs or other hosts. In a
+process of its own, because then a crash or a hang of vLLM costs its rollouts and not the run, and its packages need not
+be the trainer's. A server knows nothing about a run: model, lengths and memory come with the first message. Each
+trainer gets a fresh process, and one that is gone takes it along, so no GPU stays occupied.
 
 What travels is JSON and safetensors, never a pickle. Only who knows the key is listened to; nothing is encrypted.
 """
@@ -43,7 +43,9 @@ def address_of(text: str) -> tuple[str, int] | str:
         return text
     host, colon, port = text.rpartition(":")
     if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
-        raise InputError(f"{text[:80]!r} is no address of a vLLM server, expected HOST:PORT, for example 10.0.0.2:8500.")
+        raise InputError(
+            f"{text[:80]!r} is no address of a vLLM server, expected HOST:PORT, for example 10.0.0.2:8500."
+        )
     return host, int(port)
 
 
@@ -105,7 +107,8 @@ class Server:
         self.connection.send_bytes(json.dumps(answer).encode())
 
     def serve(self) -> None:
-        """Until the trainer closes. An error of vLLM is told, and ends the process: what state it is in nobody knows."""
+        """Until the trainer closes. An error of vLLM is told, and ends the process: what state it is in nobody
+        knows."""
         try:
             while True:
                 message = json.loads(self.connection.recv_bytes())
@@ -149,9 +152,14 @@ class Server:
         self.vllm = vllm
         try:
             self.llm = vllm.LLM(
-                **model, generation_config="vllm", enforce_eager=on_cpu, enable_sleep_mode=not on_cpu, seed=0,
-                disable_log_stats=True, worker_extension_cls="opd.vllm_server.Weights",
-            )  # fmt: skip
+                **model,
+                generation_config="vllm",
+                enforce_eager=on_cpu,
+                enable_sleep_mode=not on_cpu,
+                seed=0,
+                disable_log_stats=True,
+                worker_extension_cls="opd.vllm_server.Weights",
+            )
         except Exception as error:  # what a model it does not know raises depends on the model
             return self.say(refused=f"{type(error).__name__}: {error}")
         self.sleeps = not on_cpu
@@ -164,7 +172,8 @@ class Server:
         self.say(done=True, asleep=self.asleep)
 
     def weights(self, folder: str | None, files: int, size: int) -> None:
-        """Wakes vLLM, if it sleeps, and gives it weights: from a folder of this machine, else sent as `files` messages."""
+        """Wakes vLLM, if it sleeps, and gives it weights: from a folder of this machine, else sent as `files`
+        messages."""
         if folder is None:
             self.received = Scratch(size)
             for number in range(files):
@@ -192,9 +201,12 @@ class Server:
         excluded = dict.fromkeys(never, -100.0)  # nats
         for request in requests:
             parameters = self.vllm.SamplingParams(
-                **sampling, seed=request["seed"], logit_bias=excluded or None, detokenize=False,
+                **sampling,
+                seed=request["seed"],
+                logit_bias=excluded or None,
+                detokenize=False,
                 output_kind=self.vllm.sampling_params.RequestOutputKind.DELTA,
-            )  # fmt: skip
+            )
             engine.add_request(
                 str(request["id"]), self.vllm.TokensPrompt(prompt_token_ids=request["prompt"]), parameters
             )
@@ -247,8 +259,8 @@ def _end_with_parent(parent: int) -> None:
 
 
 def limit(connection: Connection, seconds: int) -> None:
-    """A read that has begun, and a write, fail with BlockingIOError after so long; 0: never. A host that vanished without a
-    word is noticed within two minutes."""
+    """A read that has begun, and a write, fail with BlockingIOError after so long; 0: never. A host that vanished
+    without a word is noticed within two minutes."""
     with socket.socket(fileno=os.dup(connection.fileno())) as raw:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             raw.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
@@ -299,7 +311,9 @@ def command(arguments: list[str]) -> None:
     cli = Parser("python -m opd.vllm_server", "Generates for trainers, with vLLM.")
     cli.add_argument("--listen", required=True, metavar="HOST:PORT", help="where trainers connect (rollout.servers)")
     cli.add_argument(
-        "--child-of", type=number_argument(1), metavar="PID",
+        "--child-of",
+        type=number_argument(1),
+        metavar="PID",
         help="end after one trainer, or with that process; for our own use",
     )
     options = cli.parse_args(arguments)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and tests. Sets the environment up on first use; extra arguments go to pytest. With --vllm as the first argument: the
+# Format, lint and tests. Sets the environment up on first use; extra arguments go to pytest. With --vllm as the first argument: the
 # tests of vLLM, on a CPU in an environment of its own (.venv-vllm).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,5 +7,6 @@ bash scripts/setup.sh "$@"
 source .venv/bin/activate
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 if [ "${1:-}" = --vllm ]; then exec python -m pytest tests/test_vllm.py --run-vllm "${@:2}"; fi
+ruff format --check .
 ruff check .
 python -m pytest "$@"

@@ -23,11 +23,20 @@ def random_lm(seed, *, hidden=32, layers=2, name="student", eos_ids=None, dtype=
     end = tokenizer.convert_tokens_to_ids(task.END)
     torch.manual_seed(seed)
     settings = {
-        "vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-        "max_position_embeddings": 128, "tie_word_embeddings": True, "initializer_range": std,
-        "bos_token_id": None, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "initializer_range": std,
+        "bos_token_id": None,
+        "eos_token_id": end,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model = Qwen3ForCausalLM(Qwen3Config(**settings | changes)).eval()
     model.generation_config = GenerationConfig(eos_token_id=end)
     if name == "teacher":
@@ -45,10 +54,11 @@ def random_rollouts(lm, count=6, seed=0, prompt=(3, 9), response=(1, 12), end="s
         return tuple(ordinary[int(i)] for i in torch.randint(len(ordinary), (length,), generator=generator))
 
     return [
-        Rollout(i, Prompt(f"p{i}", draw(*prompt), "0"),
-                draw(*response) + ((lm.eos_ids[0],) if end == "stop" else ()), end)
+        Rollout(
+            i, Prompt(f"p{i}", draw(*prompt), "0"), draw(*response) + ((lm.eos_ids[0],) if end == "stop" else ()), end
+        )
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def one_each(rollouts, pad_id=0, truncated="keep"):
@@ -96,14 +106,38 @@ def naive_loss(divergence, student_logits, teacher_logits, beta=0.5):
 
 def response(problem, sample, correct, extracted="x", tokens=5, **more):
     """A line of an evaluation's responses."""
-    return {"id": problem, "sample": sample, "prompt": "q", "response": "r", "extracted": extracted, "vote": extracted,
-            "answer": "x", "correct": correct, "finish_reason": "stop", "tokens": tokens} | more  # fmt: skip
+    return {
+        "id": problem,
+        "sample": sample,
+        "prompt": "q",
+        "response": "r",
+        "extracted": extracted,
+        "vote": extracted,
+        "answer": "x",
+        "correct": correct,
+        "finish_reason": "stop",
+        "tokens": tokens,
+    } | more
 
 
 def evaluation_figures(**changes):
     """What an evaluation's summary.json holds of a benchmark."""
     none = ("greedy", "greedy_se", "mean_at_k", "mean_at_k_se", "mean_at_k_se_passes", "maj_at_k", "reverse_kl")
-    return dict.fromkeys(none) | {
-        "problems": 8, "k": 0, "pass_at": {}, "ungraded": 0, "truncated": 0.0, "unformatted": 0.0, "length_mean": 5.0,
-        "benchmark": {}, "grader": "g", "seed": 0, "responses_sha256": "", "time/evaluation": 1.0,
-    } | changes  # fmt: skip
+    return (
+        dict.fromkeys(none)
+        | {
+            "problems": 8,
+            "k": 0,
+            "pass_at": {},
+            "ungraded": 0,
+            "truncated": 0.0,
+            "unformatted": 0.0,
+            "length_mean": 5.0,
+            "benchmark": {},
+            "grader": "g",
+            "seed": 0,
+            "responses_sha256": "",
+            "time/evaluation": 1.0,
+        }
+        | changes
+    )

@@ -134,12 +134,16 @@ def test_what_leaves_everything_open_says_so_and_nothing_goes_beyond_shares():
     assert found.low == -1 and found.high == 1
 
 
-@pytest.mark.parametrize("differences,message", [
-    ([], "got no seed, expected"), ([{}], r"got seeds of \[0\] problems"),
-    ([{"p": 0.0}, {"q": 0.0, "r": 0.0}], r"got seeds of \[1, 2\] problems and none in all of them, expected"),
-    ([{"p": 0.0, "q": 12.5}], r"got a difference of 12.5, expected differences of shares, in \[-1, 1\]"),
-    ([{"p": math.nan}], "got a difference of nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "differences,message",
+    [
+        ([], "got no seed, expected"),
+        ([{}], r"got seeds of \[0\] problems"),
+        ([{"p": 0.0}, {"q": 0.0, "r": 0.0}], r"got seeds of \[1, 2\] problems and none in all of them, expected"),
+        ([{"p": 0.0, "q": 12.5}], r"got a difference of 12.5, expected differences of shares, in \[-1, 1\]"),
+        ([{"p": math.nan}], "got a difference of nan"),
+    ],
+)
 def test_what_is_no_table_of_differences_is_refused(differences, message):
     with pytest.raises(ValueError, match=message):
         paired_interval(differences)
@@ -152,7 +156,8 @@ VISIBLE = 0.02 * math.sqrt(PROBLEMS)  # problem effects of this deviation move t
 
 
 def simulated(rng, seeds, samples, seed=0.0, problem=0.0, difficulty=None, problems=PROBLEMS):
-    """(seeds, problems) differences of two arms' mean accuracies over binary samples, whose mean over everything is TRUTH.
+    """(seeds, problems) differences of two arms' mean accuracies over binary samples, whose mean over everything is
+    TRUTH.
 
     Args:
         samples: per problem and arm; 1 is greedy.

@@ -110,8 +110,14 @@ def finished_run(d):
     del config["$schema"]
     benchmarks = {"bench": json.loads((d / "bench.json").read_text())}
     files = run_folder.digests([*config["data"]["train"], benchmarks["bench"]["file"]])
-    record = {"config": config, "benchmarks": benchmarks, "grader": grading.VERSION, "files": files,
-              "weighter": "opd.hooks.UniformWeighter", "weighter_settings": {}}  # fmt: skip
+    record = {
+        "config": config,
+        "benchmarks": benchmarks,
+        "grader": grading.VERSION,
+        "files": files,
+        "weighter": "opd.hooks.UniformWeighter",
+        "weighter_settings": {},
+    }
     (d / "out/tiny/config.json").write_text(json.dumps(record))
 
 
@@ -158,12 +164,22 @@ CASES = {
     "unknown tip key": (nothing, "tip", [*S, "tip.rho=0.5"], "tip: rho is not a known key"),
     "missing key": (edit("pair.json", drop=("seed",)), "tip", [], "seed is missing. Every key must be there"),
     "missing section": (edit("pair.json", drop=("loss",)), "tip", [], "loss is missing"),
-    "wrong type": (nothing, "tip", [*S, "optim.lr=high"], 'optim.lr is "high". Expected: input should be a valid number'),
+    "wrong type": (
+        nothing,
+        "tip",
+        [*S, "optim.lr=high"],
+        'optim.lr is "high". Expected: input should be a valid number',
+    ),
     "float for int": (nothing, "tip", [*S, "rollout.n=1.5"], "rollout.n is 1.5. Expected"),
     "bool for int": (nothing, "tip", [*S, "seed=true"], "seed is true. Expected"),
     "string for list": (nothing, "tip", [*S, "eval.benchmarks=tiny"], 'eval.benchmarks is "tiny"'),
     "null for number": (nothing, "tip", [*S, "optim.lr=null"], "optim.lr is null"),
-    "not a number": (nothing, "tip", [*S, "optim.lr=NaN"], "optim.lr is NaN. Expected: input should be a finite number"),
+    "not a number": (
+        nothing,
+        "tip",
+        [*S, "optim.lr=NaN"],
+        "optim.lr is NaN. Expected: input should be a finite number",
+    ),
     "unknown choice": (nothing, "tip", [*S, "loss.divergence=kl"], "'reverse_kl', 'forward_kl' or 'jsd'"),
     "unknown rule": (nothing, "tip", [*S, "tip.rule=best"], 'rule is "best". Expected: one of all, random'),
     "engine of later": (nothing, "tip", [*S, "rollout.engine=sglang"], 'rollout.engine is "sglang". Expected'),
@@ -171,14 +187,23 @@ CASES = {
     "beta 0": (nothing, "tip", [*S, "loss.jsd_beta=0"], "loss.jsd_beta is 0. Expected: input should be greater than 0"),
     "beta 1": (nothing, "tip", [*S, "loss.jsd_beta=1"], "loss.jsd_beta is 1. Expected: input should be less than 1"),
     "retention 0": (nothing, "tip", [*S, "tip.retention=0"], "retention is 0. Expected"),
-    "retention 50": (nothing, "tip", [*S, "tip.retention=50"], "retention is 50. Expected: input should be less than or equal"),
+    "retention 50": (
+        nothing,
+        "tip",
+        [*S, "tip.retention=50"],
+        "retention is 50. Expected: input should be less than or equal",
+    ),
     "top_p 0": (nothing, "tip", [*S, "rollout.top_p=0"], "rollout.top_p is 0"),
     "quantile 98": (nothing, "tip", [*S, "tip.entropy_clip_quantile=98"], "entropy_clip_quantile is 98"),
     "adam beta 1": (nothing, "tip", [*S, "optim.betas=[0.9,1]"], "optim.betas.1 is 1"),
     "run name with a slash": (nothing, "tip", [*S, "run_name=a/b"], 'run_name is "a/b". Expected'),
     "empty path": (nothing, "tip", [*S, "student.path="], 'student.path is "". Expected'),
-    "greedy repeated": (nothing, "tip", [*S, "rollout.temperature=0", *S, "rollout.n=4"],
-        "rollout.temperature is 0 and rollout.n is 4"),
+    "greedy repeated": (
+        nothing,
+        "tip",
+        [*S, "rollout.temperature=0", *S, "rollout.n=4"],
+        "rollout.temperature is 0 and rollout.n is 4",
+    ),
     "steps and epochs": (nothing, "tip", [*S, "data.epochs=1"], "optim.steps is 60 and data.epochs is 1: give one"),
     "neither steps nor epochs": (nothing, "tip", [*S, "optim.steps=null"], "give one, set the other to null"),
     "warm-up beyond the end": (nothing, "tip", [*S, "optim.warmup_steps=99"], "optim.warmup_steps is 99, not below"),
@@ -191,23 +216,51 @@ CASES = {
     "unknown argument": (nothing, "tip", ["--lr", "1"], "unrecognized arguments: --lr 1"),
     "plain training of a selection": (nothing, "opd", [*S, "tip.rule=soft_or"], "section 'tip' selects tokens"),
     "resume from nowhere": (nothing, "tip", ["--resume", "x"], "has no run to continue"),
-    "resume from what is no checkpoint": (finished_run, "opd", ["--resume", "x"],
-        "--resume x: x does not stand in {dir}/out/tiny/checkpoints"),
+    "resume from what is no checkpoint": (
+        finished_run,
+        "opd",
+        ["--resume", "x"],
+        "--resume x: x does not stand in {dir}/out/tiny/checkpoints",
+    ),
     "resume none onto a run": (finished_run, "opd", ["--resume", "none"], "--resume none starts a new run"),
     # files
-    "config that is not JSON": (write("pair.json", "{'a': 1}"), "tip", [], "pair.json: not JSON (Expecting property name enclosed in double quotes, column 2)"),
+    "config that is not JSON": (
+        write("pair.json", "{'a': 1}"),
+        "tip",
+        [],
+        "pair.json: not JSON (Expecting property name enclosed in double quotes, column 2)",
+    ),
     "config that is not an object": (write("pair.json", "[]"), "tip", [], "the file is list, expected an object"),
     "config that is not text": (write("pair.json", b"\xff\xfe\x00"), "tip", [], "pair.json: not UTF-8 text (byte 0)"),
     "config with a key twice": (write("pair.json", '{"seed": 1, "seed": 2}'), "tip", [], "key 'seed' stands twice"),
-    "answer that is null": (line('{"problem": "1", "answer": null}'), "tip", [], "line 2: field 'answer' is null, expected"),
-    "answer that is a fraction": (line('{"problem": "1", "answer": 0.5}'), "tip", [], "field 'answer' is 0.5, expected"),
-    "warm-up beyond one epoch": (nothing, "tip", [*S, "optim.steps=null", *S, "data.epochs=1", *S, "optim.warmup_steps=300"],
-        "optim.warmup_steps is 300, not below the run's 256 steps"),
+    "answer that is null": (
+        line('{"problem": "1", "answer": null}'),
+        "tip",
+        [],
+        "line 2: field 'answer' is null, expected",
+    ),
+    "answer that is a fraction": (
+        line('{"problem": "1", "answer": 0.5}'),
+        "tip",
+        [],
+        "field 'answer' is 0.5, expected",
+    ),
+    "warm-up beyond one epoch": (
+        nothing,
+        "tip",
+        [*S, "optim.steps=null", *S, "data.epochs=1", *S, "optim.warmup_steps=300"],
+        "optim.warmup_steps is 300, not below the run's 256 steps",
+    ),
     "missing config": (remove("pair.json"), "tip", [], "pair.json: no such file"),
     "no data file": (nothing, "tip", [*S, "data.train=[]"], "data.train is []"),
     "one file for a list": (nothing, "tip", [*S, "data.train=x.jsonl"], 'data.train is "x.jsonl"'),
     "all prompts held out": (nothing, "tip", [*S, "data.validation=8192"], "data.validation is 8192 of 8192 prompts"),
-    "validation without answers": (nothing, "tip", [*S, "data.validation=5", *S, "data.answer_field=null"], "nothing to validate"),
+    "validation without answers": (
+        nothing,
+        "tip",
+        [*S, "data.validation=5", *S, "data.answer_field=null"],
+        "nothing to validate",
+    ),
     "missing data": (remove("pair/train.jsonl"), "tip", [], "train.jsonl: cannot be read"),
     "empty data": (write("pair/train.jsonl", "\n\n"), "tip", [], "train.jsonl: no problems in it"),
     "data that is not JSON": (line("{oops}"), "tip", [], r"train.jsonl, line 2: not JSON"),
@@ -215,12 +268,26 @@ CASES = {
     "data without the field": (line('{"question": "1"}'), "tip", [], "line 2: no field 'problem'; it has ['question']"),
     "data without the answer": (line('{"problem": "1"}'), "tip", [], "line 2: no field 'answer'"),
     "data with an empty prompt": (line('{"problem": " ", "answer": "1"}'), "tip", [], "field 'problem' is \" \""),
-    "data with a number": (line('{"problem": 3, "answer": "1"}'), "tip", [], "field 'problem' is 3, expected a non-empty"),
+    "data with a number": (
+        line('{"problem": 3, "answer": "1"}'),
+        "tip",
+        [],
+        "field 'problem' is 3, expected a non-empty",
+    ),
     "data with bad messages": (line('{"problem": [{"role": "user"}], "answer": "1"}'), "tip", [], "messages."),
-    "data that is not text": (write("pair/train.jsonl", b"\xff\xff\n"), "tip", [], "train.jsonl: not UTF-8 text (byte 0)"),
+    "data that is not text": (
+        write("pair/train.jsonl", b"\xff\xff\n"),
+        "tip",
+        [],
+        "train.jsonl: not UTF-8 text (byte 0)",
+    ),
     "all prompts too long": (long_problems, "tip", [], "all 3 prompts are longer than data.max_prompt_tokens = 24"),
-    "fewer prompts than a step in one epoch": (few_problems, "tip", [*S, "optim.steps=null", *S, "data.epochs=1"],
-        "3 prompts x 1 epochs are fewer than rollout.prompts_per_step = 32"),
+    "fewer prompts than a step in one epoch": (
+        few_problems,
+        "tip",
+        [*S, "optim.steps=null", *S, "data.epochs=1"],
+        "3 prompts x 1 epochs are fewer than rollout.prompts_per_step = 32",
+    ),
     "missing benchmark": (nothing, "tip", [*S, 'eval.benchmarks=["math5000"]'], "no benchmark 'math5000'; there are ["),
     "benchmark with an unknown key": (edit("bench.json", shots=3), "tip", [], "bench.json: shots is not a known key"),
     "benchmark without problems": (remove("pair/test.jsonl"), "tip", [], "test.jsonl: cannot be read"),
@@ -229,53 +296,150 @@ CASES = {
     "missing student": (remove("pair/student"), "tip", [], "student.path '{dir}/pair/student': no such folder"),
     "missing teacher": (remove("pair/teacher"), "tip", [], "teacher.path '{dir}/pair/teacher': no such folder"),
     "student without config.json": (remove("pair/student/config.json"), "tip", [], "the folder has no config.json"),
-    "servers without vLLM": (nothing, "tip", [*S, 'rollout.servers=["10.0.0.2:8500"]'], "servers and tensor_parallel are vLLM's"),
-    "tensor parallel without vLLM": (nothing, "tip", [*S, "rollout.tensor_parallel=2"], "servers and tensor_parallel are vLLM's"),
-    "a server without a port": (nothing, "tip", [*S, "rollout.engine=vllm", *S, 'rollout.servers=["10.0.0.2"]'],
-        "'10.0.0.2' is no address of a vLLM server, expected HOST:PORT"),
-    "a server twice": (nothing, "tip", [*S, "rollout.engine=vllm", *S, 'rollout.servers=["a:1", "a:1"]'],
-        "rollout.servers names a server twice"),
-    "two phases beside DeepSpeed": (nothing, "tip", [*S, "engine.phases=2", *S, "engine.kind=deepspeed", *S, "engine.deepspeed=zero2"],
-        "engine.phases is 2 and engine.kind is 'deepspeed'"),
+    "servers without vLLM": (
+        nothing,
+        "tip",
+        [*S, 'rollout.servers=["10.0.0.2:8500"]'],
+        "servers and tensor_parallel are vLLM's",
+    ),
+    "tensor parallel without vLLM": (
+        nothing,
+        "tip",
+        [*S, "rollout.tensor_parallel=2"],
+        "servers and tensor_parallel are vLLM's",
+    ),
+    "a server without a port": (
+        nothing,
+        "tip",
+        [*S, "rollout.engine=vllm", *S, 'rollout.servers=["10.0.0.2"]'],
+        "'10.0.0.2' is no address of a vLLM server, expected HOST:PORT",
+    ),
+    "a server twice": (
+        nothing,
+        "tip",
+        [*S, "rollout.engine=vllm", *S, 'rollout.servers=["a:1", "a:1"]'],
+        "rollout.servers names a server twice",
+    ),
+    "two phases beside DeepSpeed": (
+        nothing,
+        "tip",
+        [*S, "engine.phases=2", *S, "engine.kind=deepspeed", *S, "engine.deepspeed=zero2"],
+        "engine.phases is 2 and engine.kind is 'deepspeed'",
+    ),
     "three phases": (nothing, "tip", [*S, "engine.phases=3"], "engine.phases is 3"),
-    "servers without their key": (nothing, "tip", [*S, "rollout.engine=vllm", *S, 'rollout.servers=["10.0.0.2:8500"]'],
-        "rollout.servers is set and OPD_VLLM_KEY is not"),
+    "servers without their key": (
+        nothing,
+        "tip",
+        [*S, "rollout.engine=vllm", *S, 'rollout.servers=["10.0.0.2:8500"]'],
+        "rollout.servers is set and OPD_VLLM_KEY is not",
+    ),
     "student without weights": (remove("pair/student/model.safetensors"), "tip", [], "no safetensors weights"),
-    "pickle weights": (pickled, "tip", [], "only pytorch_model.bin, a pickle, which can run code when read and is refused"),
+    "pickle weights": (
+        pickled,
+        "tip",
+        [],
+        "only pytorch_model.bin, a pickle, which can run code when read and is refused",
+    ),
     "weights cut off": (truncated_weights, "tip", [], "does not load as a causal language model"),
     "config.json that is not JSON": (write("pair/student/config.json", "{"), "tip", [], "does not load as a causal"),
-    "unknown architecture": (edit("pair/student/config.json", model_type="nonesuch"), "tip", [], "does not load as a causal"),
+    "unknown architecture": (
+        edit("pair/student/config.json", model_type="nonesuch"),
+        "tip",
+        [],
+        "does not load as a causal",
+    ),
     "remote code": (remote_code, "tip", [], "does not load as a causal"),
-    "weights of another size": (edit("pair/student/config.json", hidden_size=128), "tip", [], "does not load as a causal"),
-    "weights of fewer layers": (edit("pair/student/config.json", num_hidden_layers=3), "tip", [], "does not load as a causal"),
-    "dropout": (edit("pair/student/config.json", attention_dropout=0.1), "tip", [], "attention_dropout = 0.1, expected 0"),
+    "weights of another size": (
+        edit("pair/student/config.json", hidden_size=128),
+        "tip",
+        [],
+        "does not load as a causal",
+    ),
+    "weights of fewer layers": (
+        edit("pair/student/config.json", num_hidden_layers=3),
+        "tip",
+        [],
+        "does not load as a causal",
+    ),
+    "dropout": (
+        edit("pair/student/config.json", attention_dropout=0.1),
+        "tip",
+        [],
+        "attention_dropout = 0.1, expected 0",
+    ),
     "missing tokenizer": (remove("pair/student/tokenizer.json"), "tip", [], "does not load as a causal language model"),
     "no chat template": (without_template, "tip", [], "the tokenizer has no chat template"),
     "tokenizers that differ": (other_tokenizer, "tip", [], r"student and teacher tokenizers differ: id"),
-    "a chat template that refuses": (write("pair/student/chat_template.jinja", "{{ raise_exception('no system') }}"), "tip",
-        [], "the chat template refuses it (no system)"),
-    "context too short": (nothing, "tip", [*S, "rollout.max_response_tokens=120"],
-        "prompt has 19 tokens and rollout.max_response_tokens is 120: together 139, more than the student's context of 128"),
-    "benchmark beyond the context": (edit("bench.json", max_response_tokens=500), "tip", [], "of benchmark bench is 500"),
+    "a chat template that refuses": (
+        write("pair/student/chat_template.jinja", "{{ raise_exception('no system') }}"),
+        "tip",
+        [],
+        "the chat template refuses it (no system)",
+    ),
+    "context too short": (
+        nothing,
+        "tip",
+        [*S, "rollout.max_response_tokens=120"],
+        "prompt has 19 tokens and rollout.max_response_tokens is 120: together 139, more than the student's context of "
+        "128",
+    ),
+    "benchmark beyond the context": (
+        edit("bench.json", max_response_tokens=500),
+        "tip",
+        [],
+        "of benchmark bench is 500",
+    ),
     # folders
-    "run of another configuration": (finished_run, "opd", [*S, "optim.lr=1"], "differs in optim.lr (there 0.0003, here 1.0)"),
+    "run of another configuration": (
+        finished_run,
+        "opd",
+        [*S, "optim.lr=1"],
+        "differs in optim.lr (there 0.0003, here 1.0)",
+    ),
     "a selection onto a baseline": (finished_run, "tip", [], "holds a run of another configuration; it differs in tip"),
     "a folder that is not a run": (foreign_folder, "tip", [], "exists and is not a run folder"),
     "a run folder that is a file": (run_is_a_file, "tip", [], "out/tiny is a file, expected a folder"),
-    "an output folder that is a file": (output_is_a_file, "tip", [], "{dir}/out is a file, expected a folder. Set output_dir"),
+    "an output folder that is a file": (
+        output_is_a_file,
+        "tip",
+        [],
+        "{dir}/out is a file, expected a folder. Set output_dir",
+    ),
     # the other commands
     "evaluation of nothing": (nothing, "evaluate", ["--model", "{dir}/none"], "no such folder"),
     "evaluation without a model": (nothing, "evaluate", [], "required: --model"),
-    "evaluation of zero problems": (nothing, "evaluate", ["--model", "{dir}/pair/student", "--limit", "0"], "argument --limit: got '0', expected a whole number from 1"),
-    "evaluation beyond the context": (edit("bench.json", max_response_tokens=500), "evaluate",
-        ["--model", "{dir}/pair/student"], "max_response_tokens of benchmark bench is 500: together 519"),
-    "evaluation on an unknown benchmark": (nothing, "evaluate", ["--model", "{dir}/pair/student", "--benchmark", "x"],
-        "no benchmark 'x'"),
-    "report of what is no run": (nothing, "report", ["REPORT", "{dir}/pair"], "pair/config.json: cannot be read (No such file or directory). Expected what a run was started with"),
+    "evaluation of zero problems": (
+        nothing,
+        "evaluate",
+        ["--model", "{dir}/pair/student", "--limit", "0"],
+        "argument --limit: got '0', expected a whole number from 1",
+    ),
+    "evaluation beyond the context": (
+        edit("bench.json", max_response_tokens=500),
+        "evaluate",
+        ["--model", "{dir}/pair/student"],
+        "max_response_tokens of benchmark bench is 500: together 519",
+    ),
+    "evaluation on an unknown benchmark": (
+        nothing,
+        "evaluate",
+        ["--model", "{dir}/pair/student", "--benchmark", "x"],
+        "no benchmark 'x'",
+    ),
+    "report of what is no run": (
+        nothing,
+        "report",
+        ["REPORT", "{dir}/pair"],
+        "pair/config.json: cannot be read (No such file or directory). Expected what a run was started with",
+    ),
     "dry run without a model": (remove("pair/student"), "tip", ["--dry-run"], "no such folder"),
-    "dry run of a broken config": (write("pair/student/config.json", "{"), "tip", ["--dry-run"],
-        "its config.json cannot be used"),
-}  # fmt: skip
+    "dry run of a broken config": (
+        write("pair/student/config.json", "{"),
+        "tip",
+        ["--dry-run"],
+        "its config.json cannot be used",
+    ),
+}
 
 
 def test_there_are_enough_of_them():
@@ -334,7 +498,9 @@ def test_no_permission_as_told_by_the_system(setup, monkeypatch, capsys):
 def test_the_message_of_a_real_process(setup):
     result = subprocess.run(
         [sys.executable, "-m", "tip.train", "--config", str(setup / "pair.json"), "--set", "optim.lrr=1"],
-        capture_output=True, text=True)  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == f"error: {setup}/pair.json: optim.lrr is not a known key. Did you mean optim.lr?\n"
 
@@ -352,8 +518,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rollouts(setup, mo
         return found
 
     monkeypatch.setattr(teacher_scoring, "score", overflow)
-    arguments = ["--config", str(setup / "pair.json"), "--set", "checkpoint.every=2", "--set", "eval.every=0",
-                 "--set", "eval.reverse_kl=false", "--set", "tip.rule=all"]  # fmt: skip
+    arguments = [
+        "--config",
+        str(setup / "pair.json"),
+        "--set",
+        "checkpoint.every=2",
+        "--set",
+        "eval.every=0",
+        "--set",
+        "eval.reverse_kl=false",
+        "--set",
+        "tip.rule=all",
+    ]
     code, _, err = outcome(tip_train.command, arguments, monkeypatch, capsys)
     assert code == 1 and "Traceback" not in err
     dump = setup / "out/tiny/not_finite_step_000005.jsonl"

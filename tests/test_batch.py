@@ -12,10 +12,23 @@ def rollout(response, reason="length", i=0):
     return Rollout(i, Prompt("p", (1, 2), "0"), tuple(response), reason)
 
 
-@pytest.mark.parametrize("text,tail", [
-    ("abcxyxyxy", 4), ("aaaa", 3), ("aaa", 2), ("aa", 0), ("abab", 0), ("ababab", 4), ("abcabcab", 0), ("abcabcabc", 6),
-    ("abcd", 0), ("", 0), ("xaaabaaabaaab", 8), ("zababababa", 7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,tail",
+    [
+        ("abcxyxyxy", 4),
+        ("aaaa", 3),
+        ("aaa", 2),
+        ("aa", 0),
+        ("abab", 0),
+        ("ababab", 4),
+        ("abcabcab", 0),
+        ("abcabcabc", 6),
+        ("abcd", 0),
+        ("", 0),
+        ("xaaabaaabaaab", 8),
+        ("zababababa", 7),
+    ],
+)
 def test_repeated_tail_by_hand(text, tail):
     assert repeated_tail([ord(c) for c in text]) == tail
 

@@ -52,7 +52,9 @@ def test_pairs_are_made_by_problem_and_an_ungraded_answer_is_wrong(tmp_path):
 
 def test_the_interval_is_of_95_percent_and_the_output_says_over_what(pair, capsys):
     found = compare.compare(*pair, "bench", greedy=True)
-    half = 2.364624 * (1.5 / 7) ** 0.5 / 8**0.5  # t of 7 degrees of freedom x deviation of two ones and six zeros / sqrt(8)
+    half = (
+        2.364624 * (1.5 / 7) ** 0.5 / 8**0.5
+    )  # t of 7 degrees of freedom x deviation of two ones and six zeros / sqrt(8)
     assert (found.low, found.high) == pytest.approx((0.25 - half, 0.25 + half), abs=1e-6)
     text = output(pair, capsys)
     assert "95 % interval over problems only: it says nothing about another training" in text
@@ -110,8 +112,16 @@ DAMAGED = {
     "a summary in Latin-1": ("summary.json", '{"Prüfung": 1}'.encode("latin-1"), "not UTF-8"),
     "a summary in UTF-16": ("summary.json", '{"bench": {}}'.encode("utf-16"), "not UTF-8"),
     "a summary in UTF-16 without its mark": ("summary.json", '{"bench": {}}'.encode("utf-16-le"), "not JSON"),
-    "figures that lack some": ("summary.json", b'{"bench": {"greedy": 0.5}}', "bench.time/evaluation is missing. Expected the figures of an evaluation"),
-    "figures that are a number": ("summary.json", b'{"bench": 3}', "bench is 3 (Input should be a valid dictionary). Expected the figures"),
+    "figures that lack some": (
+        "summary.json",
+        b'{"bench": {"greedy": 0.5}}',
+        "bench.time/evaluation is missing. Expected the figures of an evaluation",
+    ),
+    "figures that are a number": (
+        "summary.json",
+        b'{"bench": 3}',
+        "bench is 3 (Input should be a valid dictionary). Expected the figures",
+    ),
     "no responses": ("bench.jsonl", None, "cannot be read (No such file or directory)"),
     "responses in UTF-16": ("bench.jsonl", GOOD.decode().encode("utf-16"), "not UTF-8"),
     "a line cut off": ("bench.jsonl", GOOD + b'{"id": "p1", "sam', "line 2: not JSON"),
@@ -119,7 +129,11 @@ DAMAGED = {
     "a response without id": ("bench.jsonl", GOOD + edited(id=None), "line 2: id is missing. Expected the responses"),
     "an id that is a list": ("bench.jsonl", edited(id=[1]), "line 1: id is [1] (Input should be a valid string)"),
     "a response without sample": ("bench.jsonl", edited(sample=None), "line 1: sample is missing"),
-    "a sample that is a text": ("bench.jsonl", edited(sample="-1"), "line 1: sample is '-1' (Input should be a valid integer)"),
+    "a sample that is a text": (
+        "bench.jsonl",
+        edited(sample="-1"),
+        "line 1: sample is '-1' (Input should be a valid integer)",
+    ),
     "a response without verdict": ("bench.jsonl", edited(correct=None), "line 1: correct is missing"),
     "a verdict that is a text": ("bench.jsonl", edited(correct="yes"), "line 1: correct is 'yes'"),
     "no response at all": ("bench.jsonl", b"", "nothing is in it. Expected the responses"),

@@ -110,30 +110,38 @@ def test_set_goes_through_the_same_checks():
     assert sections["tip"].rule == "random" and sections["tip"].retention == 0.5
 
 
-@pytest.mark.parametrize("overrides,message", [
-    (["optim.lrr=1"], "optim.lrr is not a known key. Did you mean optim.lr?"),
-    (["lr=1"], "lr is not a known key. Did you mean optim.lr?"),
-    (["optim.lr=fast"], 'optim.lr is "fast". Expected: input should be a valid number'),
-    (["optim.lr=0"], "greater than 0"),
-    (["optim.lr=NaN"], "finite"),
-    (["seed=1.5"], "valid integer"),
-    (["seed=true"], "seed is true"),
-    (["optim.betas=[0.9]"], "optim.betas.1 is missing"), (["optim={}"], "optim.lr is missing"),
-    (["rollout.truncated=maybe"], "'keep', 'drop' or 'mask_tail'"), (["loss.jsd_beta=1"], "less than 1"),
-    (["loss.jsd_beta=0"], "greater than 0"),
-    (["rollout.temperature=0", "rollout.n=2"], "greedy responses to one prompt"),
-    (["optim.steps=null"], "give one, set the other to null"), (["data.epochs=1"], "give one, set the other to null"),
-    (["optim.warmup_steps=60"], "not below optim.steps"),
-    (["run_name=../x"], "run_name"),
-    (["eval.k"], "expected KEY=VALUE"),
-    (["seed.x=1"], "'seed' is a value, not a section"),
-    (["eval.benchmarks=[\"tiny\",\"tiny\"]"], "names a benchmark twice"),
-    (["eval.benchmarks=[]", "eval.k=4"], "eval.k is 4 without eval.benchmarks"), (["tip.rule=softor"], 'tip: rule is "softor". Expected: one of all, random'),
-    (["tip.retention=0"], "retention is 0"),
-    (["tip.retention=1.1"], "retention is 1.1"),
-    (["log.diagnostics_every=0"], "log.samples is 4"),
-    (["rollout.temperature=0", "rollout.top_p=0.9"], "has no nucleus"), (["tip=3"], "tip is int, expected an object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["optim.lrr=1"], "optim.lrr is not a known key. Did you mean optim.lr?"),
+        (["lr=1"], "lr is not a known key. Did you mean optim.lr?"),
+        (["optim.lr=fast"], 'optim.lr is "fast". Expected: input should be a valid number'),
+        (["optim.lr=0"], "greater than 0"),
+        (["optim.lr=NaN"], "finite"),
+        (["seed=1.5"], "valid integer"),
+        (["seed=true"], "seed is true"),
+        (["optim.betas=[0.9]"], "optim.betas.1 is missing"),
+        (["optim={}"], "optim.lr is missing"),
+        (["rollout.truncated=maybe"], "'keep', 'drop' or 'mask_tail'"),
+        (["loss.jsd_beta=1"], "less than 1"),
+        (["loss.jsd_beta=0"], "greater than 0"),
+        (["rollout.temperature=0", "rollout.n=2"], "greedy responses to one prompt"),
+        (["optim.steps=null"], "give one, set the other to null"),
+        (["data.epochs=1"], "give one, set the other to null"),
+        (["optim.warmup_steps=60"], "not below optim.steps"),
+        (["run_name=../x"], "run_name"),
+        (["eval.k"], "expected KEY=VALUE"),
+        (["seed.x=1"], "'seed' is a value, not a section"),
+        (['eval.benchmarks=["tiny","tiny"]'], "names a benchmark twice"),
+        (["eval.benchmarks=[]", "eval.k=4"], "eval.k is 4 without eval.benchmarks"),
+        (["tip.rule=softor"], 'tip: rule is "softor". Expected: one of all, random'),
+        (["tip.retention=0"], "retention is 0"),
+        (["tip.retention=1.1"], "retention is 1.1"),
+        (["log.diagnostics_every=0"], "log.samples is 4"),
+        (["rollout.temperature=0", "rollout.top_p=0.9"], "has no nucleus"),
+        (["tip=3"], "tip is int, expected an object"),
+    ],
+)
 def test_faults_are_named(overrides, message):
     with pytest.raises(InputError) as caught:
         load_config("configs/tiny.json", overrides, SECTIONS)
@@ -145,12 +153,16 @@ def test_plain_training_refuses_a_file_with_a_selection():
         load_config("configs/tiny.json", ["tip.rule=soft_or"])
 
 
-@pytest.mark.parametrize("text,message", [
-    ("{", "not JSON (Expecting property name enclosed in double quotes, column 2)"),
-    ("[1]", "the file is list, expected an object"),
-    ('{"a": 1, "a": 2}', "key 'a' stands twice"),
-    ("\ufeff{}", "student is missing"), ("{}", "student is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("{", "not JSON (Expecting property name enclosed in double quotes, column 2)"),
+        ("[1]", "the file is list, expected an object"),
+        ('{"a": 1, "a": 2}', "key 'a' stands twice"),
+        ("\ufeff{}", "student is missing"),
+        ("{}", "student is missing"),
+    ],
+)
 def test_broken_files_are_named(tmp_path, text, message):
     path = tmp_path / "pair.json"
     path.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Damaged run folders: a resumed run ends in the unbroken run's weights, or in one clear message; never otherwise.
 
-A run is stopped at several places; copies of its folder are damaged at random (cut off, bits flipped, removed, foreign files
-at every path) and the same command is given again. OPD_DAMAGES sets how many damages are tried.
+A run is stopped at several places; copies of its folder are damaged at random (cut off, bits flipped, removed, foreign
+files at every path) and the same command is given again. OPD_DAMAGES sets how many damages are tried.
 """
 
 import json
@@ -20,9 +20,21 @@ from opd import checkpoint, cli, evaluate, train
 from opd.cli import Interrupted
 
 DAMAGES = int(os.environ.get("OPD_DAMAGES", "24"))
-SETTINGS = ("optim.steps=6", "optim.warmup_steps=1", "eval.k=1", "eval.limit=6", "eval.every=2", "checkpoint.every=2",
-            "checkpoint.keep=2", "rollout.prompts_per_step=8", "rollout.batch_size=4", "log.diagnostics_every=3",
-            "log.token_dump_every=2", "log.token_dump_rollouts=2", "teacher.cache_gb=0.00001")  # fmt: skip
+SETTINGS = (
+    "optim.steps=6",
+    "optim.warmup_steps=1",
+    "eval.k=1",
+    "eval.limit=6",
+    "eval.every=2",
+    "checkpoint.every=2",
+    "checkpoint.keep=2",
+    "rollout.prompts_per_step=8",
+    "rollout.batch_size=4",
+    "log.diagnostics_every=3",
+    "log.token_dump_every=2",
+    "log.token_dump_rollouts=2",
+    "teacher.cache_gb=0.00001",
+)
 ROWS = range(1, 7)
 EVALUATIONS = ("step_000000", "step_000002", "step_000004", "step_000006", "teacher")
 
@@ -88,14 +100,18 @@ def stopped_in_the_last_evaluation():
 
 @pytest.fixture(scope="module")
 def stages(tiny_pair, tmp_path_factory):
-    """Where the run lies, and copies of it: stopped before, between and after checkpoints, in an evaluation, and finished."""
+    """Where the run lies, and copies of it: stopped before, between and after checkpoints, in an evaluation, and
+    finished."""
     base = tmp_path_factory.mktemp("damage")
     found = {}
     for name, prepare in {
-        "before the first checkpoint": killed_before(2), "behind a checkpoint": killed_before(4),
-        "after two checkpoints": killed_before(5), "in an evaluation": killed_in_an_evaluation,
-        "in the last evaluation": stopped_in_the_last_evaluation, "finished": lambda: None,
-    }.items():  # fmt: skip
+        "before the first checkpoint": killed_before(2),
+        "behind a checkpoint": killed_before(4),
+        "after two checkpoints": killed_before(5),
+        "in an evaluation": killed_in_an_evaluation,
+        "in the last evaluation": stopped_in_the_last_evaluation,
+        "finished": lambda: None,
+    }.items():
         code = command(base / "out", prepare=prepare)
         assert code == (0 if name == "finished" else 143 if "last" in name else -9), name
         found[name] = (base / "out" / "run").rename(base / name)
@@ -132,7 +148,11 @@ def append(path, rng):
 
 
 def garbage(path, rng):
-    path.write_bytes(rng.choice((b"", b"{}", b"[]", b"null", b'{"config": null}', b"\xff\xfe{\x00}\x00", b"[" * 5000, rng.randbytes(200))))
+    path.write_bytes(
+        rng.choice(
+            (b"", b"{}", b"[]", b"null", b'{"config": null}', b"\xff\xfe{\x00}\x00", b"[" * 5000, rng.randbytes(200))
+        )
+    )
 
 
 def remove(path, rng):
@@ -148,8 +168,23 @@ def turn_over(path, rng):
 
 def foreign(path, rng):
     """A file or folder that the run did not write, beside any other."""
-    names = ("step_foo", "step_x.jsonl", "step_000007", "step_000001", "step_000003.jsonl", ".step_000009.tmp", "notes.txt",
-             "summary.json", "tiny.partial.jsonl", "x.safetensors", "latest", "config.json", "teacher", "\u00e9t\u00e9", "-x")  # fmt: skip
+    names = (
+        "step_foo",
+        "step_x.jsonl",
+        "step_000007",
+        "step_000001",
+        "step_000003.jsonl",
+        ".step_000009.tmp",
+        "notes.txt",
+        "summary.json",
+        "tiny.partial.jsonl",
+        "x.safetensors",
+        "latest",
+        "config.json",
+        "teacher",
+        "\u00e9t\u00e9",
+        "-x",
+    )
     target = (path if path.is_dir() else path.parent) / rng.choice(names)
     if not target.exists():
         target.write_bytes(rng.choice((b"", b"{}", b"foreign"))) if rng.random() < 0.6 else target.mkdir()

@@ -40,8 +40,16 @@ SPLITS = {
     "uneven": lambda i: i % 3 == 0,
     "one rank empty": lambda i: False,
 }
-RESUMED = [("zero0",), ("zero1",), ("zero2",), ("zero3",), ("zero3_offload",),
-           ("zero1", "student.dtype=bfloat16"), ("zero2", "student.dtype=bfloat16"), ("zero3", "student.dtype=bfloat16")]  # fmt: skip
+RESUMED = [
+    ("zero0",),
+    ("zero1",),
+    ("zero2",),
+    ("zero3",),
+    ("zero3_offload",),
+    ("zero1", "student.dtype=bfloat16"),
+    ("zero2", "student.dtype=bfloat16"),
+    ("zero3", "student.dtype=bfloat16"),
+]
 TEACHERS = [("sharded", "zero2", ""), ("sharded", "zero3", "_untied"), ("host", "zero3", "")]
 # every parameter is split, the smallest too
 SPLIT_ALL = {"stage": 3, "stage3_param_persistence_threshold": 0}
@@ -82,8 +90,17 @@ def updates(lm, engine, teacher, weighter, mine, steps):
     kept = []
     for step in steps:
         batches = make_micro_batches([r for r in rollouts_of(step, lm) if mine(r.sequence_id)], 40, 0, "keep")
-        result = train_step(student=engine.student, teacher=teacher, engine=engine, micro_batches=batches, weighter=weighter,
-                            loss=LOSS, vocab_size=35, step=step, seed=0)  # fmt: skip
+        result = train_step(
+            student=engine.student,
+            teacher=teacher,
+            engine=engine,
+            micro_batches=batches,
+            weighter=weighter,
+            loss=LOSS,
+            vocab_size=35,
+            step=step,
+            seed=0,
+        )
         kept.append((result.loss, result.metrics["optim/grad_norm"], result.weights.weights))
     return kept
 
@@ -119,8 +136,14 @@ def config_of(folder, stage, *more):
 
 
 def work(rank, port, folder, task):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      DS_ACCELERATOR="cpu")  # fmt: skip
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+    )
     torch.set_num_threads(1)
     distributed.start(torch.device("cpu"))
     task(rank, folder)
@@ -158,7 +181,8 @@ def bytes_of(engine):
 
 
 def resumed(rank, folder):
-    """Three updates, a checkpoint, two more; and the two more from the checkpoint. Beside it a teacher that is split."""
+    """Three updates, a checkpoint, two more; and the two more from the checkpoint. Beside it a teacher that is
+    split."""
     found, sent = {}, {}
     teacher = random_lm(2, hidden=48, layers=3, name="teacher")
     for stage, *more in RESUMED:
@@ -180,17 +204,26 @@ def resumed(rank, folder):
 
 
 def in_bfloat16(rank, folder):
-    """Far down a long sequence, where rounded rotary frequencies would be radians off; and what DeepSpeed knows of the head."""
+    """Far down a long sequence, where rounded rotary frequencies would be radians off; and what DeepSpeed knows of the
+    head."""
     found = {}
     ids = torch.randint(1, 35, (1, 3000), generator=torch.Generator().manual_seed(0))
     for stage in ("zero1", "zero2", "zero3"):
-        config = config_of(folder, stage, "student.dtype=bfloat16", f"teacher.path={folder}/teacher_long",
-                           "teacher.dtype=bfloat16", "teacher.placement=sharded")  # fmt: skip
+        config = config_of(
+            folder,
+            stage,
+            "student.dtype=bfloat16",
+            f"teacher.path={folder}/teacher_long",
+            "teacher.dtype=bfloat16",
+            "teacher.placement=sharded",
+        )
         engine, teacher = engine_of(folder, config, "student_long"), engines.load_teacher(config, torch.device("cpu"))
         kinds = {b.dtype for lm in (engine.student, teacher) for n, b in lm.model.named_buffers() if "inv_freq" in n}
         with torch.no_grad():
-            states = [lm.run(lambda lm=lm: lm.model.base_model(ids, use_cache=False).last_hidden_state[0, 2000:])
-                      for lm in (engine.student, teacher)]  # fmt: skip
+            states = [
+                lm.run(lambda lm=lm: lm.model.base_model(ids, use_cache=False).last_hidden_state[0, 2000:])
+                for lm in (engine.student, teacher)
+            ]
         kept = updates(engine.student, engine, teacher, UniformWeighter(), mine_of(rank), range(1, 4))
         whole = engine.engine.module
         assert engine.student.head_scope is whole.head_scope  # the one whose calls gather the head
@@ -201,12 +234,19 @@ def in_bfloat16(rank, folder):
 
 def with_split_teacher(rank, folder):
     plain = engines._teacher_settings
-    engines._teacher_settings = lambda teacher: plain(teacher) | {
-        "zero_optimization": plain(teacher)["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}  # fmt: skip
+    engines._teacher_settings = lambda teacher: (
+        plain(teacher)
+        | {"zero_optimization": plain(teacher)["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
+    )
     found = {}
     for placement, stage, untied in TEACHERS:
-        config = config_of(folder, stage, f"teacher.path={folder}/teacher{untied}", f"teacher.placement={placement}",
-                           "engine.gradient_checkpointing=true")  # fmt: skip
+        config = config_of(
+            folder,
+            stage,
+            f"teacher.path={folder}/teacher{untied}",
+            f"teacher.placement={placement}",
+            "engine.gradient_checkpointing=true",
+        )
         engine = engine_of(folder, config, f"student{untied}")
         teacher = engines.load_teacher(config, torch.device("cpu"))
         assert all(p.numel() == 0 for p in teacher.model.parameters()), "the teacher is not split"
@@ -364,7 +404,8 @@ def test_a_split_teacher_scores_and_samples_as_a_whole_one(files):
 
 
 @pytest.mark.skipif(
-    "ATEN_CPU_CAPABILITY" in os.environ, reason="torch 2.13 mixes instruction sets in bfloat16 attention when one is forced"
+    "ATEN_CPU_CAPABILITY" in os.environ,
+    reason="torch 2.13 mixes instruction sets in bfloat16 attention when one is forced",
 )
 def test_bfloat16_stages_agree_also_far_down_a_long_sequence(files):
     in_two_processes(in_bfloat16, files)
@@ -390,26 +431,56 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_applied_on_none(files):
     in_two_processes(refuses_what_is_not_finite, files)
 
 
-@pytest.mark.parametrize(("content", "more", "words"), [
-    ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lion"}}, [], "optimizer is decided by optim.lr"),
-    ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, [], "fp16 is decided by student.dtype"),
-    ({"zero_optimization": {"stage": 2}, "gradient_clipping": 3}, [], "gradient_clipping is decided by optim.grad_clip"),
-    ({"zero_optimization": {"stage": 2}, "pipeline": {}}, [], "pipeline is not used here"),
-    ({}, [], "zero_optimization is null, expected an object with a stage from 0 to 3"),
-    *[({"zero_optimization": {"stage": stage}}, [], "expected an object with a stage from 0 to 3") for stage in (7, "2", "auto", True)],
-    ({"zero_optimization": {"stage": 2, "overlap": True}}, [], "zero_optimization.overlap is not used here"),
-    ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, [], "overlap_comm needs stage 2 or 3"),
-    ({"zero_optimization": {"stage": 3, "overlap_comm": None}}, [], "overlap_comm is null, expected true or false"),
-    ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}}, [], 'is "auto", expected a whole number'),
-    ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, [], "offload_optimizer by an old name"),
-    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, [], "moments are gathered over all processes"),
-    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}, [], "expected 'cpu'"),
-    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, [], "offload_optimizer.ratio is not used here"),
-    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, [], "offload_param needs stage 3"),
-    ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, [], "offload_optimizer needs stage 1, 2 or 3"),
-    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, [], "it rounds weights on their way"),
-    ({"zero_optimization": {"stage": 0}}, ["student.dtype=bfloat16"], "adds gradients up in bfloat16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "more", "words"),
+    [
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lion"}}, [], "optimizer is decided by optim.lr"),
+        ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, [], "fp16 is decided by student.dtype"),
+        (
+            {"zero_optimization": {"stage": 2}, "gradient_clipping": 3},
+            [],
+            "gradient_clipping is decided by optim.grad_clip",
+        ),
+        ({"zero_optimization": {"stage": 2}, "pipeline": {}}, [], "pipeline is not used here"),
+        ({}, [], "zero_optimization is null, expected an object with a stage from 0 to 3"),
+        *[
+            ({"zero_optimization": {"stage": stage}}, [], "expected an object with a stage from 0 to 3")
+            for stage in (7, "2", "auto", True)
+        ],
+        ({"zero_optimization": {"stage": 2, "overlap": True}}, [], "zero_optimization.overlap is not used here"),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, [], "overlap_comm needs stage 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "overlap_comm": None}}, [], "overlap_comm is null, expected true or false"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": "auto"}},
+            [],
+            'is "auto", expected a whole number',
+        ),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, [], "offload_optimizer by an old name"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            [],
+            "moments are gathered over all processes",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
+            [],
+            "expected 'cpu'",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            [],
+            "offload_optimizer.ratio is not used here",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, [], "offload_param needs stage 3"),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            [],
+            "offload_optimizer needs stage 1, 2 or 3",
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, [], "it rounds weights on their way"),
+        ({"zero_optimization": {"stage": 0}}, ["student.dtype=bfloat16"], "adds gradients up in bfloat16"),
+    ],
+)
 def test_what_cannot_be_exact_is_refused_with_the_reason(content, more, words, tmp_path):
     (tmp_path / "file.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=words) as caught:

@@ -20,8 +20,14 @@ from tip.weighter import TipWeighter
 
 def stats(h, d):
     n = len(h)
-    return TokenStats(sequence_id=torch.zeros(n).long(), position=torch.arange(n), vocab_size=7, step=3,
-                      student_entropy=torch.tensor(h) * math.log(7), reverse_kl=torch.tensor(d))  # fmt: skip
+    return TokenStats(
+        sequence_id=torch.zeros(n).long(),
+        position=torch.arange(n),
+        vocab_size=7,
+        step=3,
+        student_entropy=torch.tensor(h) * math.log(7),
+        reverse_kl=torch.tensor(d),
+    )
 
 
 def diagnose(h, d, kept, **options):
@@ -63,7 +69,8 @@ def test_a_weights_rule_is_compared_at_the_share_it_keeps():
 
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_a_label_says_the_retention_also_in_a_run_with_a_schedule(step):
-    """A run that goes from all tokens to a tenth: its dump shows what each rule keeps at 50, 20 and 10 % all the same."""
+    """A run that goes from all tokens to a tenth: its dump shows what each rule keeps at 50, 20 and 10 % all the
+    same."""
     columns = dict(zip(("h", "d"), torch.rand(2, 20, generator=torch.Generator().manual_seed(0)).tolist(), strict=True))
     update = dataclasses.replace(stats(**columns), step=step)
     config = TipConfig(rule="divergence", retention=1.0, retention_end=0.1, retention_steps=5)
@@ -101,9 +108,17 @@ def test_warnings():
 def run_folder(tiny_pair, tmp_path_factory):
     """Six updates of Soft-OR 20 % by the command, with diagnostics and dumps."""
     out = tmp_path_factory.mktemp("diagnosed")
-    settings = ["optim.steps=6", "eval.benchmarks=[]", "log.diagnostics_every=3", "log.token_dump_every=2",
-                "log.token_dump_rollouts=3", "tip.retention=0.2", "run_name=run", f"output_dir={out}",
-                "optim.micro_batch_tokens=500"]  # fmt: skip
+    settings = [
+        "optim.steps=6",
+        "eval.benchmarks=[]",
+        "log.diagnostics_every=3",
+        "log.token_dump_every=2",
+        "log.token_dump_rollouts=3",
+        "tip.retention=0.2",
+        "run_name=run",
+        f"output_dir={out}",
+        "optim.micro_batch_tokens=500",
+    ]
     tip_train.command(["--config", "configs/tiny.json", *(x for s in settings for x in ("--set", s))])
     return out / "run"
 
@@ -199,14 +214,30 @@ def test_analysis_of_the_embedded_pair(tiny_pair, tmp_path, capsys):
         assert oracle["rules"][down]["cosine"][f"{down}@0.5"] < 0.6 * oracle["cosine_of_all"]
 
 
-@pytest.mark.parametrize("settings", [
-    ("tip.rule=quadrant", "tip.scope=micro_batch"), ("tip.rule=quadrant", "tip.scope=running"),
-    ("tip.rule=soft_or", "tip.scope=running", "tip.retention=0.2"), ("tip.rule=soft_or", "tip.scope=micro_batch"),
-    ("tip.rule=entropy_sampling",),
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("tip.rule=quadrant", "tip.scope=micro_batch"),
+        ("tip.rule=quadrant", "tip.scope=running"),
+        ("tip.rule=soft_or", "tip.scope=running", "tip.retention=0.2"),
+        ("tip.rule=soft_or", "tip.scope=micro_batch"),
+        ("tip.rule=entropy_sampling",),
+    ],
+    ids=" ".join,
+)
 def test_a_dump_shows_scores_and_quadrants_as_the_update_was_weighed(settings, tiny_pair, tmp_path):
-    texts = ["optim.steps=4", "optim.warmup_steps=1", "eval.benchmarks=[]", "log.diagnostics_every=4", "log.token_dump_every=4", f"output_dir={tmp_path}",
-             "log.token_dump_rollouts=32", "run_name=run", "optim.micro_batch_tokens=500", *settings]  # fmt: skip
+    texts = [
+        "optim.steps=4",
+        "optim.warmup_steps=1",
+        "eval.benchmarks=[]",
+        "log.diagnostics_every=4",
+        "log.token_dump_every=4",
+        f"output_dir={tmp_path}",
+        "log.token_dump_rollouts=32",
+        "run_name=run",
+        "optim.micro_batch_tokens=500",
+        *settings,
+    ]
     tip_train.command(["--config", "configs/tiny.json", *(x for s in texts for x in ("--set", s))])
     dumped = [json.loads(line) for line in (tmp_path / "run" / "tokens" / "step_000004.jsonl").read_text().splitlines()]
     for row in dumped:
@@ -223,11 +254,16 @@ def test_a_dump_shows_scores_and_quadrants_as_the_update_was_weighed(settings, t
         assert [metrics[f"tip/kept_q{q}"] for q in (1, 2, 3, 4)] == [1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("options,message", [
-    (["--prompts", "0"], "--prompts: got .0., expected a whole number from 1"), (["--oracle-tokens", "-1"], "--oracle-tokens: got .-1., expected a whole number from 0"),
-    (["--set", "tip.quadrants=[]"], "quadrants is empty"), (["--set", "tip.scope=running"], "no past"),
-    (["--prompts", "5000"], "expected at most half"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--prompts", "0"], "--prompts: got .0., expected a whole number from 1"),
+        (["--oracle-tokens", "-1"], "--oracle-tokens: got .-1., expected a whole number from 0"),
+        (["--set", "tip.quadrants=[]"], "quadrants is empty"),
+        (["--set", "tip.scope=running"], "no past"),
+        (["--prompts", "5000"], "expected at most half"),
+    ],
+)
 def test_analysis_refuses_bad_input(options, message, tmp_path, tiny_pair):
     with pytest.raises(cli.InputError, match=message):
         analyze.command(["--config", "configs/tiny.json", "--out", str(tmp_path / "out"), *options])

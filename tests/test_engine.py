@@ -26,8 +26,14 @@ def step_with(engine, gradients, number=1):
 
 def test_the_update_is_adamw_with_clipping_and_decay_on_matrices_only():
     lm = random_lm(0)
-    engine = engine_for(lm, "optim.lr=0.01", "optim.warmup_steps=0", "optim.weight_decay=0.5", "optim.grad_clip=0.25",
-                        "optim.betas=[0.9,0.99]")  # fmt: skip
+    engine = engine_for(
+        lm,
+        "optim.lr=0.01",
+        "optim.warmup_steps=0",
+        "optim.weight_decay=0.5",
+        "optim.grad_clip=0.25",
+        "optim.betas=[0.9,0.99]",
+    )
     before = {n: p.detach().double().clone() for n, p in engine.named_parameters.items()}
     g = torch.Generator().manual_seed(0)
     moments = {n: [torch.zeros_like(p), torch.zeros_like(p)] for n, p in before.items()}

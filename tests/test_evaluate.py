@@ -40,8 +40,18 @@ class Decided:
 
 def benchmark(k, greedy=False, tokens=12):
     return benchmarks.Benchmark(
-        version=1, file="none", prompt_field="problem", answer_field="answer", instruction="", greedy=greedy, k=k,
-        temperature=1.0, top_p=1.0, max_response_tokens=tokens, answer_lines=False)  # fmt: skip
+        version=1,
+        file="none",
+        prompt_field="problem",
+        answer_field="answer",
+        instruction="",
+        greedy=greedy,
+        k=k,
+        temperature=1.0,
+        top_p=1.0,
+        max_response_tokens=tokens,
+        answer_lines=False,
+    )
 
 
 def test_pass_at_k_equals_brute_force():
@@ -241,14 +251,26 @@ def tiny_llama(tmp_path_factory):
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|im_start|>", "<|im_end|>"]
-    core.train_from_iterator(problem_texts(), trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    core.train_from_iterator(
+        problem_texts(),
+        trainers.BpeTrainer(vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, initializer_range=0.1))  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=4096,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            initializer_range=0.1,
+        )
+    )
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -264,8 +286,13 @@ def test_the_evaluation_script_killed_and_restarted_gives_the_same_summary(math_
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CONFIG": "configs/qwen3_8b_to_4b.json"}
     whole = subprocess.run(command(tmp_path / "whole"), capture_output=True, text=True, env=environment)
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                               env=environment, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command(tmp_path / "killed"),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
     partial = tmp_path / "killed" / "math500.partial.jsonl"
     deadline = time.monotonic() + 120
     while not (partial.exists() and partial.stat().st_size > 3000) and time.monotonic() < deadline:
@@ -299,15 +326,30 @@ def test_the_main_job_on_prepared_data(math_problems, tiny_llama, tmp_path):
     prepare("aime25", f"{DATA}/aime25/test.jsonl", prepared)
     prepare("dapo_math_17k", f"{DATA}/dapo_math_17k/train.jsonl", prepared)
     settings = {
-        "student.path": str(tiny_llama), "teacher.path": str(tiny_llama), "student.dtype": "float32",
-        "teacher.dtype": "float32", "data.train": [str(prepared / "dapo_math_17k/train.jsonl")], "output_dir": str(tmp_path),
-        "data.epochs": None, "optim.steps": 2, "optim.lr": 1e-3, "rollout.prompts_per_step": 2, "rollout.n": 2,
-        "rollout.max_response_tokens": 12, "optim.micro_batch_tokens": 2048, "eval.benchmarks": math_problems,
-        "eval.k": 1, "eval.limit": 3,
-    }  # fmt: skip
+        "student.path": str(tiny_llama),
+        "teacher.path": str(tiny_llama),
+        "student.dtype": "float32",
+        "teacher.dtype": "float32",
+        "data.train": [str(prepared / "dapo_math_17k/train.jsonl")],
+        "output_dir": str(tmp_path),
+        "data.epochs": None,
+        "optim.steps": 2,
+        "optim.lr": 1e-3,
+        "rollout.prompts_per_step": 2,
+        "rollout.n": 2,
+        "rollout.max_response_tokens": 12,
+        "optim.micro_batch_tokens": 2048,
+        "eval.benchmarks": math_problems,
+        "eval.k": 1,
+        "eval.limit": 3,
+    }
     words = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    result = subprocess.run(["bash", "scripts/run_math500_soft_or.sh", "configs/qwen3_8b_to_4b.json", *words],
-                            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    result = subprocess.run(
+        ["bash", "scripts/run_math500_soft_or.sh", "configs/qwen3_8b_to_4b.json", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
     assert (
         all(f"## {name} after update 2" in result.stdout for name in ("math500", "aime24"))
@@ -321,11 +363,25 @@ def test_the_main_job_on_prepared_data(math_problems, tiny_llama, tmp_path):
 
 def test_comparing_two_runs_from_the_command_line(tiny_pair, tmp_path):
     for name, model in (("a", "student"), ("b", "teacher")):
-        command = [sys.executable, "-m", "opd.evaluate", "--config", "configs/tiny.json", "--model", f"data/tiny/pairs/chain/{model}",
-                   "--limit", "24", "--out", str(tmp_path / name), "--set", "eval.reverse_kl=false"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "opd.evaluate",
+            "--config",
+            "configs/tiny.json",
+            "--model",
+            f"data/tiny/pairs/chain/{model}",
+            "--limit",
+            "24",
+            "--out",
+            str(tmp_path / name),
+            "--set",
+            "eval.reverse_kl=false",
+        ]
         assert subprocess.run(command, capture_output=True).returncode == 0
-    result = subprocess.run([sys.executable, "-m", "opd.compare", str(tmp_path / "a"), str(tmp_path / "b")],
-                            capture_output=True, text=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-m", "opd.compare", str(tmp_path / "a"), str(tmp_path / "b")], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert "over problems only: it says nothing about another training" in result.stdout
     assert "tiny greedy: A" in result.stdout and "tiny mean@k: A" in result.stdout and "of 24" in result.stdout
@@ -334,6 +390,18 @@ def test_comparing_two_runs_from_the_command_line(tiny_pair, tmp_path):
 def test_an_evaluation_without_benchmarks_is_refused_and_leaves_nothing(tmp_path):
     for engine in ("transformers", "vllm"):
         with pytest.raises(InputError, match="there is nothing to evaluate"):
-            evaluate.command(["--config", "configs/tiny.json", "--model", "data/tiny/pairs/chain/student", "--out", str(tmp_path / engine),
-                              "--set", "eval.benchmarks=[]", "--set", f"rollout.engine={engine}"])  # fmt: skip
+            evaluate.command(
+                [
+                    "--config",
+                    "configs/tiny.json",
+                    "--model",
+                    "data/tiny/pairs/chain/student",
+                    "--out",
+                    str(tmp_path / engine),
+                    "--set",
+                    "eval.benchmarks=[]",
+                    "--set",
+                    f"rollout.engine={engine}",
+                ]
+            )
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""One writer a folder: who comes second is refused or waits, whatever happens to the first; and nothing is left behind."""
+"""One writer a folder: who comes second is refused or waits, whatever happens to the first; and nothing is left
+behind."""
 
 import json
 import os
@@ -93,9 +94,15 @@ def test_a_killed_owner_keeps_nobody_away(tmp_path):
 
 def test_a_file_and_a_folder_that_nobody_may_make(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file is a file, expected a folder. Set --out"), files.lock(tmp_path / "file", "--out"):
+    with (
+        pytest.raises(InputError, match=r"file is a file, expected a folder. Set --out"),
+        files.lock(tmp_path / "file", "--out"),
+    ):
         pass
-    with pytest.raises(InputError, match="file is a file, expected a folder"), files.lock(tmp_path / "file" / "run", "output_dir"):
+    with (
+        pytest.raises(InputError, match="file is a file, expected a folder"),
+        files.lock(tmp_path / "file" / "run", "output_dir"),
+    ):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -137,8 +144,18 @@ def test_waiting_can_be_given_up(tmp_path, capsys):
     assert capsys.readouterr().err.count("waiting for process") == 1
 
 
-SMALL = ("optim.steps=4", "optim.warmup_steps=1", "eval.k=0", "eval.limit=4", "eval.every=2", "checkpoint.every=2",
-         "rollout.prompts_per_step=8", "log.token_dump_every=0", "log.samples=0", "log.diagnostics_every=0")  # fmt: skip
+SMALL = (
+    "optim.steps=4",
+    "optim.warmup_steps=1",
+    "eval.k=0",
+    "eval.limit=4",
+    "eval.every=2",
+    "checkpoint.every=2",
+    "rollout.prompts_per_step=8",
+    "log.token_dump_every=0",
+    "log.samples=0",
+    "log.diagnostics_every=0",
+)
 
 
 def small(out, *more):
@@ -163,11 +180,15 @@ def test_the_same_run_started_twice_is_made_once(tiny_pair, tmp_path, later, cap
 def test_every_command_that_writes_a_folder_is_its_only_writer(tiny_pair, tmp_path):
     config = ["--config", "configs/tiny.json"]
     commands = {
-        tmp_path / "e": lambda: evaluate.command([*config, "--model", str(tiny_pair / "student"), "--out", str(tmp_path / "e")]),
+        tmp_path / "e": lambda: evaluate.command(
+            [*config, "--model", str(tiny_pair / "student"), "--out", str(tmp_path / "e")]
+        ),
         tmp_path / "a": lambda: analyze.command([*config, "--out", str(tmp_path / "a")]),
         tmp_path / "math500": lambda: prepare.command(["math500", "--source", "none", "--out", str(tmp_path)]),
-        tmp_path / "tiny-reproduce": lambda: reproduce.command([*config, "--table", "main", "--set", f"output_dir={tmp_path}"]),
-    }  # fmt: skip
+        tmp_path / "tiny-reproduce": lambda: reproduce.command(
+            [*config, "--table", "main", "--set", f"output_dir={tmp_path}"]
+        ),
+    }
     for folder, command in commands.items():
         with files.lock(folder, "--out"), pytest.raises(InputError, match=OWNER):
             command()
@@ -188,8 +209,10 @@ def test_two_that_want_the_same_student_build_it_once(tiny_pair, tmp_path, monke
 
 def test_arms_side_by_side_share_the_evaluation_of_their_start(tiny_pair, tmp_path, capfd):
     """Two runs that differ in their learning rate start alike."""
-    children = [forked(lambda n=n: run(small(tmp_path, f"run_name=arm{n}", f"optim.lr={n}e-4"), shared=tmp_path / "shared"))
-                for n in (1, 2)]  # fmt: skip
+    children = [
+        forked(lambda n=n: run(small(tmp_path, f"run_name=arm{n}", f"optim.lr={n}e-4"), shared=tmp_path / "shared"))
+        for n in (1, 2)
+    ]
     assert [status(child) for child in children] == [0, 0]
     (start,) = (tmp_path / "shared").iterdir()
     assert sorted(p.name for p in start.iterdir()) == ["step_000000", "teacher"]

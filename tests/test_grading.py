@@ -14,28 +14,47 @@ import pytest
 from opd.grading import WORKER_BYTES, Grader, Verdict, extract, last_boxed, plainly_equal, votes
 
 
-@pytest.mark.parametrize("text,content", [
-    (r"so \boxed{7}", "7"),
-    (r"\boxed{1} no, \boxed{2}", "2"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed {3}", "3"),
-    (r"\fbox{4}", "4"),
-    (r"\boxed{1 \boxed{2}}", "2"),
-    (r"\boxed{1 \boxed{2}", "2"),
-    (r"} \boxed{3}", "3"),
-    (r"\boxed{{a}{b{c}}}", "{a}{b{c}}"),
-    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-    (r"\boxed{5", None),
-    (r"\boxed{5} and \boxed{6", "5"), ("7", None), ("", None), (r"\boxed{}", ""), (r"\boxed{ 8 }", "8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,content",
+    [
+        (r"so \boxed{7}", "7"),
+        (r"\boxed{1} no, \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {3}", "3"),
+        (r"\fbox{4}", "4"),
+        (r"\boxed{1 \boxed{2}}", "2"),
+        (r"\boxed{1 \boxed{2}", "2"),
+        (r"} \boxed{3}", "3"),
+        (r"\boxed{{a}{b{c}}}", "{a}{b{c}}"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{5", None),
+        (r"\boxed{5} and \boxed{6", "5"),
+        ("7", None),
+        ("", None),
+        (r"\boxed{}", ""),
+        (r"\boxed{ 8 }", "8"),
+    ],
+)
 def test_last_boxed(text, content):
     assert last_boxed(text) == content
 
 
-@pytest.mark.parametrize("a,b,same", [
-    ("7", "7", True), ("007", "7", True), ("+7", "7", True), ("7", "8", False), ("-7", "7", False), ("$7$", "7", True),
-    ("x+1", "x+1", True), ("1,000", "1000", None), ("x+1", "1+x", None), ("", "7", False), ("9" * 30, "9" * 29, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "a,b,same",
+    [
+        ("7", "7", True),
+        ("007", "7", True),
+        ("+7", "7", True),
+        ("7", "8", False),
+        ("-7", "7", False),
+        ("$7$", "7", True),
+        ("x+1", "x+1", True),
+        ("1,000", "1000", None),
+        ("x+1", "1+x", None),
+        ("", "7", False),
+        ("9" * 30, "9" * 29, None),
+    ],
+)
 def test_what_is_plain_and_what_takes_mathematics(a, b, same):
     assert plainly_equal(a, b) is same
 
@@ -62,13 +81,24 @@ def grader():
 
 def test_grading_responses(grader):
     cases = [
-        (r"\boxed{7}", "7", True), (r"\boxed{\frac{1}{2}}", "0.5", True), (r"\boxed{0.5}", r"\frac12", True),
-        (r"\boxed{1,000}", "1000", True), (r"\boxed{x^2+2x+1}", "(x+1)^2", True), (r"\boxed{90^\circ}", "90", True),
-        (r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\left( 3, \frac{\pi}{2} \right)", True), (r"\boxed{8}", "7", False),
+        (r"\boxed{7}", "7", True),
+        (r"\boxed{\frac{1}{2}}", "0.5", True),
+        (r"\boxed{0.5}", r"\frac12", True),
+        (r"\boxed{1,000}", "1000", True),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2", True),
+        (r"\boxed{90^\circ}", "90", True),
+        (r"\boxed{\left(3, \frac{\pi}{2}\right)}", r"\left( 3, \frac{\pi}{2} \right)", True),
+        (r"\boxed{8}", "7", False),
         (r"\boxed{(1,200)}", "1200", False),
-        (r"\boxed{\$18}", "18", True), (r"\boxed{18}", r"\$18", True), (r"\boxed{\$18.90}", "18.9", True),
-        (r"\boxed{32348}", r"\$32,\!348", True), (r"\boxed{\$1{,}000}", "1000", True), (r"\boxed{\$19}", "18", False), ("seven", "7", False), (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
-    ]  # fmt: skip
+        (r"\boxed{\$18}", "18", True),
+        (r"\boxed{18}", r"\$18", True),
+        (r"\boxed{\$18.90}", "18.9", True),
+        (r"\boxed{32348}", r"\$32,\!348", True),
+        (r"\boxed{\$1{,}000}", "1000", True),
+        (r"\boxed{\$19}", "18", False),
+        ("seven", "7", False),
+        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
+    ]
     verdicts = grader.grade([(response, answer) for response, answer, _ in cases])
     assert [v.correct for v in verdicts] == [right for *_, right in cases]
     assert verdicts[-2].extracted is None and verdicts[1].extracted == r"\frac{1}{2}"
@@ -136,10 +166,14 @@ def test_votes_equal_a_naive_grouping():
     for _ in range(200):
         right = {Fraction(rng.choice(["1/2", "3", "7"]))}
         texts = rng.choices(pool, k=rng.randrange(1, 12))
-        problems.append([
-            Verdict(t, False) if not t else Verdict(t, rng.choice([Fraction(t.replace(" ", "")) in right] * 4 + [None]))
-            for t in texts
-        ])  # fmt: skip
+        problems.append(
+            [
+                Verdict(t, False)
+                if not t
+                else Verdict(t, rng.choice([Fraction(t.replace(" ", "")) in right] * 4 + [None]))
+                for t in texts
+            ]
+        )
     grader = ByValue()
     found = votes(problems, grader)
     unspaced = [[vote and vote.replace(" ", "") for vote in given] for given in found]
@@ -151,12 +185,27 @@ def test_votes_equal_a_naive_grouping():
 
 def test_only_different_wrong_answers_of_one_problem_are_compared_each_with_a_first_one():
     grader = ByValue()
-    first = [Verdict(t, c) for t, c in (("1/2", True), ("0.5", True), ("3", False), ("4", False), (" 3", False), ("6/2", False),
-                                        ("8/2", False), ("9", None), ("9", None), ("", False), (None, False))]  # fmt: skip
+    first = [
+        Verdict(t, c)
+        for t, c in (
+            ("1/2", True),
+            ("0.5", True),
+            ("3", False),
+            ("4", False),
+            (" 3", False),
+            ("6/2", False),
+            ("8/2", False),
+            ("9", None),
+            ("9", None),
+            ("", False),
+            (None, False),
+        )
+    ]
     second = [Verdict("3", False), Verdict("5", False)]
     assert votes([first, second], grader) == [
-        ["1/2", "1/2", "3", "4", "3", "3", "4", "9", "9", None, None], ["3", "5"],
-    ]  # fmt: skip
+        ["1/2", "1/2", "3", "4", "3", "3", "4", "9", "9", None, None],
+        ["3", "5"],
+    ]
     asked = [call for call in grader.calls if call]
     assert asked == [[("4", "3"), ("6/2", "3"), ("8/2", "3"), ("5", "3")], [("8/2", "4")]]
 
@@ -171,20 +220,76 @@ def test_mathematics_decides_which_wrong_answers_vote_together(grader):
 def hostile_texts():
     """At least 500 strings that break parsers."""
     rng = random.Random(0)
-    pieces = ["\\boxed{", "{", "}", "\\frac{", "\\sqrt", "^", "^{", "_", "9" * 40, "!", "\\left(", "\\right)", "\\begin{pmatrix}",
-              "&", "\\\\", "\x00", "\u202e", "$", "\\text{", "\\infty", "\\int", "\\sum_{", "0/0", "1/0", "**", "lambda x:", "\ud800",
-              "__import__('os')", "\\cdot", "e", "π", "×", "，", "％", "\\ ", "\n", "=", "<", "\\cup", "\\%", "|", "∞" * 5]  # fmt: skip
+    pieces = [
+        "\\boxed{",
+        "{",
+        "}",
+        "\\frac{",
+        "\\sqrt",
+        "^",
+        "^{",
+        "_",
+        "9" * 40,
+        "!",
+        "\\left(",
+        "\\right)",
+        "\\begin{pmatrix}",
+        "&",
+        "\\\\",
+        "\x00",
+        "\u202e",
+        "$",
+        "\\text{",
+        "\\infty",
+        "\\int",
+        "\\sum_{",
+        "0/0",
+        "1/0",
+        "**",
+        "lambda x:",
+        "\ud800",
+        "__import__('os')",
+        "\\cdot",
+        "e",
+        "π",
+        "×",
+        "，",
+        "％",
+        "\\ ",
+        "\n",
+        "=",
+        "<",
+        "\\cup",
+        "\\%",
+        "|",
+        "∞" * 5,
+    ]
     for _ in range(480):
         yield (
             "\\boxed{" + "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 25))) + rng.choice(["}", "", "}}}"])
         )
-    yield from ("\\boxed{9^{9^{9^{9}}}}", "\\boxed{10^{10^{10}}}", "\\boxed{(10^9)!}", "\\boxed{2^{999999999}}", "\\boxed{1e999999999}",
-                "\\boxed{" + "(" * 5000 + ")" * 5000 + "}", "\\boxed{" + "\\frac{1}{" * 2000 + "2" + "}" * 2000 + "}",
-                "\\boxed{" * 5000, "\\boxed{" + "9" * 200_000 + "}", "\\boxed{" + "x+" * 20_000 + "x}",
-                "\\boxed{" + "^" * 5000 + "}", "a" * 10_000_000, "\\boxed{" + "a" * 10_000_000, "\\boxed{" + "a " * 500_000 + "}",
-                "{" * 10_000_000, "\\boxed{\\sum_{n=1}^{\\infty} \\sum_{m=1}^{\\infty} \\frac{1}{n^m m^n}}",
-                "\\boxed{\\int_0^1 \\int_0^1 x^{x^{y^y}} dx dy}", "\\boxed{\\prod_{n=1}^{10^{9}} n}",
-                "\\boxed{\\binom{10^{8}}{5 \\cdot 10^{7}}}", "\\boxed{\\sqrt[10^{9}]{10^{10^{9}}}}")  # fmt: skip
+    yield from (
+        "\\boxed{9^{9^{9^{9}}}}",
+        "\\boxed{10^{10^{10}}}",
+        "\\boxed{(10^9)!}",
+        "\\boxed{2^{999999999}}",
+        "\\boxed{1e999999999}",
+        "\\boxed{" + "(" * 5000 + ")" * 5000 + "}",
+        "\\boxed{" + "\\frac{1}{" * 2000 + "2" + "}" * 2000 + "}",
+        "\\boxed{" * 5000,
+        "\\boxed{" + "9" * 200_000 + "}",
+        "\\boxed{" + "x+" * 20_000 + "x}",
+        "\\boxed{" + "^" * 5000 + "}",
+        "a" * 10_000_000,
+        "\\boxed{" + "a" * 10_000_000,
+        "\\boxed{" + "a " * 500_000 + "}",
+        "{" * 10_000_000,
+        "\\boxed{\\sum_{n=1}^{\\infty} \\sum_{m=1}^{\\infty} \\frac{1}{n^m m^n}}",
+        "\\boxed{\\int_0^1 \\int_0^1 x^{x^{y^y}} dx dy}",
+        "\\boxed{\\prod_{n=1}^{10^{9}} n}",
+        "\\boxed{\\binom{10^{8}}{5 \\cdot 10^{7}}}",
+        "\\boxed{\\sqrt[10^{9}]{10^{10^{9}}}}",
+    )
 
 
 @pytest.mark.slow
@@ -219,7 +324,8 @@ def test_extraction_is_linear_in_whatever_is_in_the_text():
     """Seconds of work where it is linear, hours where it is not: the limit only keeps the test from hanging."""
     code = r"""
 from opd.grading import extract, last_boxed
-for text in ("\\boxed{" * 200_000, "{" * 1_000_000, "}" * 1_000_000, "\\boxed{" * 100_000 + "}" * 100_000, "\\" * 999_999):
+nested = "\\boxed{" * 100_000 + "}" * 100_000
+for text in ("\\boxed{" * 200_000, "{" * 1_000_000, "}" * 1_000_000, nested, "\\" * 999_999):
     last_boxed(text)
 assert extract("Answer: x" + " " * 5_000_000 + "y", answer_lines=True)
 """
@@ -228,7 +334,8 @@ assert extract("Answer: x" + " " * 5_000_000 + "y", answer_lines=True)
 
 def test_workers_do_not_outlive_a_killed_parent():
     code = (
-        "from opd.grading import Grader; import os, signal; g = Grader(workers=1); g.grade([('\\\\boxed{1/2}', '0.5')]);"
+        "from opd.grading import Grader; import os, signal; g = Grader(workers=1); g.grade([('\\\\boxed{1/2}', "
+        "'0.5')]);"
         "print(g.workers[0].process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -64,45 +64,128 @@ def benchmark_file(text):
     return write("pair/test.jsonl", text)
 
 
-DIGIT_FAULT, DEPTH_FAULT, HALF_FAULT = "Exceeds the limit (4300 digits)", "nested too deep, expected at most 100 levels", "half of a character"
+DIGIT_FAULT, DEPTH_FAULT, HALF_FAULT = (
+    "Exceeds the limit (4300 digits)",
+    "nested too deep, expected at most 100 levels",
+    "half of a character",
+)
 MESSAGES = f'[{{"role": "user", "content": "a{HALF}"}}]'
 CASES = {
     "digits in --set": (nothing, [S, f"seed={DIGITS}"], "error: --set 'seed=99999", DIGIT_FAULT),
     "digits in the config": (replaced("pair.json", '"seed": 0', f'"seed": {DIGITS}'), [], "pair.json: ", DIGIT_FAULT),
     "digits in a line": (line(f'{{"problem": "1", "answer": {DIGITS}}}'), [], "train.jsonl, line 2: ", DIGIT_FAULT),
-    "digits in a benchmark": (benchmark_file(f'{{"problem": "1", "answer": {DIGITS}}}'), [], "test.jsonl, line 1: ", DIGIT_FAULT),
-    "deep in --set": (nothing, [S, f"data.chat_template_args={DEEP}"], "error: --set 'data.chat_template_args=[[", DEPTH_FAULT),
+    "digits in a benchmark": (
+        benchmark_file(f'{{"problem": "1", "answer": {DIGITS}}}'),
+        [],
+        "test.jsonl, line 1: ",
+        DIGIT_FAULT,
+    ),
+    "deep in --set": (
+        nothing,
+        [S, f"data.chat_template_args={DEEP}"],
+        "error: --set 'data.chat_template_args=[[",
+        DEPTH_FAULT,
+    ),
     "deep in the config": (replaced("pair.json", '"seed": 0', f'"seed": {DEEP}'), [], "pair.json: ", DEPTH_FAULT),
     "deep in a line": (prompts(DEEP), [], "train.jsonl, line 2: ", DEPTH_FAULT),
     "bottomless in --set": (nothing, [S, f"data.train={BOTTOMLESS}"], "error: --set 'data.train=[[", DEPTH_FAULT),
     "bottomless in the config": (write("pair.json", '{"seed": ' + BOTTOMLESS), [], "pair.json: ", DEPTH_FAULT),
     "bottomless in a line": (line('{"a": ' + BOTTOMLESS), [], "train.jsonl, line 2: ", DEPTH_FAULT),
-    "deep in a model's config.json": (write("pair/student/config.json", '{"model_type": ' + BOTTOMLESS), [], "student.path", "does not load as a causal"),
+    "deep in a model's config.json": (
+        write("pair/student/config.json", '{"model_type": ' + BOTTOMLESS),
+        [],
+        "student.path",
+        "does not load as a causal",
+    ),
     "half a character in a prompt": (prompts(f'"1{HALF}"'), [], "train.jsonl, line 2: holds \\ud800", HALF_FAULT),
-    "half a character in an answer": (line(f'{{"problem": "1", "answer": "{HALF}"}}'), [], "line 2: holds \\ud800", HALF_FAULT),
-    "half a character in an id": (line(f'{{"id": "{HALF}", "problem": "1", "answer": "1"}}'), [], "line 2: holds \\ud800", HALF_FAULT),
-    "half a character in a key": (line(f'{{"{HALF}": 1, "problem": "1", "answer": "1"}}'), [], "line 2: holds \\ud800", HALF_FAULT),
+    "half a character in an answer": (
+        line(f'{{"problem": "1", "answer": "{HALF}"}}'),
+        [],
+        "line 2: holds \\ud800",
+        HALF_FAULT,
+    ),
+    "half a character in an id": (
+        line(f'{{"id": "{HALF}", "problem": "1", "answer": "1"}}'),
+        [],
+        "line 2: holds \\ud800",
+        HALF_FAULT,
+    ),
+    "half a character in a key": (
+        line(f'{{"{HALF}": 1, "problem": "1", "answer": "1"}}'),
+        [],
+        "line 2: holds \\ud800",
+        HALF_FAULT,
+    ),
     "half a character in a message": (prompts(MESSAGES), [], "line 2: holds \\ud800", HALF_FAULT),
-    "half a character in the config": (replaced("pair.json", '"run_name": "tiny"', f'"run_name": "{HALF}"'), [], "pair.json: holds \\ud800", HALF_FAULT),
+    "half a character in the config": (
+        replaced("pair.json", '"run_name": "tiny"', f'"run_name": "{HALF}"'),
+        [],
+        "pair.json: holds \\ud800",
+        HALF_FAULT,
+    ),
     "half a character in --set": (nothing, [S, f'student.path="{HALF}"'], "error: --set 'student.path=", HALF_FAULT),
-    "half a character typed": (nothing, [S, "student.path=\udcff"], "argument 'student.path=\\udcff' is not UTF-8 text", "Type it again"),
-    "half a character typed as a config": (nothing, ["--config", "\udcff"], "argument '\\udcff' is not UTF-8 text", "rename the file"),
-    "half a character in a benchmark": (benchmark_file(f'{{"problem": "{HALF}", "answer": "1"}}'), [], "test.jsonl, line 1: holds", HALF_FAULT),
-    "UTF-16": (write("pair/train.jsonl", '{"problem": "1"}'.encode("utf-16")), [], "train.jsonl: not UTF-8 text (byte 0)", "Expected a JSONL file"),
-    "a folder of data": (nothing, [S, 'data.train=["{dir}"]'], "{dir}: cannot be read (Is a directory)", "Expected a JSONL file"),
-    "a folder of config": (nothing, [S, "seed=0", "--config", "{dir}"], "{dir}: cannot be read (Is a directory)", "Expected a JSON file"),
+    "half a character typed": (
+        nothing,
+        [S, "student.path=\udcff"],
+        "argument 'student.path=\\udcff' is not UTF-8 text",
+        "Type it again",
+    ),
+    "half a character typed as a config": (
+        nothing,
+        ["--config", "\udcff"],
+        "argument '\\udcff' is not UTF-8 text",
+        "rename the file",
+    ),
+    "half a character in a benchmark": (
+        benchmark_file(f'{{"problem": "{HALF}", "answer": "1"}}'),
+        [],
+        "test.jsonl, line 1: holds",
+        HALF_FAULT,
+    ),
+    "UTF-16": (
+        write("pair/train.jsonl", '{"problem": "1"}'.encode("utf-16")),
+        [],
+        "train.jsonl: not UTF-8 text (byte 0)",
+        "Expected a JSONL file",
+    ),
+    "a folder of data": (
+        nothing,
+        [S, 'data.train=["{dir}"]'],
+        "{dir}: cannot be read (Is a directory)",
+        "Expected a JSONL file",
+    ),
+    "a folder of config": (
+        nothing,
+        [S, "seed=0", "--config", "{dir}"],
+        "{dir}: cannot be read (Is a directory)",
+        "Expected a JSON file",
+    ),
     **{
         f"a null byte in {key}": (nothing, [S, f"{key}={value}"], key, "holds a null byte, which no path can")
         for key, value in {
-            "student.path": '"a\\u0000b"', "teacher.path": '"a\\u0000b"', "data.train": '["a\\u0000b"]', "eval.benchmarks": '["a\\u0000b"]',
-            "output_dir": '"a\\u0000b"', "engine.deepspeed": '"a\\u0000b"',
+            "student.path": '"a\\u0000b"',
+            "teacher.path": '"a\\u0000b"',
+            "data.train": '["a\\u0000b"]',
+            "eval.benchmarks": '["a\\u0000b"]',
+            "output_dir": '"a\\u0000b"',
+            "engine.deepspeed": '"a\\u0000b"',
         }.items()
     },
     "a null byte in a benchmark": (edit("bench.json", file="a\0b"), [], "bench.json: file is", "holds a null byte"),
     "a null byte in the run's name": (nothing, [S, 'run_name="a\\u0000b"'], "run_name is", "Expected"),
     "an endless run_name": (nothing, [S, f"run_name={NAME}"], "run_name is", "at most 200 characters"),
-    "an endless output_dir": (nothing, [S, f"output_dir={{dir}}/{NAME}"], "output_dir is", "expected names of at most 255 bytes"),
-    "an endless output_dir of short names": (nothing, [S, "output_dir={dir}" + "/n" * 2500], "output_dir is", "too long for a path"),
+    "an endless output_dir": (
+        nothing,
+        [S, f"output_dir={{dir}}/{NAME}"],
+        "output_dir is",
+        "expected names of at most 255 bytes",
+    ),
+    "an endless output_dir of short names": (
+        nothing,
+        [S, "output_dir={dir}" + "/n" * 2500],
+        "output_dir is",
+        "too long for a path",
+    ),
     "an endless name in bytes": (nothing, [S, f"output_dir={{dir}}/{'ü' * 130}"], "output_dir is", "at most 255 bytes"),
     "an endless model": (nothing, [S, f"student.path=a/{NAME}"], "student.path is", "at most 255 bytes"),
     "an endless data file": (nothing, [S, f'data.train=["{NAME}"]'], "data.train.0 is", "at most 255 bytes"),
@@ -111,37 +194,97 @@ CASES = {
     "a config without a name": (nothing, ["--config", ""], "argument --config", "is empty, expected a path"),
     "an endless checkpoint": (nothing, ["--resume", NAME], "--resume", "Expected"),
     "an endless rule": (nothing, [S, f"tip.rule={NAME}"], "rule is", "one of all, random"),
-    "a device without end": (nothing, ["--config", "/dev/zero"], "/dev/zero: is a device, which may have no end", "Expected"),
+    "a device without end": (
+        nothing,
+        ["--config", "/dev/zero"],
+        "/dev/zero: is a device, which may have no end",
+        "Expected",
+    ),
     "a device of data": (nothing, [S, 'data.train=["/dev/zero"]'], "/dev/zero: is a device", "Expected"),
     "an endless argument": (nothing, [NAME * 10], "unrecognized arguments: nnn", "Usage: "),
     "an endless field": (nothing, [S, f"data.prompt_field={NAME * 10}"], "no field 'nnn", "Set the field's name"),
-    "an endless server": (nothing, [S, "rollout.engine=vllm", S, f'rollout.servers=["{NAME * 10}"]'], "is no address of a vLLM server", ""),
-    "a port of other digits": (nothing, [S, "rollout.engine=vllm", S, 'rollout.servers=["a:²"]'], "'a:²' is no address", ""),
+    "an endless server": (
+        nothing,
+        [S, "rollout.engine=vllm", S, f'rollout.servers=["{NAME * 10}"]'],
+        "is no address of a vLLM server",
+        "",
+    ),
+    "a port of other digits": (
+        nothing,
+        [S, "rollout.engine=vllm", S, 'rollout.servers=["a:²"]'],
+        "'a:²' is no address",
+        "",
+    ),
     "an endless key": (nothing, [S, f"{NAME * 10}=1"], "nnn", "not a known key"),
     **{
-        f"template argument {name}": (nothing, [S, f"data.chat_template_args={json.dumps({name: value})}"], f"sets '{name}'", "Remove it")
+        f"template argument {name}": (
+            nothing,
+            [S, f"data.chat_template_args={json.dumps({name: value})}"],
+            f"sets '{name}'",
+            "Remove it",
+        )
         for name, value in {
-            "return_tensors": "pt", "tokenize": False, "padding": "max_length", "truncation": True, "max_length": 3, "return_dict": True,
-            "add_generation_prompt": False, "continue_final_message": True, "chat_template": "x", "conversation": [],
-            "tokenizer_kwargs": {}, "return_assistant_tokens_mask": True,
+            "return_tensors": "pt",
+            "tokenize": False,
+            "padding": "max_length",
+            "truncation": True,
+            "max_length": 3,
+            "return_dict": True,
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+            "chat_template": "x",
+            "conversation": [],
+            "tokenizer_kwargs": {},
+            "return_assistant_tokens_mask": True,
         }.items()
     },
-    "a hundred million threads": (nothing, [S, "engine.cpu_threads=100000000"], "engine.cpu_threads is 100000000", "less than or equal to 1024"),
+    "a hundred million threads": (
+        nothing,
+        [S, "engine.cpu_threads=100000000"],
+        "engine.cpu_threads is 100000000",
+        "less than or equal to 1024",
+    ),
     **{
         f"{key} = {value}": (nothing, [S, f"{key}={value}"], f"{key} is ", "less than or equal to")
         for key, value in {
-            "rollout.n": 10**9, "rollout.prompts_per_step": 10**9, "eval.k": 2**31, "optim.steps": 10**30, "rollout.batch_size": 2**63,
-            "data.max_prompt_tokens": 10**30, "rollout.max_response_tokens": 2**64, "teacher.cache_gb": 1e308,
+            "rollout.n": 10**9,
+            "rollout.prompts_per_step": 10**9,
+            "eval.k": 2**31,
+            "optim.steps": 10**30,
+            "rollout.batch_size": 2**63,
+            "data.max_prompt_tokens": 10**30,
+            "rollout.max_response_tokens": 2**64,
+            "teacher.cache_gb": 1e308,
         }.items()
     },
-    "more samples than anyone takes": (edit("bench.json", k=2**31), [], "bench.json: k is 2147483648", "less than or equal to 100000"),
-    "a temperature that overflows": (nothing, [S, "rollout.temperature=1e-320"], "rollout.temperature is 1e-320", "expected 0 (greedy) or at least 0.001"),
-    "a benchmark's temperature that overflows": (edit("bench.json", temperature=1e-320), [], "bench.json: temperature is 1e-320", "greater than or equal to 0.001"),
+    "more samples than anyone takes": (
+        edit("bench.json", k=2**31),
+        [],
+        "bench.json: k is 2147483648",
+        "less than or equal to 100000",
+    ),
+    "a temperature that overflows": (
+        nothing,
+        [S, "rollout.temperature=1e-320"],
+        "rollout.temperature is 1e-320",
+        "expected 0 (greedy) or at least 0.001",
+    ),
+    "a benchmark's temperature that overflows": (
+        edit("bench.json", temperature=1e-320),
+        [],
+        "bench.json: temperature is 1e-320",
+        "greater than or equal to 0.001",
+    ),
     "no thread": (nothing, [S, "engine.cpu_threads=0"], "engine.cpu_threads is 0", "greater than or equal to 1"),
     "a revision of a folder": (nothing, [S, "student.revision=main"], "student.revision is 'main'", "Set it to null"),
-    "a revision of a teacher's folder": (nothing, [S, "teacher.revision=main"], "teacher.revision is 'main'", "Set it to null"),
+    "a revision of a teacher's folder": (
+        nothing,
+        [S, "teacher.revision=main"],
+        "teacher.revision is 'main'",
+        "Set it to null",
+    ),
     **{f"seed {text[:12]}": (nothing, [S, f"seed={text}"], "seed", "") for text in SEEDS},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -163,7 +306,8 @@ def test_a_byte_order_mark_is_no_fault(setup, monkeypatch, capsys):
 
 
 def test_the_most_threads_work():
-    code = f"import torch; torch.set_num_threads({MOST_THREADS}); print(float((torch.ones(512, 512) @ torch.ones(512, 512)).sum()))"
+    product = "float((torch.ones(512, 512) @ torch.ones(512, 512)).sum())"
+    code = f"import torch; torch.set_num_threads({MOST_THREADS}); print({product})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0 and float(found.stdout) == 512**3, found.stderr
 
@@ -171,7 +315,8 @@ def test_the_most_threads_work():
 # --- model folders ----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def random_model(setup, tiny_pair):
-    """A function that puts a small random model of an architecture, with the pair's tokenizer, into the student's place."""
+    """A function that puts a small random model of an architecture, with the pair's tokenizer, into the student's
+    place."""
 
     def make(name, **changes):
         for path in (setup / "pair/student").iterdir():
@@ -180,10 +325,18 @@ def random_model(setup, tiny_pair):
         torch.manual_seed(0)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_pair / "student")
         config = getattr(transformers, f"{name}Config")(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, max_position_embeddings=128, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=128,
+            bos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
+        )
         getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(setup / "pair/student")
         edit("pair/student/config.json", **changes)(setup)
 
@@ -199,16 +352,23 @@ def test_a_head_that_is_scaled_by_no_number(name, key, value, random_model, setu
     assert "student.path" in message and key in message, message
 
 
-@pytest.mark.parametrize("name, changes, wanted", [
-    ("config.json", {"is_encoder_decoder": True}, "config.json has is_encoder_decoder"),
-    ("config.json", {"final_logit_softcapping": 10**400}, "final_logit_softcapping"),
-    ("generation_config.json", {"eos_token_id": True}, "eos_token_id"),
-    ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id"),
-    ("generation_config.json", {"eos_token_id": [1, -1]}, "eos_token_id"),
-    ("generation_config.json", {"pad_token_id": -1}, "generation_config.json cannot be saved again"),
-    ("generation_config.json", {"temperature": 0.6, "do_sample": False}, "generation_config.json cannot be saved again"),
-    ("generation_config.json", {"temperature": ""}, "generation_config.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, changes, wanted",
+    [
+        ("config.json", {"is_encoder_decoder": True}, "config.json has is_encoder_decoder"),
+        ("config.json", {"final_logit_softcapping": 10**400}, "final_logit_softcapping"),
+        ("generation_config.json", {"eos_token_id": True}, "eos_token_id"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id"),
+        ("generation_config.json", {"eos_token_id": [1, -1]}, "eos_token_id"),
+        ("generation_config.json", {"pad_token_id": -1}, "generation_config.json cannot be saved again"),
+        (
+            "generation_config.json",
+            {"temperature": 0.6, "do_sample": False},
+            "generation_config.json cannot be saved again",
+        ),
+        ("generation_config.json", {"temperature": ""}, "generation_config.json"),
+    ],
+)
 def test_settings_of_a_model_that_end_a_run_later(name, changes, wanted, setup, monkeypatch, capsys):
     edit(f"pair/student/{name}", **changes)(setup)
     message = refused(tip_train.command, ["--config", setup / "pair.json"], setup, monkeypatch, capsys)
@@ -220,31 +380,37 @@ def evaluating(d, *extra):
     return ["--config", d / "pair.json", "--model", d / "pair/student", *extra]
 
 
-@pytest.mark.parametrize("extra, message", [
-    (["--model", ""], "argument --model: '' is empty, expected a path"),
-    (["--model", NAME], "argument --model: 'nnn"),
-    (["--model", "a\0b"], "holds a null byte"),
-    (["--out", ""], "argument --out: '' is empty"),
-    (["--out", f"{{dir}}/{NAME}"], "at most 255 bytes"),
-    (["--out", "{dir}/bench.json"], "bench.json is a file, expected a folder. Set --out"),
-    (["--out", "{dir}/bench.json/x"], "bench.json is a file, expected a folder. Set --out"),
-    (["--out", "{dir}/a\0b"], "holds a null byte"),
-    *((["--limit", text], "--limit") for text in ("0", "-3", "x", "1.5", "", "1e3", "٣", DIGITS)),
-    (["--benchmark", ""], 'eval.benchmarks.0 is ""'),
-    (["--benchmark", NAME], "at most 255 bytes"),
-    (["--benchmark", "a\0b"], "null byte"),
-    (["--benchmark", "tiny", "--benchmark", "tiny"], "names a benchmark twice"),
-    ([S, "eval.benchmarks=[]"], "eval.benchmarks is []: there is nothing to evaluate"),
-    (["--out", "/"], "/ is the root of the file system. Set --out"),
-    (["--out", "/proc/x"], "/proc/x cannot be written (No such file or directory). Set --out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--model", ""], "argument --model: '' is empty, expected a path"),
+        (["--model", NAME], "argument --model: 'nnn"),
+        (["--model", "a\0b"], "holds a null byte"),
+        (["--out", ""], "argument --out: '' is empty"),
+        (["--out", f"{{dir}}/{NAME}"], "at most 255 bytes"),
+        (["--out", "{dir}/bench.json"], "bench.json is a file, expected a folder. Set --out"),
+        (["--out", "{dir}/bench.json/x"], "bench.json is a file, expected a folder. Set --out"),
+        (["--out", "{dir}/a\0b"], "holds a null byte"),
+        *((["--limit", text], "--limit") for text in ("0", "-3", "x", "1.5", "", "1e3", "٣", DIGITS)),
+        (["--benchmark", ""], 'eval.benchmarks.0 is ""'),
+        (["--benchmark", NAME], "at most 255 bytes"),
+        (["--benchmark", "a\0b"], "null byte"),
+        (["--benchmark", "tiny", "--benchmark", "tiny"], "names a benchmark twice"),
+        ([S, "eval.benchmarks=[]"], "eval.benchmarks is []: there is nothing to evaluate"),
+        (["--out", "/"], "/ is the root of the file system. Set --out"),
+        (["--out", "/proc/x"], "/proc/x cannot be written (No such file or directory). Set --out"),
+    ],
+)
 def test_evaluations_of_wrong_arguments(extra, message, setup, monkeypatch, capsys):
     arguments = evaluating(setup, *(text.replace("{dir}", str(setup)) for text in extra))
     assert message in refused(evaluate.command, arguments, setup, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "summary.json", "bench.partial.jsonl"])
-@pytest.mark.parametrize("garbage", [b"", b"\xff\xff", b"[", b"[]", b"{}", b'{"bench": {}}', b"9" * 5000, DEEP.encode(), b'"\\ud800"', b"null"])
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"\xff\xff", b"[", b"[]", b"{}", b'{"bench": {}}', b"9" * 5000, DEEP.encode(), b'"\\ud800"', b"null"],
+)
 def test_an_evaluation_with_garbage_in_its_folder_is_made_again(name, garbage, evaluated, monkeypatch, capsys):
     folder, out = evaluated
     good = json.loads((out / "summary.json").read_text())["bench"]
@@ -278,8 +444,16 @@ def trained(tiny_pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     benchmark = json.loads(Path("configs/benchmarks/tiny.json").read_text()) | {"k": 1}
     (folder / "bench.json").write_text(json.dumps(benchmark))
-    settings = ["optim.steps=2", "optim.warmup_steps=0", "log.token_dump_every=1", "log.diagnostics_every=1", "eval.limit=4",
-                f'eval.benchmarks=["{folder}/bench.json"]', f"output_dir={folder}", "rollout.prompts_per_step=4"]  # fmt: skip
+    settings = [
+        "optim.steps=2",
+        "optim.warmup_steps=0",
+        "log.token_dump_every=1",
+        "log.diagnostics_every=1",
+        "eval.limit=4",
+        f'eval.benchmarks=["{folder}/bench.json"]',
+        f"output_dir={folder}",
+        "rollout.prompts_per_step=4",
+    ]
     tip_train.command(["--config", "configs/tiny.json", *(part for text in settings for part in (S, text))])
     return folder / "tiny"
 
@@ -322,37 +496,139 @@ def other_columns(d):
 
 
 RUNS = {
-    **{f"summary {text}": (write("summary.json", text), [], "summary.json: ", "the final figures of a finished run")
-       for text in ("{}", "[]", '{"config": null}', "", '{"steps": "x"}', "\ufeff{}")},
-    **{f"config {text}": (write("config.json", text), [], "config.json: ", "what a run was started with")
-       for text in ("{}", "[]", '{"config": null}', '{"config": {}}', "")},
+    **{
+        f"summary {text}": (write("summary.json", text), [], "summary.json: ", "the final figures of a finished run")
+        for text in ("{}", "[]", '{"config": null}', "", '{"steps": "x"}', "\ufeff{}")
+    },
+    **{
+        f"config {text}": (write("config.json", text), [], "config.json: ", "what a run was started with")
+        for text in ("{}", "[]", '{"config": null}', '{"config": {}}', "")
+    },
     "digits in a summary": (write("summary.json", DIGITS), [], "summary.json: ", DIGIT_FAULT),
     "a deep configuration": (write("config.json", DEEP), [], "config.json: ", DEPTH_FAULT),
-    "figures of no benchmark": (edit("summary.json", eval={"teacher": None, "step_0": {"b": {}}, "final": None}), [], "summary.json: eval.step_0.b", "is missing"),
-    "no evaluation of the teacher": (without_teacher, [], "summary.json: eval.teacher has no figures of benchmark 'bench'", "Remove the file"),
-    "half a response": (cut("eval/step_000000/bench.jsonl", 0.9), ["--example"], "step_000000/bench.jsonl, line 8: not JSON", ""),
+    "figures of no benchmark": (
+        edit("summary.json", eval={"teacher": None, "step_0": {"b": {}}, "final": None}),
+        [],
+        "summary.json: eval.step_0.b",
+        "is missing",
+    ),
+    "no evaluation of the teacher": (
+        without_teacher,
+        [],
+        "summary.json: eval.teacher has no figures of benchmark 'bench'",
+        "Remove the file",
+    ),
+    "half a response": (
+        cut("eval/step_000000/bench.jsonl", 0.9),
+        ["--example"],
+        "step_000000/bench.jsonl, line 8: not JSON",
+        "",
+    ),
     "no responses": (write("eval/step_000000/bench.jsonl", ""), ["--example"], "step_000000/bench.jsonl", "Expected"),
-    "no responses of the teacher": (write("eval/teacher/bench.jsonl", "\n"), ["--example"], "teacher/bench.jsonl: nothing is in it", "Expected"),
-    "responses to other problems": (write("eval/teacher/bench.jsonl", json.dumps({
-        "id": "other", "sample": -1, "prompt": "q", "response": "r", "extracted": "x", "vote": "x", "answer": "x", "correct": True,
-        "finish_reason": "stop", "tokens": 5})), ["--example"], "step-0 student and teacher have not answered the same problems of bench", ""),
-    "responses of another shape": (write("eval/teacher/bench.jsonl", "{}\n"), ["--example"], "teacher/bench.jsonl, line 1: id is missing", "Expected"),
-    "responses that are a folder": (lambda d: ((d / "eval/teacher/bench.jsonl").unlink(), (d / "eval/teacher/bench.jsonl").mkdir()),
-        ["--example"], "teacher/bench.jsonl: cannot be read (Is a directory)", "Expected"),
+    "no responses of the teacher": (
+        write("eval/teacher/bench.jsonl", "\n"),
+        ["--example"],
+        "teacher/bench.jsonl: nothing is in it",
+        "Expected",
+    ),
+    "responses to other problems": (
+        write(
+            "eval/teacher/bench.jsonl",
+            json.dumps(
+                {
+                    "id": "other",
+                    "sample": -1,
+                    "prompt": "q",
+                    "response": "r",
+                    "extracted": "x",
+                    "vote": "x",
+                    "answer": "x",
+                    "correct": True,
+                    "finish_reason": "stop",
+                    "tokens": 5,
+                }
+            ),
+        ),
+        ["--example"],
+        "step-0 student and teacher have not answered the same problems of bench",
+        "",
+    ),
+    "responses of another shape": (
+        write("eval/teacher/bench.jsonl", "{}\n"),
+        ["--example"],
+        "teacher/bench.jsonl, line 1: id is missing",
+        "Expected",
+    ),
+    "responses that are a folder": (
+        lambda d: ((d / "eval/teacher/bench.jsonl").unlink(), (d / "eval/teacher/bench.jsonl").mkdir()),
+        ["--example"],
+        "teacher/bench.jsonl: cannot be read (Is a directory)",
+        "Expected",
+    ),
     "half a line of metrics": (cut("metrics.jsonl", 0.9), ["--out", "{dir}/o"], "metrics.jsonl, line 2: not JSON", ""),
-    "metrics of another shape": (write("metrics.jsonl", '{"step": 1}\n'), ["--out", "{dir}/o"], "metrics.jsonl, line 1", "Expected"),
-    "a metric that is no number": (replaced("metrics.jsonl", '"loss/divergence": ', '"loss/divergence": null, "x": '), ["--out", "{dir}/o"], "metrics.jsonl, line 1: loss/divergence", "Expected a number"),
-    "no metrics": (lambda d: (d / "metrics.jsonl").unlink(), ["--out", "{dir}/o"], "metrics.jsonl: cannot be read", "Expected"),
-    "half a line of a dump": (cut("tokens/step_000001.jsonl", 0.9), ["--out", "{dir}/o"], "tokens/step_000001.jsonl, line 4: not JSON", ""),
-    "a shorter column of a dump": (shorter_column, ["--out", "{dir}/o"], "step_000001.jsonl, line 1: reverse_kl is not as long as token_ids", "Expected"),
-    "a dump without a column": (other_columns, ["--out", "{dir}/o"], "step_000001.jsonl, line 2: it has other columns than the first line", "Expected"),
-    "garbage in an evaluation": (write("eval/step_000002/summary.json", "[]"), ["--out", "{dir}/o"], "step_000002/summary.json: list, expected the figures of an evaluation", ""),
-    "out that is a file": (nothing, ["--out", "{dir}/run/summary.json"], "summary.json is a file, expected a folder. Set --out", ""),
-    "out below a file": (nothing, ["--out", "{dir}/run/summary.json/x"], "summary.json is a file, expected a folder. Set --out", ""),
+    "metrics of another shape": (
+        write("metrics.jsonl", '{"step": 1}\n'),
+        ["--out", "{dir}/o"],
+        "metrics.jsonl, line 1",
+        "Expected",
+    ),
+    "a metric that is no number": (
+        replaced("metrics.jsonl", '"loss/divergence": ', '"loss/divergence": null, "x": '),
+        ["--out", "{dir}/o"],
+        "metrics.jsonl, line 1: loss/divergence",
+        "Expected a number",
+    ),
+    "no metrics": (
+        lambda d: (d / "metrics.jsonl").unlink(),
+        ["--out", "{dir}/o"],
+        "metrics.jsonl: cannot be read",
+        "Expected",
+    ),
+    "half a line of a dump": (
+        cut("tokens/step_000001.jsonl", 0.9),
+        ["--out", "{dir}/o"],
+        "tokens/step_000001.jsonl, line 4: not JSON",
+        "",
+    ),
+    "a shorter column of a dump": (
+        shorter_column,
+        ["--out", "{dir}/o"],
+        "step_000001.jsonl, line 1: reverse_kl is not as long as token_ids",
+        "Expected",
+    ),
+    "a dump without a column": (
+        other_columns,
+        ["--out", "{dir}/o"],
+        "step_000001.jsonl, line 2: it has other columns than the first line",
+        "Expected",
+    ),
+    "garbage in an evaluation": (
+        write("eval/step_000002/summary.json", "[]"),
+        ["--out", "{dir}/o"],
+        "step_000002/summary.json: list, expected the figures of an evaluation",
+        "",
+    ),
+    "out that is a file": (
+        nothing,
+        ["--out", "{dir}/run/summary.json"],
+        "summary.json is a file, expected a folder. Set --out",
+        "",
+    ),
+    "out below a file": (
+        nothing,
+        ["--out", "{dir}/run/summary.json/x"],
+        "summary.json is a file, expected a folder. Set --out",
+        "",
+    ),
     "an endless out": (nothing, ["--out", f"{{dir}}/{NAME}"], "--out", "at most 255 bytes"),
     "an endless run": (nothing, [f"{{dir}}/{NAME}"], "RUN", "at most 255 bytes"),
-    "a run that is a file": (nothing, ["{dir}/run/summary.json"], "summary.json/config.json: cannot be read (Not a directory)", "Expected"),
-}  # fmt: skip
+    "a run that is a file": (
+        nothing,
+        ["{dir}/run/summary.json"],
+        "summary.json/config.json: cannot be read (Not a directory)",
+        "Expected",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -385,36 +661,42 @@ def test_a_comparison_of_no_paths(a, tmp_path, monkeypatch, capsys):
 
 
 # --- analysis and tables ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("extra, message", [
-    (["--out", "{dir}/bench.json"], "bench.json is a file, expected a folder. Set --out"),
-    (["--out", f"{{dir}}/{NAME}"], "at most 255 bytes"),
-    (["--prompts", "0"], "argument --prompts: got '0', expected a whole number from 1"),
-    (["--prompts", "x"], "--prompts"),
-    (["--prompts", DIGITS], "--prompts"),
-    (["--prompts", "1000000000"], "expected at most half"),
-    (["--oracle-tokens", "-1"], "argument --oracle-tokens: got '-1', expected a whole number from 0"),
-    ([S, "output_dir={dir}/bench.json"], "bench.json is a file, expected a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--out", "{dir}/bench.json"], "bench.json is a file, expected a folder. Set --out"),
+        (["--out", f"{{dir}}/{NAME}"], "at most 255 bytes"),
+        (["--prompts", "0"], "argument --prompts: got '0', expected a whole number from 1"),
+        (["--prompts", "x"], "--prompts"),
+        (["--prompts", DIGITS], "--prompts"),
+        (["--prompts", "1000000000"], "expected at most half"),
+        (["--oracle-tokens", "-1"], "argument --oracle-tokens: got '-1', expected a whole number from 0"),
+        ([S, "output_dir={dir}/bench.json"], "bench.json is a file, expected a folder"),
+    ],
+)
 def test_analyses_of_wrong_arguments(extra, message, setup, monkeypatch, capsys):
     arguments = ["--config", setup / "pair.json", *(text.replace("{dir}", str(setup)) for text in extra)]
     assert message in refused(analyze.command, arguments, setup, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("extra, message", [
-    ([S, "output_dir={dir}/bench.json"], "bench.json is a file, expected a folder. Set output_dir"),
-    *((["--seeds", text], "--seeds: ") for text in (*SEEDS, "1,,2", "0,", ",", "0 1", "0,2147483648")),
-    (["--seeds", "1,1"], "expected different seeds"),
-    *((["--only-seed", text], "argument --only-seed: ") for text in SEEDS),
-    (["--jobs", "0"], "argument --jobs: got '0', expected a whole number from 1"),
-    (["--jobs", DIGITS], "--jobs"),
-    (["--table", NAME], "there is no table 'nnn"),
-    (["--table", ""], "there is no table ''"),
-    (["--table", "../tables/table5"], "there is no table"),
-    (["--table", "٣"], "there is no table"),
-    (["--table", "a\0b"], "there is no table"),
-    (["--arms", NAME], "has no arm"),
-    ([S, "seed=1"], "the arms and seeds of a table set seed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ([S, "output_dir={dir}/bench.json"], "bench.json is a file, expected a folder. Set output_dir"),
+        *((["--seeds", text], "--seeds: ") for text in (*SEEDS, "1,,2", "0,", ",", "0 1", "0,2147483648")),
+        (["--seeds", "1,1"], "expected different seeds"),
+        *((["--only-seed", text], "argument --only-seed: ") for text in SEEDS),
+        (["--jobs", "0"], "argument --jobs: got '0', expected a whole number from 1"),
+        (["--jobs", DIGITS], "--jobs"),
+        (["--table", NAME], "there is no table 'nnn"),
+        (["--table", ""], "there is no table ''"),
+        (["--table", "../tables/table5"], "there is no table"),
+        (["--table", "٣"], "there is no table"),
+        (["--table", "a\0b"], "there is no table"),
+        (["--arms", NAME], "has no arm"),
+        ([S, "seed=1"], "the arms and seeds of a table set seed"),
+    ],
+)
 def test_tables_of_wrong_arguments(extra, message, setup, monkeypatch, capsys):
     table = [] if "--table" in extra else ["--table", "5"]
     arguments = ["--config", setup / "pair.json", *table, *(text.replace("{dir}", str(setup)) for text in extra)]
@@ -436,7 +718,7 @@ SOURCES = {
     "no field": ("{}", "no field"),
     "an answer that is no text": (ROW.replace('"5"', "[5]"), "field 'answer' is"),
     "a problem that is no text": (ROW.replace('"P"', "null"), "field 'problem' is"),
-}  # fmt: skip
+}
 
 
 LISTS = {
@@ -459,18 +741,21 @@ def test_sources_that_hold_no_problems(name, tmp_path, monkeypatch, capsys):
     assert message in found and str(source) in found
 
 
-@pytest.mark.parametrize("extra, message", [
-    (["--source", "{dir}"], "cannot be read (Is a directory)"),
-    (["--source", "{dir}/none.jsonl"], "cannot be read (No such file or directory)"),
-    (["--source", "{dir}/bad.parquet"], "bad.parquet: cannot be read"),
-    (["--source", "/dev/zero"], "/dev/zero: is a device"),
-    (["--source", ""], "argument --source: '' is empty, expected a path"),
-    (["--source", NAME], "at most 255 bytes"),
-    (["--source", "a\0b"], "holds a null byte"),
-    (["--out", "{dir}/good.jsonl"], "good.jsonl is a file, expected a folder. Set --out"),
-    (["--out", f"{{dir}}/{NAME}"], "at most 255 bytes"),
-    *((["--seed", text], "argument --seed: ") for text in SEEDS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--source", "{dir}"], "cannot be read (Is a directory)"),
+        (["--source", "{dir}/none.jsonl"], "cannot be read (No such file or directory)"),
+        (["--source", "{dir}/bad.parquet"], "bad.parquet: cannot be read"),
+        (["--source", "/dev/zero"], "/dev/zero: is a device"),
+        (["--source", ""], "argument --source: '' is empty, expected a path"),
+        (["--source", NAME], "at most 255 bytes"),
+        (["--source", "a\0b"], "holds a null byte"),
+        (["--out", "{dir}/good.jsonl"], "good.jsonl is a file, expected a folder. Set --out"),
+        (["--out", f"{{dir}}/{NAME}"], "at most 255 bytes"),
+        *((["--seed", text], "argument --seed: ") for text in SEEDS),
+    ],
+)
 def test_preparations_of_wrong_arguments(extra, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "good.jsonl").write_text(ROW)
     (tmp_path / "bad.parquet").write_text(ROW)
@@ -483,8 +768,17 @@ def test_preparations_of_wrong_arguments(extra, message, tmp_path, monkeypatch, 
 def test_overlaps_are_written_to_a_file(out, tmp_path, monkeypatch, capsys):
     os.mkfifo(tmp_path / "device")
     (tmp_path / "a.jsonl").write_text(ROW)
-    arguments = [tmp_path / "a.jsonl", tmp_path / "a.jsonl", "--field", "problem", "--out", out.replace("{dir}", str(tmp_path))]
-    assert "it is a folder or a device, expected a file" in refused(contamination.command, arguments, tmp_path, monkeypatch, capsys)
+    arguments = [
+        tmp_path / "a.jsonl",
+        tmp_path / "a.jsonl",
+        "--field",
+        "problem",
+        "--out",
+        out.replace("{dir}", str(tmp_path)),
+    ]
+    assert "it is a folder or a device, expected a file" in refused(
+        contamination.command, arguments, tmp_path, monkeypatch, capsys
+    )
 
 
 @pytest.mark.parametrize("name, value", [("NUM_GPUS", "²"), ("NUM_GPUS", DIGITS), ("NNODES", "0"), ("NNODES", "x")])
@@ -495,13 +789,16 @@ def test_numbers_of_processes_that_are_none(name, value, setup, monkeypatch, cap
     assert f"{name} is '" in message and "expected a whole number from 1" in message
 
 
-@pytest.mark.parametrize("extra, message", [
-    *((["--seed", text], "argument --seed: ") for text in SEEDS),
-    (["--out", "{dir}/file"], "file is a file, expected a folder. Set --out"),
-    (["--out", f"{{dir}}/{NAME}"], "at most 255 bytes"),
-    (["--out", "{dir}/full"], "it exists and holds no embedded pair"),
-    (["--task", "x"], "invalid choice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        *((["--seed", text], "argument --seed: ") for text in SEEDS),
+        (["--out", "{dir}/file"], "file is a file, expected a folder. Set --out"),
+        (["--out", f"{{dir}}/{NAME}"], "at most 255 bytes"),
+        (["--out", "{dir}/full"], "it exists and holds no embedded pair"),
+        (["--task", "x"], "invalid choice"),
+    ],
+)
 def test_embedded_pairs_of_wrong_arguments(extra, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
@@ -511,8 +808,17 @@ def test_embedded_pairs_of_wrong_arguments(extra, message, tmp_path, monkeypatch
 
 
 # --- what nobody expected ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero\nand more"), KeyError("\ud800"), ValueError(), MemoryError(),
-                                   RecursionError("x" * 10_000), OSError(errno.EIO, "Input/output error")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError("division by zero\nand more"),
+        KeyError("\ud800"),
+        ValueError(),
+        MemoryError(),
+        RecursionError("x" * 10_000),
+        OSError(errno.EIO, "Input/output error"),
+    ],
+)
 def test_an_unexpected_exception_is_one_line_with_the_path_of_its_traceback(error, setup, monkeypatch, capsys):
     def fail(*arguments):
         raise error

@@ -12,15 +12,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-SMALL = ["eval.limit=24", "eval.k=1", "checkpoint.every=2", "optim.steps=6", "optim.warmup_steps=0", "log.token_dump_every=3",
-         "log.diagnostics_every=2", "rollout.prompts_per_step=9", "optim.micro_batch_tokens=150"]  # fmt: skip
+SMALL = [
+    "eval.limit=24",
+    "eval.k=1",
+    "checkpoint.every=2",
+    "optim.steps=6",
+    "optim.warmup_steps=0",
+    "log.token_dump_every=3",
+    "log.diagnostics_every=2",
+    "rollout.prompts_per_step=9",
+    "optim.micro_batch_tokens=150",
+]
 
 
 def start(module, output_dir, name, *settings, processes=2, options=(), deepspeed="zero2", **environment):
     engine = ["engine.kind=deepspeed", f"engine.deepspeed={deepspeed}"] if deepspeed else []
     chosen = [*engine, f"output_dir={output_dir}", f"run_name={name}", *settings]
-    command = [sys.executable, "-m", "opd.launch", module, "--config", "configs/tiny.json",
-               *options, *(x for s in chosen for x in ("--set", s))]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "opd.launch",
+        module,
+        "--config",
+        "configs/tiny.json",
+        *options,
+        *(x for s in chosen for x in ("--set", s)),
+    ]
     environment = os.environ | {"NUM_GPUS": str(processes)} | environment
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -149,24 +166,36 @@ def test_evaluation_is_shared_by_two_processes(unbroken, tmp_path):
         assert shared[key] == trained[key]
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    (["engine.deepspeed=zero7"], "engine.deepspeed: no file 'zero7'; there are"),
-    (["engine.deepspeed=null"], 'the file belongs to kind "deepspeed"'),
-    (["engine.deepspeed=zero0", "student.dtype=bfloat16"], "DeepSpeed then adds gradients up in bfloat16"),
-    (["student.path=nowhere"], "student.path 'nowhere': no such folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["engine.deepspeed=zero7"], "engine.deepspeed: no file 'zero7'; there are"),
+        (["engine.deepspeed=null"], 'the file belongs to kind "deepspeed"'),
+        (["engine.deepspeed=zero0", "student.dtype=bfloat16"], "DeepSpeed then adds gradients up in bfloat16"),
+        (["student.path=nowhere"], "student.path 'nowhere': no such folder"),
+    ],
+)
 def test_wrong_input_is_said_once_with_exit_code_2(settings, words, tiny_pair, tmp_path):
     out, err = finish(start("tip.train", tmp_path, "run", *settings), 2)
     assert out == "" and err.count("error:") == 1 and words in err
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("environment", "words"), [
-    ({"NUM_GPUS": "many"}, "NUM_GPUS is 'many', expected a whole number from 1"),
-    ({"NNODES": "2"}, "NNODES is 2 and MASTER_ADDR is not set"),
-    ({"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}, "NNODES is 2 and NODE_RANK is not set: give every machine its number, 0 to 1"),
-    ({"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "2"}, "NODE_RANK is 2: give every machine its number, 0 to 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"NUM_GPUS": "many"}, "NUM_GPUS is 'many', expected a whole number from 1"),
+        ({"NNODES": "2"}, "NNODES is 2 and MASTER_ADDR is not set"),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "127.0.0.1"},
+            "NNODES is 2 and NODE_RANK is not set: give every machine its number, 0 to 1",
+        ),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "2"},
+            "NODE_RANK is 2: give every machine its number, 0 to 1",
+        ),
+    ],
+)
 def test_a_wrong_environment_is_refused(environment, words, tmp_path):
     _, err = finish(start("tip.train", tmp_path, "run", **environment), 2)
     assert words in err
@@ -175,10 +204,19 @@ def test_a_wrong_environment_is_refused(environment, words, tmp_path):
 def test_two_machines_are_one_run(tiny_pair, unbroken, tmp_path):
     """Two launchers with one process each, as on two machines that share a disk."""
     machines = [
-        start("tip.train", tmp_path, "run", *SMALL, processes=1, NNODES="2", NODE_RANK=str(n), MASTER_ADDR="127.0.0.1",
-              MASTER_PORT="29617")
+        start(
+            "tip.train",
+            tmp_path,
+            "run",
+            *SMALL,
+            processes=1,
+            NNODES="2",
+            NODE_RANK=str(n),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT="29617",
+        )
         for n in (0, 1)
-    ]  # fmt: skip
+    ]
     for process in machines:
         finish(process)
     assert_same(results(tmp_path / "run"), results(unbroken))

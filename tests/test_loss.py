@@ -57,8 +57,11 @@ def test_value_and_gradient_equal_the_naive_formula(divergence, mixture, n, v, h
     naive = naive_total(hs, student, ht, teacher, weights, share, divergence, 0.3)
     assert ours.dtype == torch.float32
     assert abs(ours.item() - naive.item()) <= 2e-6 * max(1, abs(naive.item()))
-    for a, b in zip(gradients(ours, hs, student.weight, student.bias),
-                    gradients(naive, hs, student.weight, student.bias), strict=True):  # fmt: skip
+    for a, b in zip(
+        gradients(ours, hs, student.weight, student.bias),
+        gradients(naive, hs, student.weight, student.bias),
+        strict=True,
+    ):
         assert relative(a, b) < 1e-5  # rounding in float32: up to 4.3e-6 with torch's plainest kernels
 
 
@@ -258,10 +261,20 @@ def test_nothing_of_size_tokens_times_vocabulary_survives():
     total.backward()
 
 
-@pytest.mark.parametrize("needs", [
-    {"student_entropy"}, {"reverse_kl"}, {"forward_kl"}, {"jsd"}, {"total_variation"}, {"top1_agree"}, {"overlap_kl"},
-    {"teacher_topk_mass"}, {"student_entropy", "teacher_entropy", "reverse_kl", "student_logprob", "teacher_logprob"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "needs",
+    [
+        {"student_entropy"},
+        {"reverse_kl"},
+        {"forward_kl"},
+        {"jsd"},
+        {"total_variation"},
+        {"top1_agree"},
+        {"overlap_kl"},
+        {"teacher_topk_mass"},
+        {"student_entropy", "teacher_entropy", "reverse_kl", "student_logprob", "teacher_logprob"},
+    ],
+)
 def test_token_stats_equal_the_naive_formulas(needs):
     hs, student, ht, teacher, _ = case(21, 97, seed=5)
     ids = torch.arange(21) * 3
@@ -270,16 +283,27 @@ def test_token_stats_equal_the_naive_formulas(needs):
     p, q = (naive_logits(h, head).softmax(-1).detach() for h, head in ((hs, student), (ht, teacher)))
     top_p, top_q = (set_of(row) for row in (p, q))
     expected = {
-        "student_entropy": -(p * p.log()).sum(-1), "teacher_entropy": -(q * q.log()).sum(-1),
-        "reverse_kl": (p * (p / q).log()).sum(-1), "forward_kl": (q * (q / p).log()).sum(-1),
-        "jsd": naive_loss("jsd", p.log(), q.log(), 0.3), "total_variation": (p - q).clamp(min=0).sum(-1),
-        "student_logprob": p[range(21), ids].log(), "teacher_logprob": q[range(21), ids].log(),
-        "top1_agree": torch.tensor([float(max(range(97), key=a.__getitem__) == max(range(97), key=b.__getitem__))
-                                    for a, b in zip(p.tolist(), q.tolist(), strict=True)]),
-        "teacher_topk_mass": torch.tensor([sum(row[i] for i in ids_) for row, ids_ in zip(q.tolist(), top_p, strict=True)]),
-        "overlap_kl": torch.tensor([on_union(a, b, s | t) for a, b, s, t in
-                                    zip(p.tolist(), q.tolist(), top_p, top_q, strict=True)]),
-    }  # fmt: skip
+        "student_entropy": -(p * p.log()).sum(-1),
+        "teacher_entropy": -(q * q.log()).sum(-1),
+        "reverse_kl": (p * (p / q).log()).sum(-1),
+        "forward_kl": (q * (q / p).log()).sum(-1),
+        "jsd": naive_loss("jsd", p.log(), q.log(), 0.3),
+        "total_variation": (p - q).clamp(min=0).sum(-1),
+        "student_logprob": p[range(21), ids].log(),
+        "teacher_logprob": q[range(21), ids].log(),
+        "top1_agree": torch.tensor(
+            [
+                float(max(range(97), key=a.__getitem__) == max(range(97), key=b.__getitem__))
+                for a, b in zip(p.tolist(), q.tolist(), strict=True)
+            ]
+        ),
+        "teacher_topk_mass": torch.tensor(
+            [sum(row[i] for i in ids_) for row, ids_ in zip(q.tolist(), top_p, strict=True)]
+        ),
+        "overlap_kl": torch.tensor(
+            [on_union(a, b, s | t) for a, b, s, t in zip(p.tolist(), q.tolist(), top_p, top_q, strict=True)]
+        ),
+    }
     for name, column in ours.items():
         torch.testing.assert_close(column.double(), expected[name].double(), rtol=3e-5, atol=3e-6)
 
@@ -293,8 +317,11 @@ def test_top_five_of_both_models(v):
     )
     for who, hidden, head in (("student", hs, student), ("teacher", ht, teacher)):
         for row, ids, logprobs in zip(
-            naive_logits(hidden, head).softmax(-1).tolist(), found[f"{who}_top5_ids"].tolist(),
-            found[f"{who}_top5_logprobs"].tolist(), strict=True):  # fmt: skip
+            naive_logits(hidden, head).softmax(-1).tolist(),
+            found[f"{who}_top5_ids"].tolist(),
+            found[f"{who}_top5_logprobs"].tolist(),
+            strict=True,
+        ):
             assert ids == sorted(range(v), key=lambda i, row=row: -row[i])[:5]
             assert logprobs == pytest.approx([math.log(row[i]) for i in ids], rel=1e-4, abs=1e-5)
 
@@ -365,18 +392,29 @@ def test_divergences_of_nearly_equal_models_are_never_negative(v, gap):
         assert column.max() < 1e-5, name  # and they are still the divergences: about 5e-11, and 5e-15
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"divergence": "kl"}, "divergence is 'kl'"), ({"jsd_beta": 0.0}, "beta is 0.0"), ({"jsd_beta": 1.0}, "beta is 1.0"),
-    ({"weights": torch.ones(3)}, r"weights has shape \(3,\), expected \(7,\)"),
-    ({"forward_share": torch.ones(8)}, r"forward_share has shape \(8,\)"),
-    ({"student_hidden": torch.ones(7, 6)}, r"expected \(N, 5\)"), ({"teacher_hidden": torch.ones(6, 9)}, "6 teacher rows"),
-    ({"teacher_head": Head(torch.ones(52, 9))}, "compares 53 ids and teacher head 52"),
-    ({"student_head": Head(torch.ones(50, 5), vocab_size=53)}, "has 50 rows, expected at least"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"divergence": "kl"}, "divergence is 'kl'"),
+        ({"jsd_beta": 0.0}, "beta is 0.0"),
+        ({"jsd_beta": 1.0}, "beta is 1.0"),
+        ({"weights": torch.ones(3)}, r"weights has shape \(3,\), expected \(7,\)"),
+        ({"forward_share": torch.ones(8)}, r"forward_share has shape \(8,\)"),
+        ({"student_hidden": torch.ones(7, 6)}, r"expected \(N, 5\)"),
+        ({"teacher_hidden": torch.ones(6, 9)}, "6 teacher rows"),
+        ({"teacher_head": Head(torch.ones(52, 9))}, "compares 53 ids and teacher head 52"),
+        ({"student_head": Head(torch.ones(50, 5), vocab_size=53)}, "has 50 rows, expected at least"),
+    ],
+)
 def test_malformed_input_is_refused(change, message):
     hs, student, ht, teacher, weights = case()
-    arguments = {"student_hidden": hs, "student_head": student, "teacher_hidden": ht, "teacher_head": teacher,
-                 "weights": weights}  # fmt: skip
+    arguments = {
+        "student_hidden": hs,
+        "student_head": student,
+        "teacher_hidden": ht,
+        "teacher_head": teacher,
+        "weights": weights,
+    }
     with pytest.raises(ValueError, match=message):
         divergence_sum(**arguments | change)
 

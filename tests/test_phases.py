@@ -32,9 +32,23 @@ RULES = {
 
 def run(out, rule, *settings, resume="auto"):
     tip = [f"tip.{key}={value}" for key, value in (RULES[rule] or {}).items()]
-    config, sections = load_config("configs/tiny.json", [
-        f"output_dir={out}", "run_name=run", "optim.steps=4", "optim.warmup_steps=0", "eval.limit=6", "eval.k=1", "checkpoint.every=2",
-        "eval.reverse_kl=true", "log.diagnostics_every=2", *tip, *settings], SECTIONS)  # fmt: skip
+    config, sections = load_config(
+        "configs/tiny.json",
+        [
+            f"output_dir={out}",
+            "run_name=run",
+            "optim.steps=4",
+            "optim.warmup_steps=0",
+            "eval.limit=6",
+            "eval.k=1",
+            "checkpoint.every=2",
+            "eval.reverse_kl=true",
+            "log.diagnostics_every=2",
+            *tip,
+            *settings,
+        ],
+        SECTIONS,
+    )
     weighter = TipWeighter(sections["tip"]) if RULES[rule] else UniformWeighter()
     return train.run(config, weighter, sections, resume)
 
@@ -43,8 +57,11 @@ def results(folder):
     """All that a run says and writes, but for times and memory."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     numbers = [{k: v for k, v in r.items() if not k.startswith(("time/", "memory/"))} for r in rows]
-    files = {str(p.relative_to(folder)): p.read_bytes() for kind in ("checkpoints/**/*.safetensors", "eval/**/tiny.jsonl", "tokens/*")
-             for p in sorted(folder.glob(kind))}  # fmt: skip
+    files = {
+        str(p.relative_to(folder)): p.read_bytes()
+        for kind in ("checkpoints/**/*.safetensors", "eval/**/tiny.jsonl", "tokens/*")
+        for p in sorted(folder.glob(kind))
+    }
     return numbers, files
 
 
@@ -159,8 +176,18 @@ def test_a_phase_holds_what_it_needs_and_nothing_else():
     assert held() == (0, 0, 0, 0)
     for step in (1, 2):
         enter("rollout")
-        train_step(student=student, teacher=teacher, engine=engine, micro_batches=one_each(random_rollouts(student)), weighter=UniformWeighter(),
-                   loss=tiny_config().loss, vocab_size=35, step=step, seed=0, enter=enter)  # fmt: skip
+        train_step(
+            student=student,
+            teacher=teacher,
+            engine=engine,
+            micro_batches=one_each(random_rollouts(student)),
+            weighter=UniformWeighter(),
+            loss=tiny_config().loss,
+            vocab_size=35,
+            step=step,
+            seed=0,
+            enter=enter,
+        )
     assert seen["rollout"] == [(whole, 0, 0, 0), (whole, 0, 0, 0)]
     assert seen["teacher"] == [(0, 0, body - head, head), (0, 0, body - head, head)]
     assert seen["update"] == [(whole, 0, 0, head), (whole, 2 * whole, 0, head)]  # moments are made in the first step
@@ -194,8 +221,18 @@ def test_vllm_sleeps_before_the_teacher_comes_and_gets_the_new_weights_when_the_
         enter("rollout")
         for lm, own, how in ((student, engine, enter), (plain, reference, lambda phase: None)):
             teacher_of = teacher if lm is student else random_lm(2, hidden=48, layers=3, name="teacher")
-            train_step(student=lm, teacher=teacher_of, engine=own, micro_batches=one_each(random_rollouts(lm)), weighter=UniformWeighter(),
-                       loss=tiny_config().loss, vocab_size=35, step=step, seed=0, enter=how)  # fmt: skip
+            train_step(
+                student=lm,
+                teacher=teacher_of,
+                engine=own,
+                micro_batches=one_each(random_rollouts(lm)),
+                weighter=UniformWeighter(),
+                loss=tiny_config().loss,
+                vocab_size=35,
+                step=step,
+                seed=0,
+                enter=how,
+            )
         phases.changed = True
     enter("rollout")
     enter("teacher")  # an evaluation: nothing was trained
@@ -332,8 +369,17 @@ def test_what_looks_into_a_loss_that_is_not_finite_has_the_gradients_room(monkey
     with torch.no_grad():
         teacher.model.model.norm.weight[0] = float("nan")
     with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
-        train_step(student=student, teacher=teacher, engine=engine, micro_batches=one_each(random_rollouts(student)), weighter=UniformWeighter(),
-                   loss=tiny_config().loss, vocab_size=35, step=1, seed=0)  # fmt: skip
+        train_step(
+            student=student,
+            teacher=teacher,
+            engine=engine,
+            micro_batches=one_each(random_rollouts(student)),
+            weighter=UniformWeighter(),
+            loss=tiny_config().loss,
+            vocab_size=35,
+            step=1,
+            seed=0,
+        )
     assert all(p.grad is None for p in student.model.parameters()) and not student.model.training
 
 

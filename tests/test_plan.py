@@ -27,8 +27,15 @@ def test_sizes_without_weights_are_those_of_the_model(tiny_pair):
 
 
 def test_sizes_by_hand():
-    llama = LlamaConfig(vocab_size=100, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=4,
-                        num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+    llama = LlamaConfig(
+        vocab_size=100,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     with torch.device("meta"):
         size = plan.size_of(AutoModelForCausalLM.from_config(llama))
     per_layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12 + 2 * 8
@@ -71,12 +78,21 @@ def test_two_phases_and_vllm_by_hand():
     update = found.phases["update"]
     assert update["teacher head"] == 4 * 35 * 48 and "teacher" not in update and update["optimizer"] == 8 * p
     large = plan.size_of(random_lm(0, hidden=256, layers=4).model)  # whose optimizer takes more than its activations
-    wide = plan.make_plan(tiny_config(*settings, "optim.micro_batch_tokens=64", "engine.gradient_checkpointing=true"), large, t,
-                          torch.device("cpu"), 60)  # fmt: skip
+    wide = plan.make_plan(
+        tiny_config(*settings, "optim.micro_batch_tokens=64", "engine.gradient_checkpointing=true"),
+        large,
+        t,
+        torch.device("cpu"),
+        60,
+    )
     assert wide.phases["update"]["AdamW's temporaries"] == 4 * large.parameters
     states = 32 * 40 * 48 * 4
-    assert found.host == {"teacher states": int(1e-4 * 2**30), "student waiting": 4 * p, "moments waiting": 8 * p,
-                          "teacher waiting": 4 * q}  # fmt: skip
+    assert found.host == {
+        "teacher states": int(1e-4 * 2**30),
+        "student waiting": 4 * p,
+        "moments waiting": 8 * p,
+        "teacher waiting": 4 * q,
+    }
     assert found.spilled == states - found.host["teacher states"] > 0
     vllm = plan.make_plan(
         tiny_config(*settings, "rollout.engine=vllm"), s, t, torch.device("cpu"), 60, longest_answer=30
@@ -121,8 +137,16 @@ def saved(folder, name):
     hidden, intermediate, layers, heads, kv, dim, vocabulary, tied = MODELS[name]
     kind = {"Qwen3": Qwen3Config, "Qwen2": Qwen2Config, "Llama": LlamaConfig}[re.search("Qwen3|Qwen2|Llama", name)[0]]
     settings = {} if kind is Qwen2Config else {"head_dim": dim}
-    kind(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-         num_key_value_heads=kv, vocab_size=vocabulary, tie_word_embeddings=tied, **settings).save_pretrained(folder / name)  # fmt: skip
+    kind(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        **settings,
+    ).save_pretrained(folder / name)
     return f"path={folder / name}"
 
 
@@ -226,7 +250,12 @@ def test_stages_and_offload_by_hand(tmp_path):
 
 def test_amounts_for_people():
     assert [plan.amount(x) for x in (12, 2048, 5 * 2**20, 1.5 * 2**30, 3000 * 2**30)] == [
-        "12 B", "2 KiB", "5 MiB", "1.5 GiB", "3000.0 GiB"]  # fmt: skip
+        "12 B",
+        "2 KiB",
+        "5 MiB",
+        "1.5 GiB",
+        "3000.0 GiB",
+    ]
 
 
 def test_a_dry_run_says_everything_and_starts_nothing(tiny_pair, tmp_path):
@@ -244,7 +273,14 @@ def test_a_dry_run_says_everything_and_starts_nothing(tiny_pair, tmp_path):
     assert result.returncode == 0, result.stderr
     config = json.loads(result.stdout[: result.stdout.index("\n}") + 2])
     assert config["tip"]["rule"] == "soft_or" and config["output_dir"] == f"{tmp_path}/o"
-    for text in ("memory, by phase:", "    rollout: ", "weights 426 KiB + optimizer 85", "h in all", "disk:",
-                 "command: python -m tip.train --config configs/tiny.json --dry-run", "nothing was started"):  # fmt: skip
+    for text in (
+        "memory, by phase:",
+        "    rollout: ",
+        "weights 426 KiB + optimizer 85",
+        "h in all",
+        "disk:",
+        "command: python -m tip.train --config configs/tiny.json --dry-run",
+        "nothing was started",
+    ):
         assert text in result.stdout
     assert not (tmp_path / "o").exists()

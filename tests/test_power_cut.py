@@ -1,7 +1,8 @@
 """What is on the disk when the power fails: a disk that keeps what was flushed to it, and nothing else.
 
-A file keeps the bytes it had when it was last flushed (none if it never was), a folder the names that it had. So a rename
-whose folder was not flushed afterwards never happened, and a file that was renamed before it was flushed is empty.
+A file keeps the bytes it had when it was last flushed (none if it never was), a folder the names that it had. So a
+rename whose folder was not flushed afterwards never happened, and a file that was renamed before it was flushed is
+empty.
 """
 
 import json
@@ -66,8 +67,8 @@ class Disk:
             self.content[own.st_ino] = Path(f"/proc/self/fd/{handle}").read_bytes()
 
     def after_a_power_cut(self, target, names="flushed"):
-        """Writes what is left to `target`. With `names` "all" the disk had all renames and new files already, and not what
-        is in them, since it may write in any order: a file that was changed after it was flushed is empty."""
+        """Writes what is left to `target`. With `names` "all" the disk had all renames and new files already, and not
+        what is in them, since it may write in any order: a file that was changed after it was flushed is empty."""
         root = self.root.stat().st_ino, True
         shutil.rmtree(target, ignore_errors=True)
         self._write(root, target, self.root if names == "all" else None)
@@ -137,8 +138,17 @@ def trained():
     """A model after one update, its engine, and what a weighter may remember."""
     lm = random_lm(3)
     engine = engine_for(lm)
-    train_step(student=lm, teacher=random_lm(4, name="teacher"), engine=engine, micro_batches=one_each(random_rollouts(lm)),
-               weighter=TipWeighter(TipConfig()), loss=LOSS, vocab_size=35, step=1, seed=0)  # fmt: skip
+    train_step(
+        student=lm,
+        teacher=random_lm(4, name="teacher"),
+        engine=engine,
+        micro_batches=one_each(random_rollouts(lm)),
+        weighter=TipWeighter(TipConfig()),
+        loss=LOSS,
+        vocab_size=35,
+        step=1,
+        seed=0,
+    )
     return lm, engine, {"reverse_kl": torch.arange(5.0)}
 
 
@@ -154,8 +164,13 @@ def test_a_checkpoint_is_on_the_disk_when_save_returns(trained, disk_of, tmp_pat
         found = checkpoint.newest(left)
         assert found is not None and found.name == "step_000002" and checkpoint.verify(found) == 2
         assert contents(found) == contents(saved)
-        assert {"model.safetensors", "manifest.json", "trainer.json", "trainer/optimizer.safetensors",
-                "trainer/weighter.safetensors"} <= set(contents(found))  # fmt: skip
+        assert {
+            "model.safetensors",
+            "manifest.json",
+            "trainer.json",
+            "trainer/optimizer.safetensors",
+            "trainer/weighter.safetensors",
+        } <= set(contents(found))
 
 
 def test_the_power_may_fail_at_any_moment_of_a_save(trained, disk_of, tmp_path):
@@ -197,10 +212,20 @@ def test_a_file_that_is_written_whole_is_never_empty(disk_of, tmp_path):
 
 def test_no_checkpoint_without_the_metrics_that_lead_to_it(tiny_pair, disk_of, tmp_path, monkeypatch):
     """Whenever a checkpoint gets its name, metrics.jsonl up to its update has been flushed."""
-    config, _ = load_config("configs/tiny.json", [
-        f"output_dir={tmp_path}", "run_name=run", "optim.steps=2", "optim.warmup_steps=0", "eval.benchmarks=[]",
-        "checkpoint.every=1", "rollout.prompts_per_step=4", "log.diagnostics_every=0", "log.samples=0",
-    ])  # fmt: skip
+    config, _ = load_config(
+        "configs/tiny.json",
+        [
+            f"output_dir={tmp_path}",
+            "run_name=run",
+            "optim.steps=2",
+            "optim.warmup_steps=0",
+            "eval.benchmarks=[]",
+            "checkpoint.every=1",
+            "rollout.prompts_per_step=4",
+            "log.diagnostics_every=0",
+            "log.samples=0",
+        ],
+    )
     folder, seen = tmp_path / "run", {}
     disk = disk_of(tmp_path)
 

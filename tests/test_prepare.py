@@ -17,10 +17,20 @@ DATA = os.environ.get("OPD_TEST_DATA")
 real = pytest.mark.skipif(not DATA, reason="OPD_TEST_DATA names no folder with problem files")
 
 
-@pytest.mark.parametrize("text,expected", [
-    ("033", "33"), ("336^\\circ", "336"), ("336^{\\circ}", "336"), ("70°", "70"), (25, "25"), ("$25$", "25"), (" 0 ", "0"),
-    ("000", "0"), ("33.0", "33"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("033", "33"),
+        ("336^\\circ", "336"),
+        ("336^{\\circ}", "336"),
+        ("70°", "70"),
+        (25, "25"),
+        ("$25$", "25"),
+        (" 0 ", "0"),
+        ("000", "0"),
+        ("33.0", "33"),
+    ],
+)
 def test_aime_keys(text, expected):
     assert aime.key(text) == expected
 
@@ -37,11 +47,19 @@ def test_dapo_rows_by_hand():
         "$Answer (without quotes) where $Answer is the answer to the problem.\n\n"
     )
     reminder = '\n\nRemember to put your answer on its own line after "Answer:".'
-    original = {"prompt": [{"role": "user", "content": f"{instruction}What is $1+1$?{reminder}"}],
-                "reward_model": {"ground_truth": "2"}}  # fmt: skip
-    raw = [original, {"problem": "What is 1 + 1 ?", "answer": "2"}, {"problem": "How many?", "answer": "3"},
-           {"problem": "How  many?", "answer": "4"}, *({"problem": f"Number {i}?", "answer": str(i)} for i in range(8)),
-           {"problem": " ".join(f"w{i}" for i in range(30)), "answer": "1"}, {"problem": "三角形的面积是多少?", "answer": 5}]  # fmt: skip
+    original = {
+        "prompt": [{"role": "user", "content": f"{instruction}What is $1+1$?{reminder}"}],
+        "reward_model": {"ground_truth": "2"},
+    }
+    raw = [
+        original,
+        {"problem": "What is 1 + 1 ?", "answer": "2"},
+        {"problem": "How many?", "answer": "3"},
+        {"problem": "How  many?", "answer": "4"},
+        *({"problem": f"Number {i}?", "answer": str(i)} for i in range(8)),
+        {"problem": " ".join(f"w{i}" for i in range(30)), "answer": "1"},
+        {"problem": "三角形的面积是多少?", "answer": 5},
+    ]
     evaluation = [("e", " ".join(f"W{i}" for i in range(4, 40)))]
     splits, dropped, pairs = dapo_math_17k.rows(raw, evaluation, 42, "x")
     assert [p.eval_id for p in pairs] == ["e"]
@@ -84,9 +102,13 @@ def test_overlap_by_hand():
 
 @real
 def test_real_files_give_the_counts_and_the_same_bytes_twice(tmp_path):
-    sources = {"math500": f"{DATA}/math500/test.jsonl", "aime24": f"{DATA}/aime24/test.jsonl",
-               "aime25": f"{DATA}/aime25/test.jsonl", "gsm8k": f"{DATA}/gsm8k",
-               "dapo_math_17k": f"{DATA}/dapo_math_17k/train.jsonl"}  # fmt: skip
+    sources = {
+        "math500": f"{DATA}/math500/test.jsonl",
+        "aime24": f"{DATA}/aime24/test.jsonl",
+        "aime25": f"{DATA}/aime25/test.jsonl",
+        "gsm8k": f"{DATA}/gsm8k",
+        "dapo_math_17k": f"{DATA}/dapo_math_17k/train.jsonl",
+    }
     for out in (tmp_path / "one", tmp_path / "two"):
         for name, source in sources.items():
             prepare(name, source, out)
@@ -98,12 +120,20 @@ def test_real_files_give_the_counts_and_the_same_bytes_twice(tmp_path):
     assert rows["gsm8k"] == {"train.jsonl": 7473, "test.jsonl": 1319}
     dapo = manifests["dapo_math_17k"]
     overlapping = dapo["dropped"]["overlap with an evaluation set"]
-    assert rows["dapo_math_17k"] == {"train.jsonl": int(0.8 * (16714 - overlapping)),
-                                     "validation.jsonl": 16714 - overlapping - int(0.8 * (16714 - overlapping))}  # fmt: skip
+    assert rows["dapo_math_17k"] == {
+        "train.jsonl": int(0.8 * (16714 - overlapping)),
+        "validation.jsonl": 16714 - overlapping - int(0.8 * (16714 - overlapping)),
+    }
     recorded = {line.split()[1]: line.split()[0] for line in (Path(DATA) / "SHA256SUMS").read_text().splitlines()}
     recorded = {name.removeprefix("./"): digest for name, digest in recorded.items()}
-    for name, split in (("math500", "test"), ("aime24", "test"), ("aime25", "test"), ("gsm8k", "train"), ("gsm8k", "test"),
-                        ("dapo_math_17k", "train")):  # fmt: skip
+    for name, split in (
+        ("math500", "test"),
+        ("aime24", "test"),
+        ("aime25", "test"),
+        ("gsm8k", "train"),
+        ("gsm8k", "test"),
+        ("dapo_math_17k", "train"),
+    ):
         assert manifests[name]["source"][split]["sha256"] == recorded[f"{name}/{split}.jsonl"]
     problems = read_problems(tmp_path / "one/math500/test.jsonl", "prompt", "answer")
     assert len({p.id for p in problems}) == 500 and problems[0].answer == "\\left( 3, \\frac{\\pi}{2} \\right)"
@@ -135,10 +165,16 @@ def test_training_data_needs_the_evaluation_sets_first(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content,message", [
-    ("{", "not JSON"), ("[1]", "expected a non-empty list"), ("", "expected a non-empty list"),
-    ('{"problem": "x"}', "row 1: no field 'answer'"), ('{"problem": "x", "answer": "1/2"}', "not an integer from 0 to 999"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected a non-empty list"),
+        ("", "expected a non-empty list"),
+        ('{"problem": "x"}', "row 1: no field 'answer'"),
+        ('{"problem": "x", "answer": "1/2"}', "not an integer from 0 to 999"),
+    ],
+)
 def test_malformed_sources_are_named(tmp_path, content, message):
     source = tmp_path / "aime.jsonl"
     source.write_text(content)
@@ -161,8 +197,13 @@ def test_the_hub_is_asked_for_a_pinned_revision(tmp_path, monkeypatch):
     for name in ("math500", "aime24", "aime25", "gsm8k", "dapo_math_17k"):
         prepare(name, "hub", tmp_path)
     assert [(a[0], a[2]) for a in asked] == [
-        ("HuggingFaceH4/MATH-500", "test"), ("HuggingFaceH4/aime_2024", "train"), ("yentinglin/aime_2025", "train"),
-        ("openai/gsm8k", "train"), ("openai/gsm8k", "test"), ("YouJiacheng/DAPO-Math-17k-dedup", "train")]  # fmt: skip
+        ("HuggingFaceH4/MATH-500", "test"),
+        ("HuggingFaceH4/aime_2024", "train"),
+        ("yentinglin/aime_2025", "train"),
+        ("openai/gsm8k", "train"),
+        ("openai/gsm8k", "test"),
+        ("YouJiacheng/DAPO-Math-17k-dedup", "train"),
+    ]
     assert all(re.fullmatch(r"[0-9a-f]{40}", a[3]) for a in asked)
     manifest = json.loads((tmp_path / "aime24/manifest.json").read_text())
     assert manifest["source"]["test"]["revision"] == asked[1][3]

@@ -71,8 +71,16 @@ def sentence_piece(tmp_path_factory):
 
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(problem_texts()), model_writer=buffer, vocab_size=2000, model_type="bpe", byte_fallback=True,
-        minloglevel=2, pad_id=3, user_defined_symbols=["<|im_start|>", "<|im_end|>"], num_threads=1)  # fmt: skip
+        sentence_iterator=iter(problem_texts()),
+        model_writer=buffer,
+        vocab_size=2000,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        pad_id=3,
+        user_defined_symbols=["<|im_start|>", "<|im_end|>"],
+        num_threads=1,
+    )
     folder = tmp_path_factory.mktemp("spm")
     (folder / "tokenizer.model").write_bytes(buffer.getvalue())
     tokenizer = LlamaTokenizer.from_pretrained(folder, eos_token="<|im_end|>", legacy=False)
@@ -87,13 +95,23 @@ ARCHITECTURES = {  # name -> (config class, what is particular, what the teacher
     "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": 2}, 0),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True, "num_key_value_heads": 1}, 8),
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 16, "num_key_value_heads": 2}, 136),
-    "gemma2": ("Gemma2Config", {"head_dim": 16, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 20.0,
-                                "query_pre_attn_scalar": 16, "sliding_window": 32, "num_key_value_heads": 1,
-                                "hidden_activation": "gelu_pytorch_tanh"}, 16),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "head_dim": 16,
+            "final_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 20.0,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 32,
+            "num_key_value_heads": 1,
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+        16,
+    ),
     "granite": ("GraniteConfig", {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "tie_word_embeddings": True}, 4),
     "cohere": ("CohereConfig", {"logit_scale": 0.5, "tie_word_embeddings": True, "num_key_value_heads": 2}, 0),
     "phi": ("PhiConfig", {"tie_word_embeddings": False, "num_key_value_heads": 4}, 12),  # a head with a bias
-}  # fmt: skip
+}
 
 
 def build_pair(folder, name, tokenizer_folder, student_rows=0, **student_changes):
@@ -104,10 +122,17 @@ def build_pair(folder, name, tokenizer_folder, student_rows=0, **student_changes
     for seed, (role, size, extra) in enumerate((("student", 32, student_rows), ("teacher", 64, teacher_rows))):
         torch.manual_seed(seed)
         settings = {
-            "vocab_size": len(tokenizer) + extra, "hidden_size": size, "intermediate_size": 2 * size,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1024, "initializer_range": 0.1,
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None,
-        } | particular  # fmt: skip
+            "vocab_size": len(tokenizer) + extra,
+            "hidden_size": size,
+            "intermediate_size": 2 * size,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.1,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": None,
+        } | particular
         changes = student_changes if role == "student" else {}
         model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings | changes))
         for module in model.modules():
@@ -127,19 +152,47 @@ def attention(name):
 def overrides(out, student, teacher, **more):
     """Settings of a two-update run on MATH-500 texts."""
     benchmark = out / "benchmark.json"
-    benchmark.write_text(json.dumps({
-        "version": 1, "file": f"{DATA}/math500/test.jsonl", "prompt_field": "problem", "answer_field": "answer",
-        "instruction": "\nThe answer goes into \\boxed{}.", "greedy": True, "k": 1, "answer_lines": False,
-        "temperature": 1.0, "top_p": 0.9,
-        "max_response_tokens": 12}))  # fmt: skip
+    benchmark.write_text(
+        json.dumps(
+            {
+                "version": 1,
+                "file": f"{DATA}/math500/test.jsonl",
+                "prompt_field": "problem",
+                "answer_field": "answer",
+                "instruction": "\nThe answer goes into \\boxed{}.",
+                "greedy": True,
+                "k": 1,
+                "answer_lines": False,
+                "temperature": 1.0,
+                "top_p": 0.9,
+                "max_response_tokens": 12,
+            }
+        )
+    )
     settings = {
-        "student.path": str(student), "teacher.path": str(teacher), "output_dir": str(out), "run_name": "run",
-        "data.train": [f"{DATA}/gsm8k/train.jsonl"], "data.prompt_field": "question", "data.answer_field": "answer",
-        "data.system_prompt": "You are careful.", "data.max_prompt_tokens": 200, "rollout.prompts_per_step": 3, "rollout.n": 2,
-        "rollout.max_response_tokens": 16, "optim.steps": 2, "optim.warmup_steps": 0, "optim.micro_batch_tokens": 500,
-        "optim.lr": 1e-3, "eval.benchmarks": [str(benchmark)], "eval.k": 1, "eval.limit": 4, "log.diagnostics_every": 1,
-        "checkpoint.every": 1, "checkpoint.keep": 1,
-    } | more  # fmt: skip
+        "student.path": str(student),
+        "teacher.path": str(teacher),
+        "output_dir": str(out),
+        "run_name": "run",
+        "data.train": [f"{DATA}/gsm8k/train.jsonl"],
+        "data.prompt_field": "question",
+        "data.answer_field": "answer",
+        "data.system_prompt": "You are careful.",
+        "data.max_prompt_tokens": 200,
+        "rollout.prompts_per_step": 3,
+        "rollout.n": 2,
+        "rollout.max_response_tokens": 16,
+        "optim.steps": 2,
+        "optim.warmup_steps": 0,
+        "optim.micro_batch_tokens": 500,
+        "optim.lr": 1e-3,
+        "eval.benchmarks": [str(benchmark)],
+        "eval.k": 1,
+        "eval.limit": 4,
+        "log.diagnostics_every": 1,
+        "checkpoint.every": 1,
+        "checkpoint.keep": 1,
+    } | more
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
@@ -155,8 +208,12 @@ def rows(folder):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_training_and_evaluation_run_on_every_architecture(name, byte_level, tmp_path, capsys):
     student, teacher = build_pair(tmp_path, name, byte_level)
-    texts = overrides(tmp_path, student, teacher, **{
-        "student.attn_implementation": attention(name), "teacher.attn_implementation": attention(name)})  # fmt: skip
+    texts = overrides(
+        tmp_path,
+        student,
+        teacher,
+        **{"student.attn_implementation": attention(name), "teacher.attn_implementation": attention(name)},
+    )
     folder = train(texts)
     first, second = rows(folder)
     for record in (first, second):
@@ -164,8 +221,17 @@ def test_training_and_evaluation_run_on_every_architecture(name, byte_level, tmp
         assert 0 < record["tokens/kept"] < record["tokens/response"] and 0 < record["tip/mass_covered"] <= 1
     saved = folder / "checkpoints" / "step_000002"
     check_saved_student(saved, student, attention(name))
-    evaluate_command(["--config", "configs/tiny.json", "--model", str(saved), "--out", str(tmp_path / "eval"),
-                      *(part for text in texts for part in ("--set", text))])  # fmt: skip
+    evaluate_command(
+        [
+            "--config",
+            "configs/tiny.json",
+            "--model",
+            str(saved),
+            "--out",
+            str(tmp_path / "eval"),
+            *(part for text in texts for part in ("--set", text)),
+        ]
+    )
     again = json.loads((tmp_path / "eval" / "summary.json").read_text())["benchmark"]
     before = json.loads((folder / "eval" / "step_000002" / "summary.json").read_text())["benchmark"]
     assert again.pop("time/evaluation") and before.pop("time/evaluation") and again == before
@@ -183,8 +249,11 @@ def check_saved_student(saved, start, kernel="sdpa"):
     assert a.shape == b.shape and 1e-5 < relative(a, b) < 1
     assert model.generation_config.eos_token_id == old.generation_config.eos_token_id
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in old.named_parameters()}
-    lm = opd_models.load(Student(path=str(saved), revision=None, dtype="float32", attn_implementation=kernel),
-                         torch.device("cpu"), "student")  # fmt: skip
+    lm = opd_models.load(
+        Student(path=str(saved), revision=None, dtype="float32", attn_implementation=kernel),
+        torch.device("cpu"),
+        "student",
+    )
     with torch.no_grad():
         torch.testing.assert_close(lm.model(**ids).logits, a, rtol=1e-4, atol=1e-4)
 
@@ -193,10 +262,24 @@ def check_saved_student(saved, start, kernel="sdpa"):
 def test_statistics_equal_those_of_the_models_own_logits(name, byte_level, tmp_path):
     """Soft cap, scale, bias, padding: the divergence from states and heads is that of the models' logits, cut alike."""
     student, teacher = build_pair(tmp_path, name, byte_level, student_rows=24)
-    student = opd_models.load(Student(path=str(student), revision=None, dtype="float32", attn_implementation=attention(name)),
-                              torch.device("cpu"), "student")  # fmt: skip
-    teacher = opd_models.load(Teacher(mode="local", placement="device", path=str(teacher), revision=None, dtype="float32", cache_gb=None,
-                                      attn_implementation=attention(name)), torch.device("cpu"), "teacher")  # fmt: skip
+    student = opd_models.load(
+        Student(path=str(student), revision=None, dtype="float32", attn_implementation=attention(name)),
+        torch.device("cpu"),
+        "student",
+    )
+    teacher = opd_models.load(
+        Teacher(
+            mode="local",
+            placement="device",
+            path=str(teacher),
+            revision=None,
+            dtype="float32",
+            cache_gb=None,
+            attn_implementation=attention(name),
+        ),
+        torch.device("cpu"),
+        "teacher",
+    )
     vocab = opd_models.shared_vocabulary(student, teacher)
     assert vocab == len(student.tokenizer)
     ids = student.tokenizer.encode("Natalia sold clips to 48 of her friends in April.")
@@ -225,7 +308,8 @@ def test_prompts_are_the_chat_template_with_system_prompt_and_instruction(byte_l
     problem = json.loads((Path(DATA) / "math500/test.jsonl").read_text().split("\n")[0])["problem"]
     assert responses[0]["prompt"] == (
         "<|im_start|>system\nYou are careful.<|im_end|>\n<|im_start|>user\n"
-        f"{problem}\nThe answer goes into \\boxed{{}}.<|im_end|>\n<|im_start|>assistant\n")  # fmt: skip
+        f"{problem}\nThe answer goes into \\boxed{{}}.<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert len({len(r["prompt"]) for r in responses}) == 4
 
 
@@ -242,8 +326,14 @@ def test_responses_end_early_at_either_eos_id_or_are_cut(byte_level, tmp_path):
     model.save_pretrained(student)
     finals = {}
     for mode in ("keep", "drop", "mask_tail"):
-        folder = train(overrides(tmp_path, student, teacher, **{
-            "rollout.truncated": mode, "run_name": mode, "rollout.max_response_tokens": 3, "rollout.n": 8}))  # fmt: skip
+        folder = train(
+            overrides(
+                tmp_path,
+                student,
+                teacher,
+                **{"rollout.truncated": mode, "run_name": mode, "rollout.max_response_tokens": 3, "rollout.n": 8},
+            )
+        )
         finals[mode] = rows(folder)[0]
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
     assert 0 < finals["keep"]["rollout/truncated"] < 1 and finals["keep"]["rollout/length_mean"] < 3
@@ -257,9 +347,20 @@ def test_responses_end_early_at_either_eos_id_or_are_cut(byte_level, tmp_path):
 
 def test_bfloat16_compute_with_gradient_checkpointing(byte_level, tmp_path):
     student, teacher = build_pair(tmp_path, "gemma2", byte_level)
-    folder = train(overrides(tmp_path, student, teacher, **{
-        "student.dtype": "bfloat16", "teacher.dtype": "bfloat16", "student.attn_implementation": "eager",
-        "teacher.attn_implementation": "eager", "engine.gradient_checkpointing": True}))  # fmt: skip
+    folder = train(
+        overrides(
+            tmp_path,
+            student,
+            teacher,
+            **{
+                "student.dtype": "bfloat16",
+                "teacher.dtype": "bfloat16",
+                "student.attn_implementation": "eager",
+                "teacher.attn_implementation": "eager",
+                "engine.gradient_checkpointing": True,
+            },
+        )
+    )
     assert all(0 < r["loss/divergence"] < 20 for r in rows(folder))
     assert AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "step_000002").dtype == torch.float32
 

@@ -19,8 +19,20 @@ from opd.grading import extract
 from tip import page, reproduce, results
 
 TABLES = sorted(path.stem for path in Path("configs/tables").glob("*.json"))
-SMALL = ["--set", "optim.steps=2", "--set", "optim.warmup_steps=0", "--set", "eval.limit=6", "--set", "eval.k=1",
-         "--set", "log.token_dump_every=2", "--set", "log.diagnostics_every=2"]  # fmt: skip
+SMALL = [
+    "--set",
+    "optim.steps=2",
+    "--set",
+    "optim.warmup_steps=0",
+    "--set",
+    "eval.limit=6",
+    "--set",
+    "eval.k=1",
+    "--set",
+    "log.token_dump_every=2",
+    "--set",
+    "log.diagnostics_every=2",
+]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -65,7 +77,9 @@ def test_differences_are_over_the_problems_that_all_seeds_have(tmp_path):
     alone = results._differences({0: base[0]}, {0: arm[0]})["60"]["bench"]["greedy"]
     assert (alone["mean"], alone["seeds"], alone["covers"]) == (0.5, 1, "problems only")
     other = responses(tmp_path / "other", {"only 0": True})
-    with pytest.raises(InputError, match=r"bench at step_000060: got seeds of \[1, 3\] problems and none in all of them"):
+    with pytest.raises(
+        InputError, match=r"bench at step_000060: got seeds of \[1, 3\] problems and none in all of them"
+    ):
         results._differences(base, {0: other, 1: arm[1]})
 
 
@@ -87,11 +101,16 @@ def test_deepplanning_shows_the_papers_values_and_nothing_else(capsys):
     assert "not part of this project" in text and "12.6 +- 0.07" in text
 
 
-@pytest.mark.parametrize("options,message", [
-    (["--table", "9"], "there is no table 'table9'"), (["--table", "main", "--seeds", "0,x"], "expected a whole number"),
-    (["--table", "main", "--set", "tip.rule=q3"], "Leave it out"), (["--table", "main", "--arms", "q3 0.2"], "has no arm 'q3 0.2'"),
-    (["--table", "main", "--seeds", "0,0"], "different seeds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--table", "9"], "there is no table 'table9'"),
+        (["--table", "main", "--seeds", "0,x"], "expected a whole number"),
+        (["--table", "main", "--set", "tip.rule=q3"], "Leave it out"),
+        (["--table", "main", "--arms", "q3 0.2"], "has no arm 'q3 0.2'"),
+        (["--table", "main", "--seeds", "0,0"], "different seeds"),
+    ],
+)
 def test_bad_input_is_named(options, message, tiny_pair):
     with pytest.raises(InputError, match=message):
         reproduce.command(["--config", "configs/tiny.json", "--dry-run", *options])
@@ -142,9 +161,30 @@ def test_chosen_arms_come_with_the_baseline():
 
 @pytest.mark.slow
 def test_a_signal_stops_all_seeds_and_the_same_command_ends_like_an_unbroken_one(tiny_pair, tmp_path):
-    command = [sys.executable, "-m", "tip.reproduce", "--table", "main", "--config", "configs/tiny.json", "--seeds", "0,1",
-               "--jobs", "2", "--arms", "soft_or 0.5", "--set", "optim.steps=8", "--set", "eval.limit=8", "--set", "eval.k=1",
-               "--set", f"student.path={shutil.copytree(tiny_pair / 'student', tmp_path / 'copy')}", "--set"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "tip.reproduce",
+        "--table",
+        "main",
+        "--config",
+        "configs/tiny.json",
+        "--seeds",
+        "0,1",
+        "--jobs",
+        "2",
+        "--arms",
+        "soft_or 0.5",
+        "--set",
+        "optim.steps=8",
+        "--set",
+        "eval.limit=8",
+        "--set",
+        "eval.k=1",
+        "--set",
+        f"student.path={shutil.copytree(tiny_pair / 'student', tmp_path / 'copy')}",
+        "--set",
+    ]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     with (tmp_path / "log").open("w") as log:
         child = subprocess.Popen([*command, f"output_dir={broken}"], stdout=log, stderr=log)
@@ -160,8 +200,12 @@ def test_a_signal_stops_all_seeds_and_the_same_command_ends_like_an_unbroken_one
     for out in (broken, whole):
         found = json.loads((out / "tiny-reproduce" / "main" / "table.json").read_text())
         assert not found["missing"]
-        tables.append({label: [arm["retained"], arm["mass_covered"], arm["evaluations"], arm["differences"]]
-                       for label, arm in found["arms"].items()})  # fmt: skip
+        tables.append(
+            {
+                label: [arm["retained"], arm["mass_covered"], arm["evaluations"], arm["differences"]]
+                for label, arm in found["arms"].items()
+            }
+        )
     assert tables[0] == tables[1]
 
 
@@ -242,7 +286,8 @@ def test_on_several_gpus_the_jobs_have_one_each(tiny_pair, tmp_path, monkeypatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     arguments, children = started(monkeypatch, tmp_path, "--seeds", "0,1,2", "--jobs", "3")
     assert [command for command, _ in children] == [
-        ["-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", str(seed)] for seed in range(3)]  # fmt: skip
+        ["-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", str(seed)] for seed in range(3)
+    ]
     gpus = [gpu for _, gpu in children]
     assert gpus[:2] == ["4", "7"] and gpus[2] in ("4", "7")  # whichever is free first
 

@@ -28,9 +28,19 @@ from tip.config import SECTIONS, TipConfig
 from tip.diagnostics import TipObserver
 from tip.weighter import TipWeighter
 
-SETTINGS = ("optim.steps=8", "optim.warmup_steps=2", "eval.k=1", "eval.limit=16", "eval.every=3", "checkpoint.every=2",
-            "checkpoint.keep=2", "log.diagnostics_every=4", "log.token_dump_every=3", "tip.rule=soft_or_sampling",
-            "tip.scope=running")  # fmt: skip
+SETTINGS = (
+    "optim.steps=8",
+    "optim.warmup_steps=2",
+    "eval.k=1",
+    "eval.limit=16",
+    "eval.every=3",
+    "checkpoint.every=2",
+    "checkpoint.keep=2",
+    "log.diagnostics_every=4",
+    "log.token_dump_every=3",
+    "tip.rule=soft_or_sampling",
+    "tip.scope=running",
+)
 
 
 def train(out, *more, resume="auto"):
@@ -113,8 +123,12 @@ def test_killed_at_a_random_moment(whole, tmp_path, point):
     assert fingerprint(tmp_path / "run") == expected
 
 
-KILL_AT = [("os.replace", n) for n in range(1, 9)] + [("os.fsync", n) for n in (2, 5, 9, 14, 20, 31, 40)] + [
-    ("shutil.rmtree", n) for n in (1, 2)] + [("MetricsLog.write", n) for n in (1, 4, 8)]  # fmt: skip
+KILL_AT = (
+    [("os.replace", n) for n in range(1, 9)]
+    + [("os.fsync", n) for n in (2, 5, 9, 14, 20, 31, 40)]
+    + [("shutil.rmtree", n) for n in (1, 2)]
+    + [("MetricsLog.write", n) for n in (1, 4, 8)]
+)
 
 
 @pytest.mark.parametrize("where,count", KILL_AT[::4])
@@ -132,8 +146,12 @@ def _killed_inside(whole, out, where, count):
     """The child kills itself right before its n-th call of a function that changes the disk."""
 
     def prepare():
-        owner, name = {"os.replace": (os, "replace"), "os.fsync": (os, "fsync"), "shutil.rmtree": (shutil, "rmtree"),
-                       "MetricsLog.write": (metrics.MetricsLog, "write")}[where]  # fmt: skip
+        owner, name = {
+            "os.replace": (os, "replace"),
+            "os.fsync": (os, "fsync"),
+            "shutil.rmtree": (shutil, "rmtree"),
+            "MetricsLog.write": (metrics.MetricsLog, "write"),
+        }[where]
         original, calls = getattr(owner, name), []
 
         def dying(*args, **kwargs):
@@ -206,7 +224,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoints(tiny_pair,
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(
-        RunError, match=r"no room for the checkpoint of step 6: it takes 1 MiB and .* has 1000 B free. Earlier checkpoints are"
+        RunError,
+        match=r"no room for the checkpoint of step 6: it takes 1 MiB and .* has 1000 B free. Earlier checkpoints are",
     ):
         train(tmp_path)
     assert checkpoint.newest(tmp_path / "run").name == "step_000004"
@@ -268,8 +287,17 @@ def test_killed_after_going_back_to_an_older_checkpoint(whole, tmp_path):
 def test_a_saved_student_gives_the_logits_of_the_one_in_memory(tiny_pair, tmp_path):
     lm = random_lm(3)
     engine = engine_for(lm)
-    train_step(student=lm, teacher=random_lm(4, name="teacher"), engine=engine, micro_batches=one_each(random_rollouts(lm)),
-               weighter=TipWeighter(TipConfig()), loss=LOSS, vocab_size=35, step=1, seed=0)  # fmt: skip
+    train_step(
+        student=lm,
+        teacher=random_lm(4, name="teacher"),
+        engine=engine,
+        micro_batches=one_each(random_rollouts(lm)),
+        weighter=TipWeighter(TipConfig()),
+        loss=LOSS,
+        vocab_size=35,
+        step=1,
+        seed=0,
+    )
     saved = checkpoint.save(tmp_path, 1, lm, engine, {}, 1)
     ids = torch.arange(12)[None]
     with torch.no_grad():

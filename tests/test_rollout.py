@@ -1,4 +1,5 @@
-"""Sampling: the student's own distribution, reproducible from the seed, whatever the batch and the checkpoint's files."""
+"""Sampling: the student's own distribution, reproducible from the seed, whatever the batch and the checkpoint's
+files."""
 
 import math
 from dataclasses import replace
@@ -67,8 +68,17 @@ def test_greedy_is_the_argmax():
 def test_the_checkpoints_generation_file_does_not_bend_the_distribution():
     lm = random_lm(1, std=0.3)
     base = draw(lm)
-    own = GenerationConfig(temperature=0.1, top_k=1, top_p=0.1, repetition_penalty=5.0, do_sample=True, max_length=3,
-                           bad_words_ids=[[7]], suppress_tokens=[3, 4], min_new_tokens=9)  # fmt: skip
+    own = GenerationConfig(
+        temperature=0.1,
+        top_k=1,
+        top_p=0.1,
+        repetition_penalty=5.0,
+        do_sample=True,
+        max_length=3,
+        bad_words_ids=[[7]],
+        suppress_tokens=[3, 4],
+        min_new_tokens=9,
+    )
     lm.model.generation_config = own
     assert draw(lm) == base
     assert lm.model.generation_config is own  # put back, to be saved with the student
@@ -101,7 +111,8 @@ def test_first_token_frequencies_follow_the_student(temperature):
     prompts = [Prompt(str(i), (3, 4), "0") for i in range(4000)]
     decoding = Decoding(temperature, 1.0, 1)
     counts = torch.bincount(
-        torch.tensor([r.response_ids[0] for r in draw(lm, prompts, decoding, batch_size=1000)]), minlength=35)  # fmt: skip
+        torch.tensor([r.response_ids[0] for r in draw(lm, prompts, decoding, batch_size=1000)]), minlength=35
+    )
     with torch.no_grad():
         p = (lm.model(input_ids=torch.tensor([[3, 4]])).logits[0, -1] / temperature).softmax(-1).double()
     chi_squared = ((counts - 4000 * p) ** 2 / (4000 * p))[4000 * p > 5].sum().item()

@@ -23,8 +23,15 @@ from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
 from tip.weighter import TipWeighter
 
-SMALL = ("optim.steps=4", "optim.warmup_steps=1", "eval.k=1", "eval.limit=8", "eval.every=2",
-         "checkpoint.every=2", "log.diagnostics_every=2")  # fmt: skip
+SMALL = (
+    "optim.steps=4",
+    "optim.warmup_steps=1",
+    "eval.k=1",
+    "eval.limit=8",
+    "eval.every=2",
+    "checkpoint.every=2",
+    "log.diagnostics_every=2",
+)
 
 
 def start(out, name, *overrides, tip=(), resume="auto"):
@@ -100,24 +107,61 @@ def test_the_report_compares_them(arms, tmp_path):
 
 def test_a_run_folder_holds_what_it_should(small):
     names = {str(p.relative_to(small)) for p in small.rglob("*") if p.is_file()}
-    assert {"config.json", "metrics.jsonl", "summary.json", "eval/teacher/tiny.jsonl", "eval/teacher/summary.json",
-            "eval/step_000000/summary.json", "eval/step_000002/tiny.jsonl", "eval/step_000004/summary.json",
-            "checkpoints/latest", "checkpoints/step_000004/model.safetensors", "checkpoints/step_000004/manifest.json",
-            "checkpoints/step_000004/trainer/optimizer.safetensors"} <= names  # fmt: skip
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "eval/teacher/tiny.jsonl",
+        "eval/teacher/summary.json",
+        "eval/step_000000/summary.json",
+        "eval/step_000002/tiny.jsonl",
+        "eval/step_000004/summary.json",
+        "checkpoints/latest",
+        "checkpoints/step_000004/model.safetensors",
+        "checkpoints/step_000004/manifest.json",
+        "checkpoints/step_000004/trainer/optimizer.safetensors",
+    } <= names
     assert any(name.startswith("tensorboard/events") for name in names)
     recorded = json.loads((small / "config.json").read_text())
     assert recorded["config"]["tip"]["retention"] == 0.2 and recorded["weighter"] == "tip.weighter.TipWeighter"
     assert recorded["versions"]["torch"] and "git_commit" in recorded and recorded["command"]
     response = json.loads((small / "eval/step_000004/tiny.jsonl").read_text().splitlines()[0])
     assert set(response) == {
-        "id", "sample", "prompt", "response", "extracted", "answer", "correct", "vote", "finish_reason", "tokens",
+        "id",
+        "sample",
+        "prompt",
+        "response",
+        "extracted",
+        "answer",
+        "correct",
+        "vote",
+        "finish_reason",
+        "tokens",
         "reverse_kl",
-    }  # fmt: skip
+    }
     assert [r["step"] for r in rows(small)] == [1, 2, 3, 4]
-    wanted = {"loss/divergence", "tokens/response", "tokens/kept", "tip/retained", "tip/share_q1", "tip/mass_q4", "tip/kept_q3",
-              "tip/mass_covered", "tip/threshold_entropy", "tip/threshold_divergence", "rollout/length_mean",
-              "rollout/truncated", "rollout/accuracy", "optim/lr", "optim/grad_norm", "time/rollout", "time/teacher",
-              "time/score", "time/update", "memory/peak_gb"}  # fmt: skip
+    wanted = {
+        "loss/divergence",
+        "tokens/response",
+        "tokens/kept",
+        "tip/retained",
+        "tip/share_q1",
+        "tip/mass_q4",
+        "tip/kept_q3",
+        "tip/mass_covered",
+        "tip/threshold_entropy",
+        "tip/threshold_divergence",
+        "rollout/length_mean",
+        "rollout/truncated",
+        "rollout/accuracy",
+        "optim/lr",
+        "optim/grad_norm",
+        "time/rollout",
+        "time/teacher",
+        "time/score",
+        "time/update",
+        "memory/peak_gb",
+    }
     assert all(wanted <= set(r) for r in rows(small)) and "student/entropy" in rows(small)[1]
 
 
@@ -241,15 +285,31 @@ def test_a_signal_stops_with_a_checkpoint_and_the_same_command_continues(tiny_pa
 
 
 def test_plain_training_refuses_a_tip_section_on_the_command_line():
-    result = subprocess.run([sys.executable, "-m", "opd.train", "--config", "configs/tiny.json", "--set", "tip.rule=all"],
-                            capture_output=True, text=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-m", "opd.train", "--config", "configs/tiny.json", "--set", "tip.rule=all"],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 2 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
     assert result.stdout == "" and len(result.stderr.strip().splitlines()) == 1
 
 
 def test_evaluation_from_the_command_line(tiny_pair, tmp_path):
-    command = [sys.executable, "-m", "opd.evaluate", "--config", "configs/tiny.json", "--model", "data/tiny/pairs/chain/teacher",
-               "--limit", "16", "--out", str(tmp_path), "--set", "eval.k=2"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "opd.evaluate",
+        "--config",
+        "configs/tiny.json",
+        "--model",
+        "data/tiny/pairs/chain/teacher",
+        "--limit",
+        "16",
+        "--out",
+        str(tmp_path),
+        "--set",
+        "eval.k=2",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'summary.json'}\n" and "mean@2" in result.stderr
@@ -269,8 +329,14 @@ def test_a_finished_run_that_continues_from_an_older_checkpoint_forgets_its_futu
     assert (folder / "eval/step_000004/tiny.jsonl").read_text() != "stale"
     other = start(tmp_path, "other", *SMALL, "seed=1")
     with pytest.raises(InputError, match="does not stand in"):
-        start(tmp_path, "back", *SMALL, "checkpoint.every=1", "checkpoint.keep=9",
-              resume=str(other / "checkpoints/step_000002"))  # fmt: skip
+        start(
+            tmp_path,
+            "back",
+            *SMALL,
+            "checkpoint.every=1",
+            "checkpoint.keep=9",
+            resume=str(other / "checkpoints/step_000002"),
+        )
 
 
 def test_a_run_whose_benchmark_changed_is_another_run(tiny_pair, tmp_path):
@@ -320,8 +386,10 @@ def test_long_phases_are_visible(monkeypatch, capsys):
         for _ in range(4):
             progress.advance(1, 100)
     said = capsys.readouterr().err.splitlines()
-    assert said == ["student on tiny: 2/10 responses, 200 tokens, 5 tokens/s, 0:02:40 left",
-                    "student on tiny: 4/10 responses, 400 tokens, 5 tokens/s, 0:02:00 left"]  # fmt: skip
+    assert said == [
+        "student on tiny: 2/10 responses, 200 tokens, 5 tokens/s, 0:02:40 left",
+        "student on tiny: 4/10 responses, 400 tokens, 5 tokens/s, 0:02:00 left",
+    ]
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with metrics.Progress("rollouts of step 3", 10) as progress:
         progress.advance(5, 100)

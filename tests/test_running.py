@@ -24,13 +24,21 @@ PER_ROLLOUT = [name for name, rule in RULES.items() if rule.budget == "per_rollo
 
 def update(student, teacher, engine, micro_batches, weighter, number):
     return train_step(
-        student=student, teacher=teacher, engine=engine, micro_batches=micro_batches, weighter=weighter, loss=LOSS,
-        vocab_size=35, step=number, seed=0,
-    )  # fmt: skip
+        student=student,
+        teacher=teacher,
+        engine=engine,
+        micro_batches=micro_batches,
+        weighter=weighter,
+        loss=LOSS,
+        vocab_size=35,
+        step=number,
+        seed=0,
+    )
 
 
 def two_updates(weighter, cut, seed=0):
-    """Update 1 (two passes) and update 2 (one pass if the weighter can); the results, the gradient of 2, bodies run in 2."""
+    """Update 1 (two passes) and update 2 (one pass if the weighter can); the results, the gradient of 2, bodies run in
+    2."""
     student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
     engine = engine_for(student, "optim.warmup_steps=0", "optim.lr=1e-3")
     first = update(student, teacher, engine, cut(random_rollouts(student, count=7, seed=seed)), weighter, 1)
@@ -121,8 +129,13 @@ def test_running_quantiles_by_hand():
     weighter = TipWeighter(TipConfig(rule="divergence", scope="running", running_decay=0.75))
     answer = TokenWeights(weights=torch.ones(3))
     for step, d in ((1, [0.0, 1.0, 4.0]), (2, [2.0, 2.0, 8.0])):
-        stats = TokenStats(sequence_id=torch.zeros(3).long(), position=torch.arange(3), vocab_size=7, step=step,
-                           reverse_kl=torch.tensor(d))  # fmt: skip
+        stats = TokenStats(
+            sequence_id=torch.zeros(3).long(),
+            position=torch.arange(3),
+            vocab_size=7,
+            step=step,
+            reverse_kl=torch.tensor(d),
+        )
         weighter.learn(stats, answer)
     spread = weighter.memory["reverse_kl"]
     # minimum .75 * 0 + .25 * 2, median .75 * 1 + .25 * 2, maximum .75 * 4 + .25 * 8; q75 between 1 and 4, 2 and 8
@@ -136,8 +149,14 @@ def two_learnt(rule):
     """A running weighter after two updates of three tokens, the second of them, and its metrics."""
     weighter = TipWeighter(TipConfig(rule=rule, scope="running", running_decay=0.75, entropy_clip_quantile=None))
     for step, h, d in ((1, [0.0, 0.5, 1.0], [0.0, 1.0, 4.0]), (2, [0.25, 0.75, 0.6], [1.0, 1.8, 8.0])):
-        stats = TokenStats(sequence_id=torch.zeros(3).long(), position=torch.arange(3), vocab_size=7, step=step,
-                           student_entropy=torch.tensor(h) * math.log(7), reverse_kl=torch.tensor(d))  # fmt: skip
+        stats = TokenStats(
+            sequence_id=torch.zeros(3).long(),
+            position=torch.arange(3),
+            vocab_size=7,
+            step=step,
+            student_entropy=torch.tensor(h) * math.log(7),
+            reverse_kl=torch.tensor(d),
+        )
         metrics = weighter.learn(stats, TokenWeights(weights=torch.ones(3)))
     return weighter, stats, metrics
 
@@ -180,9 +199,14 @@ def test_spread_by_hand():
 def test_micro_batch_scope_by_hand():
     # two micro-batches whose divergences have other ranges: each is mapped by its own
     stats = TokenStats(
-        sequence_id=torch.tensor([0, 0, 1, 1]), position=torch.tensor([0, 1, 0, 1]), vocab_size=7, step=1,
-        student_entropy=torch.zeros(4), reverse_kl=torch.tensor([0.0, 1.0, 0.0, 10.0]), micro_batch=torch.tensor([3, 3, 5, 5]),
-    )  # fmt: skip
+        sequence_id=torch.tensor([0, 0, 1, 1]),
+        position=torch.tensor([0, 1, 0, 1]),
+        vocab_size=7,
+        step=1,
+        student_entropy=torch.zeros(4),
+        reverse_kl=torch.tensor([0.0, 1.0, 0.0, 10.0]),
+        micro_batch=torch.tensor([3, 3, 5, 5]),
+    )
     score = lambda scope: TipWeighter(TipConfig(scope=scope)).scores(stats)[0].tolist()  # noqa: E731
     assert score("micro_batch") == [0, 1, 0, 1] and score("update") == pytest.approx([0, 0.1, 0, 1])
 
@@ -191,10 +215,15 @@ def test_what_is_worked_out_per_micro_batch_comes_back_in_the_order_of_the_rows(
     # the longest rollouts go first, so micro-batches do not follow the rows: here 5 5 3 3 4 4 3, which is no order that
     # undoes itself. Each micro-batch has a range of its own: 0..2 (5), 0..10 (3), 1..5 (4)
     stats = TokenStats(
-        sequence_id=torch.tensor([0, 0, 1, 1, 2, 2, 3]), position=torch.tensor([0, 1, 0, 1, 0, 1, 0]), vocab_size=7, step=1,
-        student_entropy=torch.zeros(7), reverse_kl=torch.tensor([2.0, 0.0, 1.0, 10.0, 1.0, 5.0, 0.0]),
-        total_variation=torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]), micro_batch=torch.tensor([5, 5, 3, 3, 4, 4, 3]),
-    )  # fmt: skip
+        sequence_id=torch.tensor([0, 0, 1, 1, 2, 2, 3]),
+        position=torch.tensor([0, 1, 0, 1, 0, 1, 0]),
+        vocab_size=7,
+        step=1,
+        student_entropy=torch.zeros(7),
+        reverse_kl=torch.tensor([2.0, 0.0, 1.0, 10.0, 1.0, 5.0, 0.0]),
+        total_variation=torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
+        micro_batch=torch.tensor([5, 5, 3, 3, 4, 4, 3]),
+    )
     config = TipConfig(rule="soft_or", mixture="total_variation", scope="micro_batch")
     weighter = TipWeighter(config)
     score, share = weighter.scores(stats)
@@ -240,14 +269,20 @@ class Compared(TipWeighter):
         return super().learn(stats, weights)
 
 
-@pytest.mark.parametrize("settings,overlap", [
-    (("tip.rule=soft_or", "tip.retention=0.5"), 0.95), (("tip.rule=soft_or", "tip.retention=0.2"), 0.95),
-    (("tip.rule=soft_or", "tip.retention=0.1"), 0.9),
-    # at 10 % the cut falls among tokens beyond the 95th percentile, which all score 1: a small shift reorders them
-    (("tip.rule=soft_or", "tip.retention=0.1", "tip.normalization=quantile"), 0.4),
-    (("tip.rule=soft_or", "tip.retention=0.2", "tip.normalization=quantile"), 0.85), (("tip.rule=q3", "tip.retention=0.2"), 0.95),
-    (("tip.rule=quadrant",), 0.7), (("tip.rule=teachability", "tip.retention=0.2", "tip.budget=per_rollout"), 0.9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings,overlap",
+    [
+        (("tip.rule=soft_or", "tip.retention=0.5"), 0.95),
+        (("tip.rule=soft_or", "tip.retention=0.2"), 0.95),
+        (("tip.rule=soft_or", "tip.retention=0.1"), 0.9),
+        # at 10 % the cut falls among tokens beyond the 95th percentile, which all score 1: a small shift reorders them
+        (("tip.rule=soft_or", "tip.retention=0.1", "tip.normalization=quantile"), 0.4),
+        (("tip.rule=soft_or", "tip.retention=0.2", "tip.normalization=quantile"), 0.85),
+        (("tip.rule=q3", "tip.retention=0.2"), 0.95),
+        (("tip.rule=quadrant",), 0.7),
+        (("tip.rule=teachability", "tip.retention=0.2", "tip.budget=per_rollout"), 0.9),
+    ],
+)
 def test_running_differs_from_update_on_few_tokens_after_twenty_updates(settings, overlap, tiny_pair, tmp_path):
     texts = [
         f"output_dir={tmp_path}",

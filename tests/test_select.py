@@ -33,10 +33,22 @@ LOG_T = torch.tensor([-0.1, -5.0, -1.0, -0.2, -0.4, -2.5, -4.0, -1.0, -0.2, -0.9
 
 def stats(h=H, d=D, sequence=SEQUENCE, position=POSITION, step=1):
     n = len(h)
-    return TokenStats(sequence_id=sequence, position=position, vocab_size=7, step=step, student_entropy=h * math.log(7),
-                      reverse_kl=d, forward_kl=F[:n], teacher_entropy=TEACHER[:n], overlap_kl=OVERLAP[:n],
-                      teacher_topk_mass=MASS[:n], total_variation=TV[:n], student_logprob=LOG_S[:n], teacher_logprob=LOG_T[:n],
-                      jsd=TV[:n] / 2)  # fmt: skip
+    return TokenStats(
+        sequence_id=sequence,
+        position=position,
+        vocab_size=7,
+        step=step,
+        student_entropy=h * math.log(7),
+        reverse_kl=d,
+        forward_kl=F[:n],
+        teacher_entropy=TEACHER[:n],
+        overlap_kl=OVERLAP[:n],
+        teacher_topk_mass=MASS[:n],
+        total_variation=TV[:n],
+        student_logprob=LOG_S[:n],
+        teacher_logprob=LOG_T[:n],
+        jsd=TV[:n] / 2,
+    )
 
 
 def score_of(rule, **options):
@@ -64,10 +76,24 @@ def test_entropy_topk_by_hand():
 
 def test_soft_or_by_hand():
     # no clip: h^ = h / 0.9, d^ = d / 4; s = h^ + d^ - h^ d^
-    by_hand = [1.0, 1 - (8 / 9) * 0.5, 1 - (4 / 9) * 0.75, 1 / 9, 0.125, 1 - (2 / 3) * 0.95, 1.0, 1 - (1 / 9) * 0.975,
-               0.0, 1 - (5 / 9) * 0.75]  # fmt: skip
+    by_hand = [
+        1.0,
+        1 - (8 / 9) * 0.5,
+        1 - (4 / 9) * 0.75,
+        1 / 9,
+        0.125,
+        1 - (2 / 3) * 0.95,
+        1.0,
+        1 - (1 / 9) * 0.975,
+        0.0,
+        1 - (5 / 9) * 0.75,
+    ]
     torch.testing.assert_close(
-        score_of("soft_or", entropy_clip_quantile=None), torch.tensor(by_hand, dtype=torch.float64), rtol=1e-6, atol=1e-7)  # fmt: skip
+        score_of("soft_or", entropy_clip_quantile=None),
+        torch.tensor(by_hand, dtype=torch.float64),
+        rtol=1e-6,
+        atol=1e-7,
+    )
     # rollout 0: 1, .667, .556; rollout 1: 1, .892
     assert kept("soft_or", 0.5, entropy_clip_quantile=None) == [0, 1, 2, 6, 7]
     # of the whole update the two ones, and no longer one per rollout
@@ -172,12 +198,20 @@ def test_a_retention_schedule_by_hand():
     assert counts == [10, 8, 6, 2, 2]
 
 
-@pytest.mark.parametrize("options,message", [
-    ({"retention_end": 0.2}, "a schedule needs both"), ({"retention_steps": 5}, "a schedule needs both"),
-    ({"quadrant_threshold": "absolute"}, "take both"), ({"quadrant_entropy": 0.5}, "mean takes neither"),
-    ({"quadrant_threshold": "quantile", "quadrant_entropy": 0.5, "quadrant_divergence": 3.0}, "expected a quantile"),
-    ({"quadrants": ()}, "quadrants is empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"retention_end": 0.2}, "a schedule needs both"),
+        ({"retention_steps": 5}, "a schedule needs both"),
+        ({"quadrant_threshold": "absolute"}, "take both"),
+        ({"quadrant_entropy": 0.5}, "mean takes neither"),
+        (
+            {"quadrant_threshold": "quantile", "quadrant_entropy": 0.5, "quadrant_divergence": 3.0},
+            "expected a quantile",
+        ),
+        ({"quadrants": ()}, "quadrants is empty"),
+    ],
+)
 def test_keys_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         TipWeighter(TipConfig(**options))
@@ -272,8 +306,10 @@ def test_a_token_of_zero_weight_is_sampled_only_when_nothing_else_is_left():
     for seed in range(50):
         assert not {4, 8} & set(kept("entropy_sampling", 0.75, torch.Generator().manual_seed(seed)))
     zeros = torch.zeros(4, dtype=torch.int64)
-    drawn = {tuple(select.sample(torch.tensor([0.0, 1.0, 0.0, 0.0]), zeros, 0.5, torch.Generator().manual_seed(s)).tolist())
-             for s in range(60)}  # fmt: skip
+    drawn = {
+        tuple(select.sample(torch.tensor([0.0, 1.0, 0.0, 0.0]), zeros, 0.5, torch.Generator().manual_seed(s)).tolist())
+        for s in range(60)
+    }
     assert drawn == {(True, True, False, False), (False, True, True, False), (False, True, False, True)}
 
 
@@ -321,7 +357,8 @@ def test_equal_values_are_low_whatever_their_mean_rounds_to():
 
 
 def test_the_mean_of_equal_values_is_that_value():
-    """Of float64 values: n copies of one of 24 bits sum up exactly, n copies of 0.1 mostly do not. Both ways of rounding."""
+    """Of float64 values: n copies of one of 24 bits sum up exactly, n copies of 0.1 mostly do not. Both ways of
+    rounding."""
     above = below = 0
     for value in (0.1, 0.3, 1 / 3, 0.7, 2.3, 0.001):
         for n in range(2, 120):

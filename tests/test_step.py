@@ -48,9 +48,16 @@ def step(micro_batches, weighter=None, *, student=None, teacher=None, loss=LOSS,
 
     engine.finish = finish
     result = train_step(
-        student=student, teacher=teacher, engine=engine, micro_batches=micro_batches, weighter=weighter or UniformWeighter(),
-        loss=loss, vocab_size=35, step=number, seed=0,
-    )  # fmt: skip
+        student=student,
+        teacher=teacher,
+        engine=engine,
+        micro_batches=micro_batches,
+        weighter=weighter or UniformWeighter(),
+        loss=loss,
+        vocab_size=35,
+        step=number,
+        seed=0,
+    )
     return result, seen[0], student, engine
 
 
@@ -82,7 +89,8 @@ def test_update_equals_naive_float64_formula(divergence):
     share = lambda s: ((s.position + s.sequence_id) % 3).float() / 2  # noqa: E731
     result, gradient, _, _ = step(one_each(rollouts), Fixed(varied, share=share), loss=loss)
     value, naive = naive_gradient(
-        rollouts, lambda i, t: (i * 7 + t * 3) % 5, divergence, lambda i, t: (i + t) % 3 / 2, beta=0.3)  # fmt: skip
+        rollouts, lambda i, t: (i * 7 + t * 3) % 5, divergence, lambda i, t: (i + t) % 3 / 2, beta=0.3
+    )
     assert result.loss == pytest.approx(value, rel=1e-5)
     assert relative(gradient, naive) < 1e-5  # float32 bodies against float64 ones
 
@@ -139,12 +147,20 @@ def test_weight_zero_is_as_if_the_token_were_not_there():
 
 
 def test_empty_selection_changes_neither_weights_nor_moments_and_warns_once():
-    """After a real update, so that there are moments; and with gradients of 0 rather than none, which Adam would apply."""
+    """After a real update, so that there are moments; and with gradients of 0 rather than none, which Adam would
+    apply."""
     student = random_lm(1)
     rollouts = random_rollouts(student)
     engine = engine_for(student, "optim.warmup_steps=0", "optim.lr=1e-2", "optim.weight_decay=0.1")
-    arguments = {"student": student, "teacher": random_lm(2, name="teacher"), "engine": engine, "loss": LOSS,
-                 "micro_batches": one_each(rollouts), "vocab_size": 35, "seed": 0}  # fmt: skip
+    arguments = {
+        "student": student,
+        "teacher": random_lm(2, name="teacher"),
+        "engine": engine,
+        "loss": LOSS,
+        "micro_batches": one_each(rollouts),
+        "vocab_size": 35,
+        "seed": 0,
+    }
     train_step(**arguments, weighter=UniformWeighter(), step=1)
     weights = {n: p.clone() for n, p in student.model.named_parameters()}
     moments = {n: v.clone() for n, v in engine.state().items()}
@@ -215,8 +231,14 @@ def test_the_end_of_a_response_is_learned():
     before = probability()
     loss = Loss(divergence="forward_kl", jsd_beta=0.5, chunk_bytes=2**28)
     for number in range(1, 9):
-        step(one_each([rollout]), student=student, teacher=teacher, loss=loss, number=number,
-             engine_overrides=["optim.lr=1e-2", "optim.warmup_steps=0"])  # fmt: skip
+        step(
+            one_each([rollout]),
+            student=student,
+            teacher=teacher,
+            loss=loss,
+            number=number,
+            engine_overrides=["optim.lr=1e-2", "optim.warmup_steps=0"],
+        )
     assert before < 0.1 < 0.5 < probability()
 
 
@@ -228,8 +250,17 @@ def test_bfloat16_autocast_moves_float32_weights_at_a_tiny_rate():
     engine = engine_for(student, "optim.lr=1e-6", "optim.warmup_steps=0")
     rollouts = random_rollouts(student)
     for number in range(1, 11):
-        train_step(student=student, teacher=teacher, engine=engine, micro_batches=one_each(rollouts),
-                   weighter=UniformWeighter(), loss=LOSS, vocab_size=35, step=number, seed=0)  # fmt: skip
+        train_step(
+            student=student,
+            teacher=teacher,
+            engine=engine,
+            micro_batches=one_each(rollouts),
+            weighter=UniformWeighter(),
+            loss=LOSS,
+            vocab_size=35,
+            step=number,
+            seed=0,
+        )
     moved = [(p - q).abs().max().item() for p, q in zip(before, student.model.parameters(), strict=True)]
     assert all(5e-6 < m < 2e-5 for m in moved)  # ten steps of Adam at 1e-6; in bf16 most would round to nothing
 
@@ -281,20 +312,35 @@ def test_a_scoring_pass_is_made_only_when_somebody_needs_one(monkeypatch, rule, 
     student, calls = random_lm(1), []
     original = type(student).states
     monkeypatch.setattr(type(student), "states", lambda lm, *a: calls.append(lm.name) or original(lm, *a))
-    train_step(student=student, teacher=random_lm(2, name="teacher"), engine=engine_for(student), loss=LOSS, vocab_size=35,
-               micro_batches=one_each(random_rollouts(student, count=4)), weighter=TipWeighter(TipConfig(rule=rule)), step=1,
-               seed=0, measure=frozenset(measure))  # fmt: skip
+    train_step(
+        student=student,
+        teacher=random_lm(2, name="teacher"),
+        engine=engine_for(student),
+        loss=LOSS,
+        vocab_size=35,
+        micro_batches=one_each(random_rollouts(student, count=4)),
+        weighter=TipWeighter(TipConfig(rule=rule)),
+        step=1,
+        seed=0,
+        measure=frozenset(measure),
+    )
     assert calls.count("student") in (4 * passes, 4 * passes - 1) and calls.count("teacher") == 4
 
 
-@pytest.mark.parametrize("answer,message", [
-    (lambda n: TokenWeights(weights=torch.ones(n + 1)), "expected"),
-    (lambda n: TokenWeights(weights=torch.ones(n, dtype=torch.int64)), "dtype"),
-    (lambda n: TokenWeights(weights=-torch.ones(n)), r"values in \[-1"),
-    (lambda n: TokenWeights(weights=torch.full((n,), torch.nan)), "not finite"),
-    (lambda n: TokenWeights(weights=torch.ones(n, requires_grad=True)), "requires a gradient"),
-    (lambda n: TokenWeights(weights=torch.ones(n), forward_share=torch.full((n,), 1.5)), "forward_share has values"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer,message",
+    [
+        (lambda n: TokenWeights(weights=torch.ones(n + 1)), "expected"),
+        (lambda n: TokenWeights(weights=torch.ones(n, dtype=torch.int64)), "dtype"),
+        (lambda n: TokenWeights(weights=-torch.ones(n)), r"values in \[-1"),
+        (lambda n: TokenWeights(weights=torch.full((n,), torch.nan)), "not finite"),
+        (lambda n: TokenWeights(weights=torch.ones(n, requires_grad=True)), "requires a gradient"),
+        (
+            lambda n: TokenWeights(weights=torch.ones(n), forward_share=torch.full((n,), 1.5)),
+            "forward_share has values",
+        ),
+    ],
+)
 def test_malformed_weights_are_refused(answer, message):
     class Bad:
         needs = frozenset()

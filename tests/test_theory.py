@@ -173,8 +173,14 @@ def test_the_blind_spot_in_a_selection():
     h = torch.linspace(0.01, 1.0, 20).double()
     d = torch.full((20,), 0.1)
     d[0] = 5.0
-    stats = TokenStats(sequence_id=torch.zeros(20).long(), position=torch.arange(20), vocab_size=7, step=1,
-                       student_entropy=h.float(), reverse_kl=d)  # fmt: skip
+    stats = TokenStats(
+        sequence_id=torch.zeros(20).long(),
+        position=torch.arange(20),
+        vocab_size=7,
+        step=1,
+        student_entropy=h.float(),
+        reverse_kl=d,
+    )
     by_rule = {
         name: RULES[name].score(stats, Axes(stats, TipConfig())) for name in ("entropy_topk", "soft_or", "divergence")
     }
@@ -201,7 +207,8 @@ def test_independent_inclusion_is_unbiased_with_the_variance_of_the_formula():
 
 
 def test_sampling_without_replacement_is_not_that_and_the_paper_takes_the_plain_mean():
-    """Of two kept of three drawn in proportion to h, the plain mean is biased towards high h (and 1 / p_t would not mend it)."""
+    """Of two kept of three drawn in proportion to h, the plain mean is biased towards high h (and 1 / p_t would not
+    mend it)."""
     h, g = [0.6, 0.3, 0.1], [1.0, 0.0, 0.0]
     expected = 0.0
     for i, j in itertools.permutations(range(3), 2):

@@ -93,7 +93,7 @@ def test_the_shipped_pair_is_made_by_todays_recipe(name, tmp_path):
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes()
     for who in ("teacher", "student"):
         with safe_open(folder / who / "model.safetensors", framework="pt") as weights:
-            assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F16"}  # noqa: SIM118 (not a dict)
+            assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F16"}  # noqa: SIM118
 
 
 def test_the_shipped_weights_are_small():
@@ -101,8 +101,20 @@ def test_the_shipped_weights_are_small():
 
 
 def greedy_accuracy(config, model, out):
-    evaluate.command(["--config", config, "--model", str(model), "--out", str(out), "--set", "eval.k=0",
-                      "--set", "eval.reverse_kl=false"])  # fmt: skip
+    evaluate.command(
+        [
+            "--config",
+            config,
+            "--model",
+            str(model),
+            "--out",
+            str(out),
+            "--set",
+            "eval.k=0",
+            "--set",
+            "eval.reverse_kl=false",
+        ]
+    )
     (figures,) = json.loads((out / "summary.json").read_text()).values()
     return figures["greedy"]
 

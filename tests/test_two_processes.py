@@ -59,8 +59,16 @@ def update(name, mine):
     )
     try:
         result = train_step(
-            student=student, teacher=teacher, engine=engine, micro_batches=make_micro_batches(rollouts, 40, 0, "keep"),
-            weighter=weighter, loss=LOSS, vocab_size=35, step=1, seed=0)  # fmt: skip
+            student=student,
+            teacher=teacher,
+            engine=engine,
+            micro_batches=make_micro_batches(rollouts, 40, 0, "keep"),
+            weighter=weighter,
+            loss=LOSS,
+            vocab_size=35,
+            step=1,
+            seed=0,
+        )
     finally:
         torch.nn.utils.clip_grad_norm_ = original
     weights = torch.cat([p.detach().flatten() for p in student.model.parameters()])

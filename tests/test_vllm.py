@@ -130,7 +130,7 @@ def test_rollouts_are_on_policy_seeded_and_told_as_they_come(student, made):
 
 @pytest.mark.parametrize(("vocabulary", "top_p"), [(35, 1.0), (20, 1.0), (35, 0.5)])
 def test_samples_have_the_students_distribution(vocabulary, top_p, student, made):
-    """2,000 first tokens of one prompt against the exact probabilities; ids beyond vocabulary and nucleus are never drawn."""
+    """2,000 first tokens of one prompt follow the exact probabilities; ids beyond vocabulary and nucleus never come."""
     _, _, prompts = made
     drawn = sample(student, [prompts[0]] * 2000, Decoding(1.0, top_p, 1), vocabulary, 64, seeds(2000))
     ids = torch.tensor(prompts[0].token_ids)[None]
@@ -176,7 +176,8 @@ def test_weights_that_are_not_the_trainers_are_found(fault, student, made):
         sync(student, FAULTS[fault])
     with pytest.raises(
         RunError,
-        match=r"vLLM does not have the trainer's weights: .* at the worst it has -\d+\.\d+ and the trainer -\d+\.\d+, so",
+        match=r"vLLM does not have the trainer's weights: .* at the worst it has -\d+\.\d+ and the trainer "
+        r"-\d+\.\d+, so",
     ):
         parity(student, prompts)
     sync(student)
@@ -368,8 +369,20 @@ def test_two_gpus_share_one_model(student, made):
 @pytest.mark.parametrize("group", [1, 2])
 def test_two_processes_with_split_weights_have_an_engine_each_or_share_one(group, tiny_pair, tmp_path):
     """ZeRO-3: what vLLM gets is gathered; every sync is compared."""
-    arguments = [f"rollout.tensor_parallel={group}", "rollout.engine=vllm", "rollout.parity_every=1", "engine.kind=deepspeed", "engine.deepspeed=zero3", f"output_dir={tmp_path}",
-                 "run_name=run", "optim.steps=3", "optim.warmup_steps=0", "optim.lr=1e-3", "eval.benchmarks=[]", "eval.k=null"]  # fmt: skip
+    arguments = [
+        f"rollout.tensor_parallel={group}",
+        "rollout.engine=vllm",
+        "rollout.parity_every=1",
+        "engine.kind=deepspeed",
+        "engine.deepspeed=zero3",
+        f"output_dir={tmp_path}",
+        "run_name=run",
+        "optim.steps=3",
+        "optim.warmup_steps=0",
+        "optim.lr=1e-3",
+        "eval.benchmarks=[]",
+        "eval.k=null",
+    ]
     command = [sys.executable, "-m", "opd.launch", "opd.train", "--config", "configs/tiny.json"]
     command += [x for a in arguments for x in ("--set", a)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NUM_GPUS": "2"}, timeout=300)
@@ -383,9 +396,23 @@ def test_two_processes_with_split_weights_have_an_engine_each_or_share_one(group
 
 
 def run(out, *settings, weighter=TipWeighter):
-    config, sections = load_config("configs/tiny.json", [
-        "rollout.engine=vllm", "rollout.parity_every=1", f"output_dir={out}", "run_name=run", "optim.steps=5", "eval.limit=24",
-        "eval.k=1", "optim.warmup_steps=0", "checkpoint.every=2", "log.token_dump_every=0", *settings], SECTIONS)  # fmt: skip
+    config, sections = load_config(
+        "configs/tiny.json",
+        [
+            "rollout.engine=vllm",
+            "rollout.parity_every=1",
+            f"output_dir={out}",
+            "run_name=run",
+            "optim.steps=5",
+            "eval.limit=24",
+            "eval.k=1",
+            "optim.warmup_steps=0",
+            "checkpoint.every=2",
+            "log.token_dump_every=0",
+            *settings,
+        ],
+        SECTIONS,
+    )
     shared = out.parent / "shared"  # the teacher's evaluation, which has a vLLM of its own, only once
     return train.run(config, weighter(sections["tip"]), sections, shared=shared) if weighter else train.run(config)
 
@@ -423,7 +450,8 @@ def test_a_run_keeps_parity_evaluates_on_the_engine_and_continues_exactly(tiny_p
 
 
 def _killed_twice(unbroken, out, monkeypatch):
-    """vLLM is killed in the middle of the rollouts of updates 2 and 4: the run recovers once; continued, it finishes."""
+    """vLLM is killed in the middle of the rollouts of updates 2 and 4: the run recovers once; continued, it
+    finishes."""
     kills = []
     advance = Progress.advance
 
@@ -444,8 +472,22 @@ def _killed_twice(unbroken, out, monkeypatch):
 def test_a_checkpoint_is_evaluated_on_the_engine(tiny_pair, tmp_path, capsys):
     found = []
     for engine in ("vllm", "transformers"):
-        evaluate.command(["--config", "configs/tiny.json", "--model", "data/tiny/pairs/chain/student", "--limit", "16", "--out",
-                          str(tmp_path / engine), "--set", f"rollout.engine={engine}", "--set", "eval.k=0"])  # fmt: skip
+        evaluate.command(
+            [
+                "--config",
+                "configs/tiny.json",
+                "--model",
+                "data/tiny/pairs/chain/student",
+                "--limit",
+                "16",
+                "--out",
+                str(tmp_path / engine),
+                "--set",
+                f"rollout.engine={engine}",
+                "--set",
+                "eval.k=0",
+            ]
+        )
         found.append((tmp_path / engine / "tiny.jsonl").read_text())
     assert found[0] == found[1]  # greedy responses and their verdicts
 

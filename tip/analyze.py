@@ -132,7 +132,8 @@ def oracle(
     """Single-token gradients of the student by brute force (method: the oracle weight of TIP's theory).
 
     With L the mean divergence of the tokens of `fresh` and g_t the parameter gradient of token t's divergence: the
-    weight of steepest descent is <grad L, g_t> / |g_t|^2 up to a constant, and what it gains is <grad L, g_t>^2 / |g_t|^2.
+    weight of steepest descent is <grad L, g_t> / |g_t|^2 up to a constant, and what it gains is <grad L, g_t>^2 /
+    |g_t|^2.
 
     Whole rollouts are taken in a seeded random order until the next would exceed `tokens`.
 
@@ -149,9 +150,16 @@ def oracle(
     def divergence(own: Tensor, states: Tensor) -> Tensor:
         ones = torch.ones(len(own), device=own.device)
         return divergence_sum(
-            own, heads[0], states, heads[1], ones, None, config.loss.divergence, config.loss.jsd_beta,
+            own,
+            heads[0],
+            states,
+            heads[1],
+            ones,
+            None,
+            config.loss.divergence,
+            config.loss.jsd_beta,
             config.loss.chunk_bytes,
-        )  # fmt: skip
+        )
 
     def gradient(loss: Tensor, again: bool) -> Tensor:
         found = torch.autograd.grad(loss, parameters, retain_graph=again, materialize_grads=True)
@@ -238,7 +246,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     parts = [
         f"{result['tokens']} tokens of {result['rollouts']} rollouts; {result['command']}",
-        f"quadrants (high: h above {quadrants['threshold_entropy']:.3f}, d above {quadrants['threshold_divergence']:.3f} nats)"
+        f"quadrants (high: h above {quadrants['threshold_entropy']:.3f}, d above "
+        f"{quadrants['threshold_divergence']:.3f} nats)"
         "\n\n" + grid(("", "tokens", "divergence"), shares),
         f"correlation of h and d {result['corr_entropy_divergence']:.3f}; largest d is "
         f"{result['divergence_max_over_p99']:.1f} times its 99th percentile",
@@ -253,7 +262,8 @@ def table(result: dict[str, Any]) -> str:
                 inside = [f"{100 * found['kept_in_quadrant'][f'q{q}']:.0f} %" for q in (1, 2, 3, 4)]
                 rows.append((name, f"{100 * found['retained']:.1f} %", *covered, *inside))
         parts.append(
-            f"retention {retention:g}: covered share of each sum, and kept share of each quadrant\n\n{grid(header, rows)}"
+            f"retention {retention:g}: covered share of each sum, and kept share of each "
+            f"quadrant\n\n{grid(header, rows)}"
         )
     if result["oracle"]:
         rows = []
@@ -263,7 +273,8 @@ def table(result: dict[str, Any]) -> str:
             rows.append((name, *correlations, *(f"{found['cosine'][label]:.3f}" for label in at)))
         header = ("rule", "score ~ oracle weight", "score ~ its gain", *(f"cosine at {r:g}" for r in SHOWN))
         parts.append(
-            f"oracle by brute force on {result['oracle']['tokens']} tokens: Spearman correlation of the score with the oracle "
+            f"oracle by brute force on {result['oracle']['tokens']} tokens: Spearman correlation of the score with the "
+            "oracle "
             "weight and with what it gains; cosine of the selection's gradient with that of a fresh batch, both "
             f"under {result['config']['loss']['divergence']}, whatever loss the rule takes itself (all tokens: "
             f"{result['oracle']['cosine_of_all']:.3f})\n\n{grid(header, rows)}"
@@ -358,11 +369,15 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
 def command(arguments: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     cli = parser("python -m tip.analyze", "Compares all rules on the same tokens, without training.")
-    cli.add_argument("--prompts", type=number_argument(1), default=64, metavar="N", help="prompts answered and scored (64)")
     cli.add_argument(
-        "--oracle-tokens", type=number_argument(0), metavar="N",
+        "--prompts", type=number_argument(1), default=64, metavar="N", help="prompts answered and scored (64)"
+    )
+    cli.add_argument(
+        "--oracle-tokens",
+        type=number_argument(0),
+        metavar="N",
         help=f"tokens whose own gradient is taken (1024 up to {SMALL_STUDENT:,} student parameters, else 0)",
-    )  # fmt: skip
+    )
     cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: output_dir/<run_name>-analysis")
     options = cli.parse_args(arguments)
     config, sections = load_config(options.config, options.overrides, SECTIONS)

@@ -52,7 +52,8 @@ class TipObserver:
         return Diagnosis(scalars=scalars, histograms=histograms, warnings=self._warnings(kept, axes, scalars))
 
     def columns(self, stats: TokenStats, weights: TokenWeights, generator: torch.Generator) -> dict[str, Tensor]:
-        """Quadrant and score as the update was weighed, and whether each rule would keep the token: `keep/<rule>@<retention>`.
+        """Quadrant and score as the update was weighed, and whether each rule would keep the token:
+        `keep/<rule>@<retention>`.
 
         The run's own rule at its own retention: what it did keep. The others: one draw where they sample, scope update.
         """
@@ -72,21 +73,26 @@ class TipObserver:
         covered = (d[kept].sum() / d.sum()).item() if d.sum() > 0 else 1.0
         if covered < LITTLE_MASS:
             found["little_mass"] = (
-                f"the kept tokens carry {100 * covered:.1f} % of the divergence. Adam makes full-size steps of what little "
-                "signal is left, which un-teaches the student: keep more tokens, or select by a rule that sees divergence."
+                f"the kept tokens carry {100 * covered:.1f} % of the divergence. Adam makes full-size steps of what "
+                "little "
+                "signal is left, which un-teaches the student: keep more tokens, or select by a rule that sees "
+                "divergence."
             )
         ratio = scalars["tip/divergence_max_over_p99"]
         squeezable = config.normalization == "minmax" and config.divergence_clip_quantile is None
         if ratio > SQUEEZED and squeezable and self.weighter.needs >= BOTH:
             found["squeezed"] = (
-                f"the largest divergence is {ratio:.0f} times its 99th percentile, so min-max normalisation squeezes nearly "
+                f"the largest divergence is {ratio:.0f} times its 99th percentile, so min-max normalisation squeezes "
+                "nearly "
                 "all tokens to 0 on that axis and entropy decides. Set tip.normalization=quantile."
             )
         at_h, median = self.weighter.look_back(axes.stats)[1].threshold_entropy, axes.h.median().item()
         if at_h < median * (1 - 1e-9):  # equal values: equal, whatever a mean rounds to
             found["low_entropy_cut"] = (
-                f"tokens count as low-entropy up to h = {at_h:.4g}, below the median {median:.4g}. Confident mistakes usually "
-                "lie above the median, so Q3 misses them: set tip.quadrant_threshold=quantile with tip.quadrant_entropy at "
+                f"tokens count as low-entropy up to h = {at_h:.4g}, below the median {median:.4g}. Confident mistakes "
+                "usually "
+                "lie above the median, so Q3 misses them: set tip.quadrant_threshold=quantile with "
+                "tip.quadrant_entropy at "
                 "0.75 or so."
             )
         return found

@@ -99,9 +99,14 @@ def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: tuple[float, float]) 
         mass = 100 * d[inside].sum() / total if total > 0 else 0.0
         text = f"{name}: {100 * inside.mean():.1f} % of tokens\n{mass:.1f} % of divergence"
         axis.text(
-            *place, text, transform=axis.transAxes, fontsize=7, ha="left" if place[0] < 0.5 else "right",
-            va="top" if place[1] > 0.5 else "bottom", bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
-        )  # fmt: skip
+            *place,
+            text,
+            transform=axis.transAxes,
+            fontsize=7,
+            ha="left" if place[0] < 0.5 else "right",
+            va="top" if place[1] > 0.5 else "bottom",
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
+        )
     axis.set(xlabel="student entropy h = H / ln V", ylabel="divergence d = KL(student || teacher), nats (log)")
     figure.colorbar(drawn, ax=axis, label="tokens")
     return figure
@@ -110,8 +115,8 @@ def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: tuple[float, float]) 
 def bars(
     panels: Mapping[str, Sequence[tuple[str, float, float | None, float | None]]], x_label: str, line: str
 ) -> Figure:
-    """Horizontal bars, a panel per title: (label, value, standard error, the paper's value), and a dashed line at the bar
-    of the label `line`."""
+    """Horizontal bars, a panel per title: (label, value, standard error, the paper's value), and a dashed line at the
+    bar of the label `line`."""
     longest = max(len(found) for found in panels.values())
     figure, axes = plt.subplots(
         1,
@@ -145,7 +150,8 @@ def qualitative(rows: Sequence[Mapping[str, object]]) -> Figure:
     """The paper's panel B.5: a row per token with its context, numbers, and the five likeliest tokens of both models.
 
     Args:
-        rows: quadrant, before (text), token, entropy (nats), forward_kl (nats), score, student and teacher ((text, probability)
+        rows: quadrant, before (text), token, entropy (nats), forward_kl (nats), score, student and teacher ((text,
+        probability)
             five times).
     """
     figure, axes = plt.subplots(len(rows), 3, figsize=(11, 1.55 * len(rows)), squeeze=False, layout="constrained")

@@ -20,7 +20,8 @@ from tip import figures, results
 MANY = 9  # lines in one plot
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}td,th{border:1px solid #ccc;padding:2px 7px;"
+    "table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}td,th{border:1px solid "
+    "#ccc;padding:2px 7px;"
     "white-space:nowrap;text-align:left}th{background:#f2f2f2}img{max-width:100%}pre{background:#f6f6f6;padding:1em;"
     "overflow-x:auto;font-size:12px}figcaption{font-size:12px;color:#555}"
 )
@@ -52,25 +53,27 @@ def draw(result: dict[str, Any], out: Path) -> dict[str, str]:
     marks = " Diamonds: the paper's values." if result["paper_pair"] else ""
     memory = f" {results.CPU_MEMORY}" if result["machine"].endswith("no GPU") else ""
     save(
-        figures.bars(_bars(result, accuracy, metric), f"accuracy ({sampled}), %", result["baselines"][0]), "accuracy",
+        figures.bars(_bars(result, accuracy, metric), f"accuracy ({sampled}), %", result["baselines"][0]),
+        "accuracy",
         f"Accuracy after the last update; bars: standard error over seeds; dashed: {result['baselines'][0]}.{marks}",
-    )  # fmt: skip
+    )
     if any(arm["retained"] < 1 for arm in result["arms"].values()):
         save(
-            figures.lines(_against_retention(result, accuracy, metric), "tokens kept, share", ""), "retention",
+            figures.lines(_against_retention(result, accuracy, metric), "tokens kept, share", ""),
+            "retention",
             f"Retention against accuracy ({sampled}, %), covered divergence, peak memory, time.{memory}{marks}",
-        )  # fmt: skip
+        )
     shown = _shown(result)
     save(
-        figures.lines(_training(result, shown, accuracy, metric), "update", ""), "training",
+        figures.lines(_training(result, shown, accuracy, metric), "update", ""),
+        "training",
         f"Accuracy ({sampled}, %) at the evaluated updates, loss and divergence while training; means over seeds.",
-    )  # fmt: skip
+    )
     quadrants = {
-        f"{what}: {label}": {
-            f"Q{q}": results.curves(result["folders"][label], f"tip/{key}_q{q}") for q in (1, 2, 3, 4)
-        }
-        for label in shown[:2] for what, key in (("share of tokens", "share"), ("share of divergence", "mass"))
-    }  # fmt: skip
+        f"{what}: {label}": {f"Q{q}": results.curves(result["folders"][label], f"tip/{key}_q{q}") for q in (1, 2, 3, 4)}
+        for label in shown[:2]
+        for what, key in (("share of tokens", "share"), ("share of divergence", "mass"))
+    }
     if all(x for panel in quadrants.values() for x, _ in panel.values()):
         save(figures.lines(quadrants, "update", "share"), "quadrants_while_training", "Quadrants while training.")
     dumps = _dumps(result, shown[0])
@@ -109,7 +112,8 @@ def _bars(
 
 
 def _families(result: dict[str, Any]) -> dict[str, list[str]]:
-    """Rule with its other settings -> labels, by falling retention, from all tokens under the same loss where they are."""
+    """Rule with its other settings -> labels, by falling retention, from all tokens under the same loss where they
+    are."""
     settings = {label: found for label, found in result["settings"].items() if label in result["arms"]}
     whole = {_loss(found): [label] for label, found in settings.items() if found.get("tip.rule") == "all"}
     families: dict[str, list[str]] = {}
@@ -141,8 +145,11 @@ def _against_retention(result: dict[str, Any], benchmarks: dict[str, Any], metri
             marks = [(arms[a]["retained"], arms[a]["paper"][name][0]) for a in labels if name in arms[a]["paper"]]
             if marks:
                 panels[f"accuracy, {name}, %"][f"{family} (paper)"] = [x for x, _ in marks], [y for _, y in marks]
-    for title, key in (("divergence covered, share", "mass_covered"), ("peak memory, GiB", "peak_memory_gb"),
-                       ("time of all updates, s", "seconds")):  # fmt: skip
+    for title, key in (
+        ("divergence covered, share", "mass_covered"),
+        ("peak memory, GiB", "peak_memory_gb"),
+        ("time of all updates, s", "seconds"),
+    ):
         panels[title] = {
             family: (
                 [arms[a]["retained"] for a in labels],
@@ -225,12 +232,17 @@ def _from_dumps(dumps: list[dict[str, Any]], thresholds: tuple[float, float] | N
         ]
         for _, n, i in sorted(places, reverse=True)[:1]:
             row = dumps[n]
-            chosen.append({
-                "quadrant": f"Q{q}", "before": "".join(row["tokens"][max(0, i - 7) : i])[-40:].replace("\n", "\\n"),
-                "token": row["tokens"][i].replace("\n", "\\n"), "entropy": row["student_entropy"][i],
-                "forward_kl": row["forward_kl"][i], "score": row["score"][i],
-                **{who: [(repr(t)[1:-1], p) for t, p in row[f"{who}_top5"][i]] for who in ("student", "teacher")},
-            })  # fmt: skip
+            chosen.append(
+                {
+                    "quadrant": f"Q{q}",
+                    "before": "".join(row["tokens"][max(0, i - 7) : i])[-40:].replace("\n", "\\n"),
+                    "token": row["tokens"][i].replace("\n", "\\n"),
+                    "entropy": row["student_entropy"][i],
+                    "forward_kl": row["forward_kl"][i],
+                    "score": row["score"][i],
+                    **{who: [(repr(t)[1:-1], p) for t, p in row[f"{who}_top5"][i]] for who in ("student", "teacher")},
+                }
+            )
     save(figures.qualitative(chosen), "tokens", f"The token of highest divergence in each quadrant. {about}")
 
 
@@ -244,9 +256,11 @@ def page(result: dict[str, Any], drawn: dict[str, str], out: Path) -> str:
             f"<figcaption>{html.escape(text)}</figcaption></figure>"
         )
     for title, value in (
-        ("Arms", result["settings"]), ("Configuration of the first run", result["config"]), ("Versions", result["versions"]),
+        ("Arms", result["settings"]),
+        ("Configuration of the first run", result["config"]),
+        ("Versions", result["versions"]),
         ("Run folders", result["folders"]),
-    ):  # fmt: skip
+    ):
         text = html.escape(json.dumps(value, indent=1, ensure_ascii=False))
         body.append(f"<details><summary>{title}</summary><pre>{text}</pre></details>")
     return (

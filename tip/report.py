@@ -1,4 +1,5 @@
-"""One table of several runs: accuracy before and after, what was kept, what it cost; with --out also figures and a page.
+"""One table of several runs: accuracy before and after, what was kept, what it cost; with --out also figures and a
+page.
 
     python -m tip.report outputs/tiny-all outputs/tiny-soft_or-0.5 [--out DIR]
 
@@ -48,7 +49,8 @@ def read_run(folder: Path) -> Run:
     for who in ("teacher", "final"):
         if missing := sorted(start - (summary["eval"][who] or {}).keys()):
             raise InputError(
-                f"{folder / 'summary.json'}: eval.{who} has no figures of benchmark {missing[0]!r}. Remove the file and give "
+                f"{folder / 'summary.json'}: eval.{who} has no figures of benchmark {missing[0]!r}. Remove the file "
+                "and give "
                 "the command of the run again, which makes it anew from the run's evaluations."
             )
     label = f"{tip['rule']} {tip['retention']:g}" if tip and tip["rule"] != "all" else "all tokens"
@@ -63,7 +65,8 @@ def table(runs: list[Run]) -> str:
         for key in ours | theirs:
             if theirs.get(key) != ours.get(key):
                 raise InputError(
-                    f"{run.folder} and {first.folder} differ in {key} ({theirs.get(key)} and {ours.get(key)}): they did not "
+                    f"{run.folder} and {first.folder} differ in {key} ({theirs.get(key)} and {ours.get(key)}): they "
+                    "did not "
                     "start alike, so their results do not compare. Report them one by one."
                 )
     parts = [_accuracy_block(name, runs) for name in runs[0].summary["eval"]["step_0"] or {}]
@@ -135,15 +138,21 @@ def example(runs: list[Run]) -> str:
     start = responses["step-0 student"]
     for label, rows in responses.items():
         if start.keys() != rows.keys():
-            raise InputError(f"{runs[0].folder}: step-0 student and {label} have not answered the same problems of {name}.")
+            raise InputError(
+                f"{runs[0].folder}: step-0 student and {label} have not answered the same problems of {name}."
+            )
     chosen = next((key for key, row in start.items() if not row["correct"]), next(iter(start)))
     how = "greedy" if start[chosen]["sample"] == GREEDY else "sampled"
     prompt = f"problem {chosen} of {name}, answer {start[chosen]['answer']}\n\n{_indented(start[chosen]['prompt'])}"
-    return "\n\n".join([prompt] + [
-        f"{label}, {how}, {rows[chosen]['tokens']} tokens, {'right' if rows[chosen]['correct'] else 'not right'}\n\n"
-        f"{_indented(rows[chosen]['response'])}"
-        for label, rows in responses.items()
-    ])  # fmt: skip
+    return "\n\n".join(
+        [prompt]
+        + [
+            f"{label}, {how}, {rows[chosen]['tokens']} tokens, "
+            f"{'right' if rows[chosen]['correct'] else 'not right'}\n\n"
+            f"{_indented(rows[chosen]['response'])}"
+            for label, rows in responses.items()
+        ]
+    )
 
 
 def _first_responses(folder: Path, name: str) -> dict[str, dict]:
@@ -168,7 +177,9 @@ def _start(run: Run) -> dict[str, object]:
 def command(arguments: list[str]) -> None:
     parser = Parser("python -m tip.report", "One table of finished runs.")
     parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=path_argument, metavar="DIR", help="also write table.md, figures and report.html there")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="also write table.md, figures and report.html there"
+    )
     parser.add_argument("--example", action="store_true", help="also one problem's responses before and after")
     options = parser.parse_args(arguments)
     runs = [read_run(folder) for folder in options.runs]

@@ -4,10 +4,10 @@
 
 A table is data (configs/tables/): its arms are settings of a pair file. A run lies in
 `<output_dir>/<run_name>-reproduce/seed_<n>/<arm>` and serves every table that has the arm. Finished runs are found and
-left alone, stopped ones continue, a failed one is reported and the others go on. The arms of a seed share the evaluations
-of step-0 student and teacher. With `--jobs` several processes work at a time: each takes a seed with all of its arms, or
-one arm where there are fewer seeds than jobs (with engine.kind deepspeed each arm runs on all GPUs). On an embedded
-pair a seed is a new student and a new stream of prompts; on others it is a new stream. The results are made by
+left alone, stopped ones continue, a failed one is reported and the others go on. The arms of a seed share the
+evaluations of step-0 student and teacher. With `--jobs` several processes work at a time: each takes a seed with all of
+its arms, or one arm where there are fewer seeds than jobs (with engine.kind deepspeed each arm runs on all GPUs). On an
+embedded pair a seed is a new student and a new stream of prompts; on others it is a new stream. The results are made by
 tip.results from the run folders.
 """
 
@@ -159,10 +159,11 @@ def _root(config: Config) -> Path:
 
 
 def _in_processes(arguments: list[str], parts: list[tuple[int, str | None]], jobs: int, logs: Path) -> int:
-    """One process per (seed, arm or None for all of its arms), `jobs` at a time, each with a GPU of its own where it uses one.
+    """One process per (seed, arm or None for all of its arms), `jobs` at a time, each with a GPU of its own where it
+    uses one.
 
-    With engine.kind deepspeed it is a group of processes on all GPUs. Their progress lines go to our stderr, the rest to a log
-    of each part. Returns how many failed.
+    With engine.kind deepspeed it is a group of processes on all GPUs. Their progress lines go to our stderr, the rest
+    to a log of each part. Returns how many failed.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting, running, failed = list(parts), {}, 0
@@ -190,10 +191,22 @@ def _in_processes(arguments: list[str], parts: list[tuple[int, str | None]], job
                 own_gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot]} if jobs > 1 and gpus else {}
                 with _log(logs, part).open("a") as log:
                     child = subprocess.Popen(
-                        [sys.executable, "-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", str(seed),
-                         *(["--only-arm", arm] if arm else [])],
-                        stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=os.environ | own_gpu,
-                    )  # fmt: skip
+                        [
+                            sys.executable,
+                            "-m",
+                            "opd.launch",
+                            "tip.reproduce",
+                            *arguments,
+                            "--only-seed",
+                            str(seed),
+                            *(["--only-arm", arm] if arm else []),
+                        ],
+                        stdout=subprocess.PIPE,
+                        stderr=log,
+                        text=True,
+                        start_new_session=True,
+                        env=os.environ | own_gpu,
+                    )
                 threading.Thread(target=read, args=(child,), daemon=True).start()
                 running[part] = child
                 slots[part] = slot
@@ -224,10 +237,13 @@ def _log(folder: Path, part: tuple[int, str | None]) -> Path:
 def deepplanning() -> str:
     """The paper's values of Table 7 and Figure 4, and why there are none of ours."""
     facts = results.paper()["deepplanning"]
-    rows = [(name.replace("_", " "), *(f"{mean:.1f} +- {pm:.2f}" for mean, pm in facts[name]))
-            for name in ("teacher_qwen3_14b", "teacher_qwen3_32b")]  # fmt: skip
+    rows = [
+        (name.replace("_", " "), *(f"{mean:.1f} +- {pm:.2f}" for mean, pm in facts[name]))
+        for name in ("teacher_qwen3_14b", "teacher_qwen3_32b")
+    ]
     return (
-        "Table 7 and Figure 4 of the paper need the DeepPlanning benchmark, whose environment is not part of this project: "
+        "Table 7 and Figure 4 of the paper need the DeepPlanning benchmark, whose environment is not part of this "
+        "project: "
         "nothing is run, and no other task's numbers are shown under this name. The paper's values "
         f"({facts['metric']}):\n\n{grid(('', *facts['columns']), rows)}"
     )
@@ -241,11 +257,17 @@ def command(arguments: list[str]) -> None:
     which.add_argument("--figure", metavar="N", help="1, 3 or 4")
     cli.add_argument("--seeds", default="0", metavar="0,1,2", help="default 0")
     cli.add_argument(
-        "--jobs", type=number_argument(1), default=1, metavar="N", help="seeds (or arms) at a time, in processes of their own"
+        "--jobs",
+        type=number_argument(1),
+        default=1,
+        metavar="N",
+        help="seeds (or arms) at a time, in processes of their own",
     )
     cli.add_argument("--arms", metavar="A,B", help="only these arms, by the labels of --dry-run, and the baselines")
     cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")
-    cli.add_argument("--only-seed", type=seed_argument, metavar="N", help="run this seed's arms here and write no table")
+    cli.add_argument(
+        "--only-seed", type=seed_argument, metavar="N", help="run this seed's arms here and write no table"
+    )
     cli.add_argument("--only-arm", metavar="A", help="with --only-seed: this arm of it alone")
     options = cli.parse_args(arguments)
     name = f"figure{options.figure}" if options.figure else options.table
@@ -297,7 +319,9 @@ def _all_seeds(table: Table, base: Config, seeds: list[int], options: Namespace,
     """Runs what has not run, then writes the table, as the only writer of its folder."""
     root = _root(base)
     jobs = min(options.jobs, torch.cuda.device_count() or options.jobs)
-    sharded = base.engine.kind == "deepspeed"  # then an arm is a group of processes on all GPUs, so one arm runs at a time
+    sharded = (
+        base.engine.kind == "deepspeed"
+    )  # then an arm is a group of processes on all GPUs, so one arm runs at a time
     if jobs == 1 and not sharded:
         failed = sum(run_seed(table, options.config, options.overrides, seed) for seed in seeds)
     elif jobs <= len(seeds) and not sharded:

@@ -54,12 +54,17 @@ def of_table(table: "Table", root: Path, seeds: list[int], pair: str, models: tu
         shipped = read_json_object(ROOT / "configs" / f"{pair}.json")
         facts = facts if models == (shipped["student"]["path"], shipped["teacher"]["path"]) else {}
     return collect(
-        name=table.name, title=table.title, pair=pair, seeds=seeds, baselines=list(table.baselines),
-        every_evaluation=table.every_evaluation, facts=facts,
+        name=table.name,
+        title=table.title,
+        pair=pair,
+        seeds=seeds,
+        baselines=list(table.baselines),
+        every_evaluation=table.every_evaluation,
+        facts=facts,
         panels=[{"title": title, "arms": [arm.label for arm in panel]} for title, panel in table.panels],
         settings={arm.label: arm.settings for arm in table.arms},
         arms={arm.label: {seed: root / f"seed_{seed}" / arm.slug for seed in seeds} for arm in table.arms},
-    )  # fmt: skip
+    )
 
 
 def of_runs(runs: list["Run"]) -> dict[str, Any]:
@@ -69,19 +74,37 @@ def of_runs(runs: list["Run"]) -> dict[str, Any]:
     for run in runs:
         taken = run.config["seed"] in arms.get(label[run.folder], {})
         arms.setdefault(run.folder.name if taken else label[run.folder], {})[run.config["seed"]] = run.folder
-    settings = {run.label: {f"tip.{k}": run.config["tip"][k] for k in ("rule", "retention")} if "tip" in run.config else {}
-                for run in runs}  # fmt: skip
+    settings = {
+        run.label: {f"tip.{k}": run.config["tip"][k] for k in ("rule", "retention")} if "tip" in run.config else {}
+        for run in runs
+    }
     return collect(
-        name="runs", title="Runs", pair=runs[0].config["run_name"], seeds=sorted({run.config["seed"] for run in runs}),
-        baselines=[next(iter(arms))], every_evaluation=False, facts={}, panels=[{"title": "runs", "arms": list(arms)}],
-        settings={name: settings.get(name, {}) for name in arms}, arms=arms,
-    )  # fmt: skip
+        name="runs",
+        title="Runs",
+        pair=runs[0].config["run_name"],
+        seeds=sorted({run.config["seed"] for run in runs}),
+        baselines=[next(iter(arms))],
+        every_evaluation=False,
+        facts={},
+        panels=[{"title": "runs", "arms": list(arms)}],
+        settings={name: settings.get(name, {}) for name in arms},
+        arms=arms,
+    )
 
 
 def collect(
-    *, name: str, title: str, pair: str, seeds: list[int], baselines: list[str], every_evaluation: bool, facts: dict[str, Any],
-    panels: list[dict[str, Any]], settings: dict[str, Any], arms: dict[str, dict[int, Path]],
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    name: str,
+    title: str,
+    pair: str,
+    seeds: list[int],
+    baselines: list[str],
+    every_evaluation: bool,
+    facts: dict[str, Any],
+    panels: list[dict[str, Any]],
+    settings: dict[str, Any],
+    arms: dict[str, dict[int, Path]],
+) -> dict[str, Any]:
     """Reads the run folders of arms (label -> seed -> folder). What is missing or failed is named with the reason.
 
     Args:
@@ -91,14 +114,23 @@ def collect(
         label: {s: f for s, f in folders.items() if (f / "summary.json").exists()} for label, folders in arms.items()
     }
     result = {
-        "table": name, "title": title, "pair": pair, "seeds": seeds, "baselines": baselines,
-        "every_evaluation": every_evaluation, "machine": machine(), "paper_pair": bool(facts), "panels": panels,
-        "settings": settings, "folders": {label: {str(s): str(f) for s, f in found.items()} for label, found in done.items()},
+        "table": name,
+        "title": title,
+        "pair": pair,
+        "seeds": seeds,
+        "baselines": baselines,
+        "every_evaluation": every_evaluation,
+        "machine": machine(),
+        "paper_pair": bool(facts),
+        "panels": panels,
+        "settings": settings,
+        "folders": {label: {str(s): str(f) for s, f in found.items()} for label, found in done.items()},
         "missing": {
             label: {str(s): _reason(f) for s, f in folders.items() if s not in done[label]}
-            for label, folders in arms.items() if len(done[label]) < len(folders)
+            for label, folders in arms.items()
+            if len(done[label]) < len(folders)
         },
-    }  # fmt: skip
+    }
     first = next((f for found in done.values() for f in found.values()), None)
     if first is None:
         return result | {
@@ -168,10 +200,11 @@ def _arm(folders: dict[int, Path], facts: dict[str, Any], label: str) -> dict[st
         "paper": {benchmark: values[label] for benchmark, values in facts.items() if label in values},
         "evaluations": {
             str(int(step.removeprefix("step_"))): _accuracies({s: f / "eval" / step for s, f in folders.items()})
-            for step in steps if step != "step_000000"
+            for step in steps
+            if step != "step_000000"
         },
         "warnings": _warnings(folders),
-    }  # fmt: skip
+    }
 
 
 def _warnings(folders: dict[int, Path]) -> dict[str, dict[str, Any]]:
@@ -196,10 +229,11 @@ def _accuracies(folders: dict[int, Path]) -> dict[str, Any]:
             if values:
                 errors = [f[f"{metric}_se"] for f in figures if f[f"{metric}_se"] is not None]
                 found[name]["metrics"][metric] = {
-                    "mean": statistics.fmean(values), "values": values,
+                    "mean": statistics.fmean(values),
+                    "values": values,
                     "se_seeds": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
                     "se_samples": math.sqrt(statistics.fmean(e * e for e in errors)) if errors else None,
-                }  # fmt: skip
+                }
         reverse = [f["reverse_kl"] for f in figures if f["reverse_kl"] is not None]
         found[name]["reverse_kl"] = statistics.fmean(reverse) if reverse else None
     return found
@@ -209,9 +243,7 @@ def _differences(base: dict[int, Path], arm: dict[int, Path]) -> dict[str, Any]:
     """Step -> benchmark -> metric -> paired difference (arm minus base) over the seeds that both have."""
     seeds = sorted(base.keys() & arm.keys())
     found: dict[str, Any] = {}
-    steps = sorted(
-        {name for s in seeds for name in evaluated_steps(arm[s])} - {"step_000000"}
-    )
+    steps = sorted({name for s in seeds for name in evaluated_steps(arm[s])} - {"step_000000"})
     for step in steps:
         blocks: dict[str, Any] = {}
         for path in sorted((arm[seeds[0]] / "eval" / step).glob("*.jsonl")):
@@ -237,9 +269,14 @@ def _paired(differences: list[dict[str, float]], where: str) -> dict[str, Any]:
             f"{where}: {error} Measure all seeds on the same problems, or give runs of one seed at a time."
         ) from None
     return {
-        "mean": found.mean, "low": found.low, "high": found.high, "seeds": len(found.by_seed),
-        "wins": sum(mean > 0 for mean in found.by_seed), "by_seed": list(found.by_seed), "covers": found.covers,
-    }  # fmt: skip
+        "mean": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "seeds": len(found.by_seed),
+        "wins": sum(mean > 0 for mean in found.by_seed),
+        "by_seed": list(found.by_seed),
+        "covers": found.covers,
+    }
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -270,9 +307,12 @@ def covered(result: dict[str, Any]) -> str:
     """What the 95 % intervals of a table cover; in a stopped table some can be of one seed, others of more."""
     kinds = {
         found["covers"]
-        for arm in result["arms"].values() for steps in arm["differences"].values() for blocks in steps.values()
-        for metrics in blocks.values() for found in metrics.values()
-    }  # fmt: skip
+        for arm in result["arms"].values()
+        for steps in arm["differences"].values()
+        for blocks in steps.values()
+        for metrics in blocks.values()
+        for found in metrics.values()
+    }
     one = "over problems only (it says nothing about another training)"
     if SEEDS_AND_PROBLEMS not in kinds:
         return f"a 95 % interval {one}"
@@ -361,18 +401,35 @@ def _missing(result: dict[str, Any]) -> str:
 def _warning_lines(result: dict[str, Any]) -> str:
     lines = [
         f"- {label}: {found['times']} x {kind}, first {found['first']}"
-        for label, arm in result["arms"].items() for kind, found in arm["warnings"].items()
-    ]  # fmt: skip
+        for label, arm in result["arms"].items()
+        for kind, found in arm["warnings"].items()
+    ]
     return "Warnings of the runs:\n\n" + "\n".join(lines) if lines else ""
 
 
 def table_csv(result: dict[str, Any]) -> str:
     """One row per panel, arm, benchmark, evaluated step and metric; accuracies and differences as shares."""
     file = io.StringIO()
-    columns = ["panel", "arm", "benchmark", "step", "metric", "seeds", "mean", "se_seeds", "se_samples", "paper", "paper_pm",
-               "retained", "mass_covered", "peak_memory_gb", "seconds"]  # fmt: skip
-    columns += [f"{what} {base}" for base in result["baselines"]
-                for what in ("difference to", "low of", "high of", "covers of")]  # fmt: skip
+    columns = [
+        "panel",
+        "arm",
+        "benchmark",
+        "step",
+        "metric",
+        "seeds",
+        "mean",
+        "se_seeds",
+        "se_samples",
+        "paper",
+        "paper_pm",
+        "retained",
+        "mass_covered",
+        "peak_memory_gb",
+        "seconds",
+    ]
+    columns += [
+        f"{what} {base}" for base in result["baselines"] for what in ("difference to", "low of", "high of", "covers of")
+    ]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     for panel in result["panels"]:
@@ -382,9 +439,22 @@ def table_csv(result: dict[str, Any]) -> str:
                 for name, block in blocks.items():
                     for metric, found in block["metrics"].items():
                         value = arm["paper"].get(name) if metric == "mean_at_k" else None
-                        row = [panel["title"], label, name, step, metric, len(found["values"]), found["mean"],
-                               found["se_seeds"], found["se_samples"], *([v / 100 for v in value] if value else ["", ""]),
-                               arm["retained"], arm["mass_covered"], arm["peak_memory_gb"], arm["seconds"]]  # fmt: skip
+                        row = [
+                            panel["title"],
+                            label,
+                            name,
+                            step,
+                            metric,
+                            len(found["values"]),
+                            found["mean"],
+                            found["se_seeds"],
+                            found["se_samples"],
+                            *([v / 100 for v in value] if value else ["", ""]),
+                            arm["retained"],
+                            arm["mass_covered"],
+                            arm["peak_memory_gb"],
+                            arm["seconds"],
+                        ]
                         for base in result["baselines"]:
                             d = arm["differences"].get(base, {}).get(step, {}).get(name, {}).get(metric)
                             row += [d[key] for key in ("mean", "low", "high", "covers")] if d else [""] * 4

@@ -86,8 +86,8 @@ def normalise(values: Tensor, spread: Spread, how: str) -> Tensor:
 def soft_or(h: Tensor, d: Tensor) -> Tensor:
     """h + d - h d of two axes in [0, 1]: high where either is, without counting both twice.
 
-    Computed as a + b (1 - a), a the larger: exactly 1 where either is 1. Clipped axes have many such tokens, and a cut among
-    them must fall by position, not by the rounding of the other axis, which differs between processes.
+    Computed as a + b (1 - a), a the larger: exactly 1 where either is 1. Clipped axes have many such tokens, and a cut
+    among them must fall by position, not by the rounding of the other axis, which differs between processes.
     """
     larger, smaller = torch.maximum(h, d), torch.minimum(h, d)
     return larger + smaller * (1 - larger)

@@ -58,8 +58,8 @@ class TipWeighter:
     def look_back(self, stats: TokenStats) -> tuple[Tensor, taxonomy.Quadrants]:
         """Scores and quadrants of the update just weighed, as it was weighed: before anything was learnt from it.
 
-        Needs student_entropy and reverse_kl. Thresholds are those of the scope too: per micro-batch (reported is their mean
-        over tokens), or of earlier updates where the rule remembers both axes.
+        Needs student_entropy and reverse_kl. Thresholds are those of the scope too: per micro-batch (reported is their
+        mean over tokens), or of earlier updates where the rule remembers both axes.
         """
         memory = self.learnt_from
         score = self._by_scope(stats, memory, self.rule.score)
@@ -151,7 +151,9 @@ def _check(config: TipConfig) -> None:
     rule = RULES[config.rule]
     if config.scope == "running" and rule.mechanic != "weights" and (config.budget or rule.budget) == "per_update":
         raise InputError(
-            f"tip: scope 'running' weighs one rollout at a time, and rule {config.rule!r} keeps a share of the whole update "
-            "(a threshold from earlier updates was tried: it misses the share by up to half). Set tip.budget=per_rollout, "
+            f"tip: scope 'running' weighs one rollout at a time, and rule {config.rule!r} keeps a share of the whole "
+            "update "
+            "(a threshold from earlier updates was tried: it misses the share by up to half). Set "
+            "tip.budget=per_rollout, "
             "or tip.scope=update."
         )

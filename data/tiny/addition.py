@@ -1,9 +1,9 @@
 """A second embedded task, built differently: 3-digit addition, column by column, with the carries written out.
 
 A problem is `347+586?`. A response adds the columns from the right, `okay first 7+6+0=13` (digits, carry in, two-digit
-sum), and ends in `answer \\boxed{933}`. The corrupted student has other faults than the chain task's: a *misconception*,
-a carry into a column whose lower digit is 7 or more is always ignored; and *carelessness*, a sum of 10 or more whose
-lower digit is the larger one loses its carry every other time. Both change what follows and the answer.
+sum), and ends in `answer \\boxed{933}`. The corrupted student has other faults than the chain task's: a
+*misconception*, a carry into a column whose lower digit is 7 or more is always ignored; and *carelessness*, a sum of 10
+or more whose lower digit is the larger one loses its carry every other time. Both change what follows and the answer.
 """
 
 import random

@@ -177,7 +177,8 @@ def build(out: Path, seed: int = 0, name: str = "chain") -> Path:
 
 
 def student(pair_folder: Path, seed: int, students: Path) -> Path:
-    """The student that another seed gives an embedded pair; returns its folder below `students`, made unless it is there.
+    """The student that another seed gives an embedded pair; returns its folder below `students`, made unless it is
+    there.
 
     A process that wants one that another process is making waits for it.
     """
@@ -192,7 +193,9 @@ def student(pair_folder: Path, seed: int, students: Path) -> Path:
             pair = PAIRS[name]
 
             def make(folder: Path) -> None:
-                _save(train_model("student", pair.task, pair.student, pair.task.tokenizer(), seed * 2 + 1), pair, folder)
+                _save(
+                    train_model("student", pair.task, pair.student, pair.task.tokenizer(), seed * 2 + 1), pair, folder
+                )
                 _record(folder, name, seed)
 
             _made_whole(out, make)
@@ -203,9 +206,12 @@ def _record(folder: Path, name: str, seed: int) -> None:
     """Writes how the folder was made."""
     pair = PAIRS[name]
     recipe = {
-        "task": name, "seed": seed, "teacher": asdict(pair.teacher), "student": asdict(pair.student),
+        "task": name,
+        "seed": seed,
+        "teacher": asdict(pair.teacher),
+        "student": asdict(pair.student),
         "fingerprint": fingerprint(name, seed),
-    }  # fmt: skip
+    }
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
 
 

@@ -10,7 +10,8 @@ Contestants, all forward + backward of a reverse KL summed over N tokens, from h
 
 Time: repeats in turn (every contestant once, then all again), medians, and the ratio as the median of paired ratios.
 Memory: each cell in a child process; the allocator's events (live bytes, exact) and the resident size of the process
-(peak after minus before). "Beyond" is the peak minus the head's gradient and the states' gradient, which everyone returns.
+(peak after minus before). "Beyond" is the peak minus the head's gradient and the states' gradient, which everyone
+returns.
 """
 
 import argparse
@@ -33,7 +34,8 @@ from opd.loss import DEFAULT_CHUNK_BYTES, Head, divergence_sum, token_stats
 SIZES = {"V = 32,768": (32_768, 256, 512), "V = 151,936": (151_936, 1024, 1536)}  # vocabulary, H_s, H_t
 TIME_CELLS = [("V = 32,768", 256), ("V = 32,768", 1024), ("V = 32,768", 4096), ("V = 151,936", 512)]
 MEMORY_CELLS = [("V = 32,768", n) for n in (256, 512, 1024, 2048, 4096)] + [
-    ("V = 151,936", n) for n in (256, 1024, 2048, 4096)]  # fmt: skip
+    ("V = 151,936", n) for n in (256, 1024, 2048, 4096)
+]
 REPEATS = 5
 BYTES_NEEDED = {
     "naive": 28,
@@ -159,9 +161,11 @@ def time_cell(name: str, n: int, repeats: int, extra: dict) -> dict:
     median = {key: statistics.median(values) for key, values in seconds.items()}
     ratio = {  # ours / other for peers, other / ours for our own variants
         key: statistics.median(
-            (a / b if key in CONTESTANTS else b / a) for a, b in zip(seconds["ours"], values, strict=True))
-        for key, values in seconds.items() if key != "ours"
-    }  # fmt: skip
+            (a / b if key in CONTESTANTS else b / a) for a, b in zip(seconds["ours"], values, strict=True)
+        )
+        for key, values in seconds.items()
+        if key != "ours"
+    }
     return {"cell": name, "N": n, "repeats": repeats, "seconds": median, "ratio": ratio, "all": seconds}
 
 
@@ -199,7 +203,8 @@ def memory_cell(who: str, name: str, n: int) -> dict:
     if needed > available:
         return cell | {"does_not_fit": f"predicted {needed / 2**30:.1f} GiB, free {available / 2**30:.1f} GiB"}
     result = subprocess.run(
-        [sys.executable, __file__, "--child", who, name, str(n)], capture_output=True, text=True, env=os.environ)  # fmt: skip
+        [sys.executable, __file__, "--child", who, name, str(n)], capture_output=True, text=True, env=os.environ
+    )
     if result.returncode:
         return cell | {"does_not_fit": f"killed or failed: {result.stderr.strip().splitlines()[-1:]}"}
     return cell | json.loads(result.stdout.splitlines()[-1])
@@ -207,7 +212,8 @@ def memory_cell(who: str, name: str, n: int) -> dict:
 
 # --- exactness --------------------------------------------------------------------------------------------------------
 def bf16_cell(gap: float) -> dict:
-    """Relative error of the gradients against float64 on identical bf16 inputs; the teacher is the student, perturbed."""
+    """Relative error of the gradients against float64 on identical bf16 inputs; the teacher is the student,
+    perturbed."""
     g = torch.Generator().manual_seed(0)
     vocab, h, n = 8192, 128, 64
     hs = torch.randn(n, h, generator=g).bfloat16().requires_grad_()
@@ -279,8 +285,11 @@ def plots(results: dict, out: Path) -> None:
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(9, 4), squeeze=False)
     for axis, name in zip(axes[0], sizes, strict=True):
         for who in (w for w in CONTESTANTS if w != "products"):
-            points = [(c["N"], c["live_beyond"] / 2**30) for c in results["memory"]
-                      if c["cell"] == name and c["who"] == who and "live_beyond" in c]  # fmt: skip
+            points = [
+                (c["N"], c["live_beyond"] / 2**30)
+                for c in results["memory"]
+                if c["cell"] == name and c["who"] == who and "live_beyond" in c
+            ]
             axis.plot(*zip(*points, strict=True), marker="o", label=who)
         axis.set_title(name)
         axis.set_xlabel("tokens")
@@ -304,10 +313,16 @@ def main() -> None:
     memory_cells = MEMORY_CELLS[:2] if options.quick else MEMORY_CELLS
     begin = time.monotonic()
     results = {
-        "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.processor(),
-                    "torch": torch.__version__},
-        "time": [], "memory": [], "bf16": [],
-    }  # fmt: skip
+        "machine": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "processor": platform.processor(),
+            "torch": torch.__version__,
+        },
+        "time": [],
+        "memory": [],
+        "bf16": [],
+    }
     for gap in (0.44, 0.135, 0.041):
         results["bf16"].append(bf16_cell(gap))
         say(begin, json.dumps(results["bf16"][-1]))

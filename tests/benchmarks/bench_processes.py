@@ -28,9 +28,18 @@ def make(folder: Path) -> None:
 
     for name, hidden in (("student", 384), ("teacher", 512)):
         torch.manual_seed(0)
-        config = Qwen3Config(vocab_size=32768, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=6,
-                             num_attention_heads=6, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True,
-                             eos_token_id=0, pad_token_id=0)  # fmt: skip
+        config = Qwen3Config(
+            vocab_size=32768,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=64,
+            tie_word_embeddings=True,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
         Qwen3ForCausalLM(config).save_pretrained(folder / name)
         task.tokenizer().save_pretrained(folder / name)
 
@@ -45,9 +54,17 @@ def work(folder: Path, stage: str) -> None:
     from opd.hooks import UniformWeighter
     from opd.step import train_step
 
-    config, _ = load_config("configs/tiny.json", [
-        "engine.kind=deepspeed", f"engine.deepspeed={stage}", f"student.path={folder}/student", f"teacher.path={folder}/teacher",
-        "optim.warmup_steps=0", "optim.micro_batch_tokens=1536"])  # fmt: skip
+    config, _ = load_config(
+        "configs/tiny.json",
+        [
+            "engine.kind=deepspeed",
+            f"engine.deepspeed={stage}",
+            f"student.path={folder}/student",
+            f"teacher.path={folder}/teacher",
+            "optim.warmup_steps=0",
+            "optim.micro_batch_tokens=1536",
+        ],
+    )
     device = pick_device(config.engine)
     distributed.start(device)
     settings = read_deepspeed(config)
@@ -62,16 +79,36 @@ def work(folder: Path, stage: str) -> None:
     seconds = []
     for step in range(1, UPDATES + 1):
         distributed.wait()
-        result = train_step(student=engine.student, teacher=teacher, engine=engine, micro_batches=batches,
-                            weighter=UniformWeighter(), loss=loss, vocab_size=32768, step=step, seed=0)  # fmt: skip
+        result = train_step(
+            student=engine.student,
+            teacher=teacher,
+            engine=engine,
+            micro_batches=batches,
+            weighter=UniformWeighter(),
+            loss=loss,
+            vocab_size=32768,
+            step=step,
+            seed=0,
+        )
         seconds.append(result.metrics["time/update"])
     if distributed.is_first():
         print(json.dumps(seconds[1:]))  # the first one allocates
 
 
 def measure(folder: Path, stage: str, processes: int) -> float:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), __file__,
-               "--folder", str(folder), "--stages", stage]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        __file__,
+        "--folder",
+        str(folder),
+        "--stages",
+        stage,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
@@ -95,8 +132,11 @@ def main() -> None:
             pairs = [(measure(folder, stage, 1), measure(folder, stage, 2)) for _ in range(options.repeats)]
             ratios = sorted(one / two for one, two in pairs)
             ones, twos = zip(*pairs, strict=True)
-            print(f"{stage}: 1 process {statistics.median(ones):.2f} s, 2 processes {statistics.median(twos):.2f} s, "
-                  f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)  # fmt: skip
+            print(
+                f"{stage}: 1 process {statistics.median(ones):.2f} s, 2 processes {statistics.median(twos):.2f} s, "
+                f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
