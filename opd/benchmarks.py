@@ -88,8 +88,7 @@ def check_context(lm: LanguageModel, key: str, response: int, prompts: Sequence[
     if lm.context is not None and longest + response > lm.context:
         raise InputError(
             f"the longest prompt has {longest} tokens and {key} is {response}: together {longest + response}, more "
-            "than "
-            f"the {lm.name}'s context of {lm.context}. Lower {key} or data.max_prompt_tokens."
+            f"than the {lm.name}'s context of {lm.context}. Lower {key} or data.max_prompt_tokens."
         )
 
 

@@ -77,19 +77,16 @@ class Teacher:
         Literal["device", "sharded", "host"],
         doc(
             "Where its weights lie. device: whole on every process's device; sharded: split over the processes, "
-            "gathered "
-            "layer by layer while it runs (ZeRO-3); host: that, in host memory. The latter two need engine.kind "
-            "deepspeed."
+            "gathered layer by layer while it runs (ZeRO-3); host: that, in host memory. The latter two need "
+            "engine.kind deepspeed."
         ),
     ]
     cache_gb: Annotated[
         float | None,
         doc(
             "GiB of host memory, per process, for its hidden states of one update, which wait there for the student; "
-            "what is "
-            "above goes to RUN/teacher_states/ on disk. Beside a GPU it is pinned, where torch rounds each micro-batch "
-            "up to a "
-            "power of two bytes. null: no limit.",
+            "what is above goes to RUN/teacher_states/ on disk. Beside a GPU it is pinned, where torch rounds each "
+            "micro-batch up to a power of two bytes. null: no limit.",
             ge=0,
             le=MOST,
         ),
@@ -107,8 +104,7 @@ class Data:
         int,
         doc(
             "Prompts held out of the training data, chosen by the seed, and evaluated as benchmark `validation` with "
-            "the "
-            "rollouts' own decoding. 0: none.",
+            "the rollouts' own decoding. 0: none.",
             ge=0,
         ),
     ]
@@ -140,8 +136,7 @@ class RolloutSection:
         tuple[Text, ...],
         doc(
             "Where vLLM servers run (python -m opd.vllm_server), each HOST:PORT. Empty: vLLM starts beside each "
-            "process, on "
-            "its device, and sleeps during the update. transformers: empty."
+            "process, on its device, and sleeps during the update. transformers: empty."
         ),
     ]
     tensor_parallel: Annotated[
@@ -155,16 +150,14 @@ class RolloutSection:
         Count,
         doc(
             "Seconds without a sign of life (a token, a bucket of weights) after which vLLM counts as lost and is "
-            "started once "
-            "more. transformers: not used."
+            "started once more. transformers: not used."
         ),
     ]
     parity_every: Annotated[
         Count,
         doc(
             "Updates between comparisons of vLLM's logprobs with the trainer's, which end the run when they differ. "
-            "The first "
-            "one is always before the first update. transformers: not used."
+            "The first one is always before the first update. transformers: not used."
         ),
     ]
     prompts_per_step: Annotated[int, doc("Prompts of one update. Table 9: 8.", ge=1, le=MOST_SAMPLES)]
@@ -244,8 +237,7 @@ class Engine:
         PathText | None,
         doc(
             "Name of configs/deepspeed/NAME.json, or path of such a file: ZeRO stage and offload. null with kind "
-            "torch. What "
-            "the pair file decides (optimizer, schedule, clipping, dtype, batch) has no place in it."
+            "torch. What the pair file decides (optimizer, schedule, clipping, dtype, batch) has no place in it."
         ),
     ]
     phases: Annotated[
@@ -297,8 +289,7 @@ class Log:
         int,
         doc(
             "Updates between diagnostics (entropies, divergences, quadrants); costs one scoring pass where the rule "
-            "needs "
-            "none. 0: never.",
+            "needs none. 0: never.",
             ge=0,
         ),
     ]
@@ -307,8 +298,7 @@ class Log:
         int,
         doc(
             "Updates between token dumps (tokens/step_000010.jsonl: every statistic of every token, top 5 of both "
-            "models, what "
-            "each rule would keep). 0: never.",
+            "models, what each rule would keep). 0: never.",
             ge=0,
         ),
     ]
@@ -462,8 +452,7 @@ def _check(config: Config, where: str) -> None:
     require(
         config.rollout.temperature > 0 or config.rollout.n == 1,
         f"rollout.temperature is 0 and rollout.n is {config.rollout.n}: greedy responses to one prompt are all the "
-        "same. "
-        "Set rollout.n=1 or a temperature above 0.",
+        "same. Set rollout.n=1 or a temperature above 0.",
     )
     require(
         config.rollout.temperature > 0 or config.rollout.top_p == 1,
@@ -508,8 +497,7 @@ def _check(config: Config, where: str) -> None:
     require(
         config.engine.kind == "torch" or config.engine.phases == 1,
         "engine.phases is 2 and engine.kind is 'deepspeed': there the weights wait in host memory with "
-        "engine.deepspeed="
-        "zero2_offload or zero3_offload, and teacher.placement=host. Set engine.phases=1.",
+        "engine.deepspeed=zero2_offload or zero3_offload, and teacher.placement=host. Set engine.phases=1.",
     )
     if config.optim.steps is not None:
         require(

@@ -102,8 +102,7 @@ def make_prompts(
     if taken := sorted(ours & data.chat_template_args.keys()):
         raise InputError(
             f"data.chat_template_args sets {taken[0]!r}, which is no variable of the chat template but decides how it "
-            "is "
-            "applied. Remove it."
+            "is applied. Remove it."
         )
     prompts = []
     for problem in problems:

@@ -275,8 +275,7 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
         if values.get("device") != "cpu":
             raise InputError(
                 f"{path}: zero_optimization.{key}.device is {values.get('device')!r}, expected 'cpu': what lies on an "
-                "NVMe "
-                "cannot be saved and continued exactly here."
+                "NVMe cannot be saved and continued exactly here."
             )
         if more := set(values) - {"device", "pin_memory"}:
             raise InputError(

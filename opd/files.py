@@ -115,8 +115,7 @@ def _acquire(path: Path, folder: Path, setting: str, wait: Callable[[], object] 
             if wait is None:
                 raise InputError(
                     f"{folder} is being written by {owner}. Two writers would destroy each other's files: wait until "
-                    "it has "
-                    f"ended, or choose another folder ({setting})."
+                    f"it has ended, or choose another folder ({setting})."
                 ) from None
             if not waiting:
                 say(f"{folder}: waiting for {owner}")

@@ -108,8 +108,7 @@ def command(arguments: list[str]) -> None:
         )
         raise RunError(
             f"process {rank} (pid {failure.pid}) {how}, so the others were stopped. Checkpoints are intact; the same "
-            "command "
-            "continues from the newest."
+            "command continues from the newest."
         ) from None
 
 

@@ -192,8 +192,7 @@ def load(
     if section.attn_implementation == "sdpa" and _text_values(model).get("attn_logit_softcapping"):
         raise InputError(
             f"{where}: its attention has a soft cap (attn_logit_softcapping), which sdpa leaves out without a word. "
-            "Set "
-            f"{name}.attn_implementation to 'eager' or 'flash_attention_2'."
+            f"Set {name}.attn_implementation to 'eager' or 'flash_attention_2'."
         )
     _check_head_keys(model, where)
     if model.config.is_encoder_decoder:
@@ -244,8 +243,7 @@ def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
     if min(student.eos_ids) >= size:
         raise InputError(
             f"the student's EOS ids {list(student.eos_ids)} are all beyond the {size} ids that both tokenizers have, "
-            "so "
-            "no response could end. Use the teacher's tokenizer for the student."
+            "so no response could end. Use the teacher's tokenizer for the student."
         )
     for i in range(size):
         if ours[i] != theirs[i]:
@@ -296,8 +294,7 @@ def _check_generation_config(model: PreTrainedModel, where: str) -> None:
         fault = (str(error).splitlines()[1:2] or [str(error)])[0].removeprefix("- ")[:300]
         raise InputError(
             f"{where}: its generation_config.json cannot be saved again with a checkpoint ({fault}). Mend the file; "
-            "the "
-            "trainer itself takes nothing but the EOS ids from it."
+            "the trainer itself takes nothing but the EOS ids from it."
         ) from None
 
 
@@ -326,8 +323,7 @@ def _check_folder(section: Student | Teacher, name: str) -> None:
     if section.revision is not None:
         raise InputError(
             f"{name}.revision is {section.revision[:80]!r} and {where} is a folder, which has no revisions. Set it to "
-            "null, or "
-            "name a hub repository."
+            "null, or name a hub repository."
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{where}: the folder has no config.json. Expected a Hugging Face checkpoint.")
@@ -375,10 +371,8 @@ def check_head(lm: LanguageModel) -> None:
     if not error < (1e-4 if lm.compute_dtype == torch.float32 else 2e-2):
         raise InputError(
             f"{lm.name}.path {lm.model.name_or_path!r}: the logits of {type(lm.model).__name__} are not its final "
-            "states "
-            f"times its head (relative difference {error:.2g}), so divergences computed from hidden states would be "
-            "wrong. "
-            "Not supported."
+            f"states times its head (relative difference {error:.2g}), so divergences computed from hidden states "
+            "would be wrong. Not supported."
         )
 
 

@@ -267,16 +267,14 @@ def text(plan: Plan, config: Config, student: Size, teacher: Size, device: torch
     return "\n".join(
         [
             f"plan of {config.run_dir}: {plan.updates} updates of {config.rollout.prompts_per_step} prompts x "
-            f"{config.rollout.n} "
-            f"responses of up to {config.rollout.max_response_tokens} tokens on {device}; {config.engine.kind} engine, "
-            f"{config.rollout.engine} rollouts, {config.teacher.mode} teacher",
+            f"{config.rollout.n} responses of up to {config.rollout.max_response_tokens} tokens on {device}; "
+            f"{config.engine.kind} engine, {config.rollout.engine} rollouts, {config.teacher.mode} teacher",
             f"  parameters: student {student.parameters / 1e6:.2f} M, teacher {teacher.parameters / 1e6:.2f} M",
             f"  memory{each}, by phase:",
             *peaks,
             f"    host memory throughout: {amount(sum(plan.host.values()))} = {host}",
             f"  disk: {amount((config.checkpoint.keep + 1) * plan.checkpoint)} for checkpoints "
-            f"({config.checkpoint.keep} kept, one "
-            "being written)"
+            f"({config.checkpoint.keep} kept, one being written)"
             + (f", and {amount(plan.spilled)} for teacher states above teacher.cache_gb" if plan.spilled else ""),
             f"  time, if every response were of full length: {per_update:.2g} s an update ({times}), "
             f"{plan.updates * per_update / 3600:.2g} h in all; evaluations not counted",

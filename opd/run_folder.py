@@ -161,8 +161,7 @@ def _is_complete(run_dir: Path) -> bool:
         except checkpoint.CheckpointError as error:
             raise InputError(
                 f"{run_dir} is complete, and {error}. To have the run go on from the checkpoint before it, or from the "
-                "start "
-                f"where there is none, remove {path} and give the same command."
+                f"start where there is none, remove {path} and give the same command."
             ) from None
     return last is not None
 

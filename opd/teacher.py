@@ -46,10 +46,8 @@ class Cache(Sequence[Tensor]):
                 free = shutil.disk_usage(self.folder.parent).free
                 raise RunError(
                     f"the teacher's hidden states are above teacher.cache_gb and {path} cannot be written ({error}): "
-                    "it takes "
-                    f"{states.nbytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free. Checkpoints are intact; "
-                    "make room, "
-                    "or raise teacher.cache_gb, and start the same command again."
+                    f"it takes {states.nbytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free. Checkpoints are "
+                    "intact; make room, or raise teacher.cache_gb, and start the same command again."
                 ) from error
             self.states.append(path)
         else:

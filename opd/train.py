@@ -123,8 +123,7 @@ def run(
         except OSError as error:
             raise RunError(
                 f"{config.run_dir} cannot be read or written ({error}). Checkpoints are intact; mend the cause and "
-                "start the "
-                "same command again."
+                "start the same command again."
             ) from error
 
 
@@ -144,8 +143,7 @@ def _run(
     if distributed.largest(str(start) != distributed.from_first(str(start))):
         raise InputError(
             f"the processes do not see the same {run_dir}: here it continues from {start}. Set output_dir to a folder "
-            "that "
-            "all machines share."
+            "that all machines share."
         )
     if start == run_folder.DONE:
         say(f"{run_dir}: this run is complete")
@@ -214,8 +212,7 @@ def _run(
         if (before := checkpoint.processes_of(start)) != distributed.world_size():
             say(
                 f"note: {before} processes wrote this checkpoint and {distributed.world_size()} continue it: the same "
-                "weights, "
-                "moments and data, but sums in another order, so the run is not the unbroken one bit for bit"
+                "weights, moments and data, but sums in another order, so the run is not the unbroken one bit for bit"
             )
     if first:
         run_folder.rewind(run_dir, step, start)
@@ -309,8 +306,7 @@ def _run(
             raise
         raise RunError(
             f"after step {step}: another process of this run has ended or cannot be reached. Look at its message; "
-            "checkpoints "
-            "are intact, and the same command continues from the newest."
+            "checkpoints are intact, and the same command continues from the newest."
         ) from error
     finally:
         if log:

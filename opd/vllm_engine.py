@@ -218,8 +218,7 @@ class VllmEngine:
         if not rollout.servers and distributed.world_size() > 1 and here % group:
             raise InputError(
                 f"rollout.tensor_parallel is {group} and this machine has {here} processes: expected a divisor of "
-                "them, since "
-                "each group of so many GPUs has a vLLM."
+                "them, since each group of so many GPUs has a vLLM."
             )
         self.total = len(rollout.servers) or max(distributed.world_size() // group, 1)
         threads, timeout = torch.get_num_threads(), rollout.timeout
@@ -285,10 +284,8 @@ class VllmEngine:
         if self.restarted:
             raise RunError(
                 f"{server.name} is lost for the second time: {lost}. Checkpoints are intact; mend the cause (its "
-                "messages are "
-                "above; memory is rollout.gpu_memory, patience rollout.timeout) and start the same command again, or "
-                "set "
-                "rollout.engine=transformers in a new run."
+                "messages are above; memory is rollout.gpu_memory, patience rollout.timeout) and start the same "
+                "command again, or set rollout.engine=transformers in a new run."
             )
         self.restarted = True
         self._say(f"warning: {server.name} is lost: {lost}; starting it once more")
@@ -470,16 +467,13 @@ class VllmEngine:
                 mean = difference.mean().item()
                 message = (
                     f"{server.name} does not have the trainer's weights: on a fixed probe logprobs are {mean:.6f} nats "
-                    "apart "
-                    f"on average (tolerance {self.tolerance:g}); at the worst it has {engine[where]:.6f} and the "
-                    "trainer "
-                    f"{own[where]:.6f}"
+                    f"apart on average (tolerance {self.tolerance:g}); at the worst it has {engine[where]:.6f} and the "
+                    f"trainer {own[where]:.6f}"
                 )
         if not distributed.largest(mean) <= self.tolerance:
             raise RunError(
                 f"{message}, so its samples would not be on-policy. Checkpoints are intact; set "
-                "rollout.engine=transformers "
-                "in a new run, and report this."
+                "rollout.engine=transformers in a new run, and report this."
             )
         return distributed.largest(worst)
 

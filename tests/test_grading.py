@@ -335,8 +335,7 @@ assert extract("Answer: x" + " " * 5_000_000 + "y", answer_lines=True)
 def test_workers_do_not_outlive_a_killed_parent():
     code = (
         "from opd.grading import Grader; import os, signal; g = Grader(workers=1); g.grade([('\\\\boxed{1/2}', "
-        "'0.5')]);"
-        "print(g.workers[0].process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "'0.5')]);print(g.workers[0].process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     worker = Path(f"/proc/{int(found.stdout)}/stat")

@@ -22,14 +22,10 @@ class TipConfig:
         doc(
             "Which tokens count. Of TIP (arXiv 2604.14084), with h student entropy and d = KL(P_S || P_T): all; "
             "entropy_sampling (probability proportional to h); soft_or (top of h + d - h d); soft_or_bottom; "
-            "divergence (top "
-            "of d); q3 (top of KL(P_T || P_S) (1 - h)). Controls: random, entropy_topk, soft_or_sampling, "
-            "divergence_bottom, "
-            "quadrant (a set of quadrants). Of others: teachability (TA-OPD, 2605.26844), product (h^alpha (JSD / ln "
-            "2)^gamma, "
-            "sampled), eopd (2603.07079), aopd (2605.06387). Ours: total_variation (top of total variation, which is "
-            "also the "
-            "share of forward KL in the token's loss)."
+            "divergence (top of d); q3 (top of KL(P_T || P_S) (1 - h)). Controls: random, entropy_topk, "
+            "soft_or_sampling, divergence_bottom, quadrant (a set of quadrants). Of others: teachability (TA-OPD, "
+            "2605.26844), product (h^alpha (JSD / ln 2)^gamma, sampled), eopd (2603.07079), aopd (2605.06387). Ours: "
+            "total_variation (top of total variation, which is also the share of forward KL in the token's loss)."
         ),
     ] = "soft_or"
     retention: Annotated[float, doc("Share of the response tokens kept. Paper: 0.5, 0.2, 0.1.", gt=0, le=1)] = 0.5
@@ -37,8 +33,7 @@ class TipConfig:
         float | None,
         doc(
             "Retention moves linearly from `retention` at update 1 to this at update `retention_steps`, and stays. "
-            "null: no "
-            "schedule.",
+            "null: no schedule.",
             gt=0,
             le=1,
         ),
@@ -48,12 +43,10 @@ class TipConfig:
         Literal["update", "micro_batch", "running"],
         doc(
             "Whose values normalise an axis (clips, minimum and maximum, percentiles, means). update: all response "
-            "tokens of "
-            "the update, over all micro-batches and ranks. micro_batch: those of its micro-batch; then the selection "
-            "depends "
-            "on optim.micro_batch_tokens. running: an exponential average of the quantiles of earlier updates, so that "
-            "the "
-            "student's body runs once per update instead of twice; needs budget per_rollout."
+            "tokens of the update, over all micro-batches and ranks. micro_batch: those of its micro-batch; then the "
+            "selection depends on optim.micro_batch_tokens. running: an exponential average of the quantiles of "
+            "earlier updates, so that the student's body runs once per update instead of twice; needs budget "
+            "per_rollout."
         ),
     ] = "update"
     running_decay: Annotated[
@@ -63,8 +56,7 @@ class TipConfig:
         Literal["per_rollout", "per_update"] | None,
         doc(
             "Where the share is counted: floor(retention * m) tokens of each rollout (paper), or of the whole update. "
-            "null: as "
-            "the rule's source does, per_update for teachability and total_variation, else per_rollout."
+            "null: as the rule's source does, per_update for teachability and total_variation, else per_rollout."
         ),
     ] = None
     entropy_clip_quantile: Annotated[
@@ -85,8 +77,7 @@ class TipConfig:
         Literal["mean", "quantile", "absolute"],
         doc(
             "What is high: above the mean of the (clipped) axis, above its quantile, or above a number. Not stated in "
-            "the "
-            "paper."
+            "the paper."
         ),
     ] = "mean"
     quadrant_entropy: Annotated[
@@ -102,10 +93,8 @@ class TipConfig:
         Literal["none", "total_variation"] | None,
         doc(
             "Share of forward KL in a token's loss. none: the configured divergence alone; total_variation: the "
-            "token's total "
-            "variation, so that a confident mistake, where the gradient of reverse KL vanishes, is still learnt from. "
-            "null: "
-            "as the rule's source does (eopd, aopd and total_variation have one)."
+            "token's total variation, so that a confident mistake, where the gradient of reverse KL vanishes, is still "
+            "learnt from. null: as the rule's source does (eopd, aopd and total_variation have one)."
         ),
     ] = None
     aggregation: Annotated[

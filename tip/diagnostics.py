@@ -74,8 +74,7 @@ class TipObserver:
         if covered < LITTLE_MASS:
             found["little_mass"] = (
                 f"the kept tokens carry {100 * covered:.1f} % of the divergence. Adam makes full-size steps of what "
-                "little "
-                "signal is left, which un-teaches the student: keep more tokens, or select by a rule that sees "
+                "little signal is left, which un-teaches the student: keep more tokens, or select by a rule that sees "
                 "divergence."
             )
         ratio = scalars["tip/divergence_max_over_p99"]
@@ -83,17 +82,14 @@ class TipObserver:
         if ratio > SQUEEZED and squeezable and self.weighter.needs >= BOTH:
             found["squeezed"] = (
                 f"the largest divergence is {ratio:.0f} times its 99th percentile, so min-max normalisation squeezes "
-                "nearly "
-                "all tokens to 0 on that axis and entropy decides. Set tip.normalization=quantile."
+                "nearly all tokens to 0 on that axis and entropy decides. Set tip.normalization=quantile."
             )
         at_h, median = self.weighter.look_back(axes.stats)[1].threshold_entropy, axes.h.median().item()
         if at_h < median * (1 - 1e-9):  # equal values: equal, whatever a mean rounds to
             found["low_entropy_cut"] = (
                 f"tokens count as low-entropy up to h = {at_h:.4g}, below the median {median:.4g}. Confident mistakes "
-                "usually "
-                "lie above the median, so Q3 misses them: set tip.quadrant_threshold=quantile with "
-                "tip.quadrant_entropy at "
-                "0.75 or so."
+                "usually lie above the median, so Q3 misses them: set tip.quadrant_threshold=quantile with "
+                "tip.quadrant_entropy at 0.75 or so."
             )
         return found
 

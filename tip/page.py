@@ -19,11 +19,10 @@ from tip import figures, results
 
 MANY = 9  # lines in one plot
 STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}td,th{border:1px solid "
-    "#ccc;padding:2px 7px;"
-    "white-space:nowrap;text-align:left}th{background:#f2f2f2}img{max-width:100%}pre{background:#f6f6f6;padding:1em;"
-    "overflow-x:auto;font-size:12px}figcaption{font-size:12px;color:#555}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 "
+    "1em;color:#222}table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}td,th{border:1px solid "
+    "#ccc;padding:2px "
+    "7px;white-space:nowrap;text-align:left}th{background:#f2f2f2}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow-x:auto;font-size:12px}figcaption{font-size:12px;color:#555}"
 )
 
 

@@ -50,8 +50,7 @@ def read_run(folder: Path) -> Run:
         if missing := sorted(start - (summary["eval"][who] or {}).keys()):
             raise InputError(
                 f"{folder / 'summary.json'}: eval.{who} has no figures of benchmark {missing[0]!r}. Remove the file "
-                "and give "
-                "the command of the run again, which makes it anew from the run's evaluations."
+                "and give the command of the run again, which makes it anew from the run's evaluations."
             )
     label = f"{tip['rule']} {tip['retention']:g}" if tip and tip["rule"] != "all" else "all tokens"
     return Run(folder, label, config, summary)
@@ -66,8 +65,7 @@ def table(runs: list[Run]) -> str:
             if theirs.get(key) != ours.get(key):
                 raise InputError(
                     f"{run.folder} and {first.folder} differ in {key} ({theirs.get(key)} and {ours.get(key)}): they "
-                    "did not "
-                    "start alike, so their results do not compare. Report them one by one."
+                    "did not start alike, so their results do not compare. Report them one by one."
                 )
     parts = [_accuracy_block(name, runs) for name in runs[0].summary["eval"]["step_0"] or {}]
     parts.append(

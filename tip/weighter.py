@@ -152,8 +152,6 @@ def _check(config: TipConfig) -> None:
     if config.scope == "running" and rule.mechanic != "weights" and (config.budget or rule.budget) == "per_update":
         raise InputError(
             f"tip: scope 'running' weighs one rollout at a time, and rule {config.rule!r} keeps a share of the whole "
-            "update "
-            "(a threshold from earlier updates was tried: it misses the share by up to half). Set "
-            "tip.budget=per_rollout, "
-            "or tip.scope=update."
+            "update (a threshold from earlier updates was tried: it misses the share by up to half). Set "
+            "tip.budget=per_rollout, or tip.scope=update."
         )
