@@ -73,6 +73,7 @@ class Stop:
 def main(command: Callable[[list[str]], None]) -> None:
     """Runs a command on `sys.argv[1:]` and exits: 0 done, 2 wrong input, 128 + signal when stopped, 1 anything else."""
     try:
+        _check_launcher()
         command(sys.argv[1:])
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -100,7 +101,18 @@ def main(command: Callable[[list[str]], None]) -> None:
 
 def _who() -> str:
     """Of several processes, which one speaks."""
-    return f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return f"process {os.environ.get('RANK', '0')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+def _check_launcher() -> None:
+    """Refuses values of the launcher's variables that are no numbers: every command reads some of them."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name, "0")
+        if not (text.isascii() and text.isdigit() and len(text) < 7):
+            raise InputError(
+                f"the environment variable {name} is {text[:80]!r}, expected the number that a launcher such as "
+                "torchrun sets. Remove it to start a single process."
+            )
 
 
 def _unexpected(error: Exception) -> str:

@@ -265,9 +265,10 @@ def check(value: Any, kind: Any, where: str, expected: str) -> Any:
 
 
 def refuse_device(path: str | Path, expected: str) -> None:
-    """Raises InputError for a device such as /dev/zero, which no read comes to the end of."""
-    if Path(path).is_char_device():
-        raise InputError(f"{path}: is a device, which may have no end. Expected {expected}.")
+    """Raises InputError for a device such as /dev/zero or a pipe, which a read may never come to the end of."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: is a device or a pipe, which may have no end. Expected {expected}.")
 
 
 def read_text(path: str | Path, expected: str) -> str:

@@ -155,7 +155,9 @@ def _is_complete(run_dir: Path) -> bool:
     except InputError as error:
         say(f"warning: {error} It is made again.")
         return False
-    if last is not None and last.exists():
+    if last is not None and not last.exists():
+        say(f"note: {last} was removed")
+    elif last is not None:
         try:
             checkpoint.verify(last)
         except checkpoint.CheckpointError as error:

@@ -197,10 +197,16 @@ CASES = {
     "a device without end": (
         nothing,
         ["--config", "/dev/zero"],
-        "/dev/zero: is a device, which may have no end",
+        "/dev/zero: is a device or a pipe, which may have no end",
         "Expected",
     ),
     "a device of data": (nothing, [S, 'data.train=["/dev/zero"]'], "/dev/zero: is a device", "Expected"),
+    "a pipe of data": (
+        lambda folder: os.mkfifo(folder / "pipe"),
+        [S, 'data.train=["{dir}/pipe"]'],
+        "{dir}/pipe: is a device or a pipe",
+        "Expected a JSONL file",
+    ),
     "an endless argument": (nothing, [NAME * 10], "unrecognized arguments: nnn", "Usage: "),
     "an endless field": (nothing, [S, f"data.prompt_field={NAME * 10}"], "no field 'nnn", "Set the field's name"),
     "an endless server": (
@@ -844,3 +850,18 @@ def test_a_full_temporary_directory_does_not_make_it_worse(setup, monkeypatch, c
     code, out, err = outcome(opd_train.command, ["--config", str(setup / "pair.json")], monkeypatch, capsys)
     assert code == 1 and out == "" and "Traceback" not in err and err.count("\n") == 1
     assert err.startswith("error: ZeroDivisionError: division by zero") and "No space left on device" in err
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("LOCAL_RANK", "abc"),
+        *((name, text) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE") for text in ("²", "-1", "", DIGITS)),
+    ],
+)
+def test_variables_of_a_launcher_that_are_no_numbers(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(lambda arguments: pytest.fail("the command was started"))
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and message.startswith(f"error: the environment variable {name} is '{value[:80]}'")

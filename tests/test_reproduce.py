@@ -296,3 +296,15 @@ def test_a_table_is_not_started_by_a_launcher(tiny_pair, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(InputError, match="a table starts its own processes on all GPUs"):
         started(monkeypatch, tmp_path)
+
+
+def test_with_fewer_seeds_than_jobs_the_arms_run_side_by_side(tiny_pair, tmp_path, monkeypatch, capsys):
+    arguments, children = started(monkeypatch, tmp_path, "--jobs", "2")
+    assert [command for command, _ in children] == [
+        ["-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", "0", "--only-arm", arm]
+        for arm in ("all 1.0", "soft_or 0.5", "random 0.5")
+    ]
+    logs = tmp_path / "tiny-reproduce" / "logs"
+    assert sorted(p.name for p in logs.iterdir()) == [
+        f"seed_0-{a}.log" for a in ("all-1.0", "random-0.5", "soft_or-0.5")
+    ]
