@@ -8,7 +8,7 @@ for 5 of the 30 problems of 2024). Keys are written with leading zeros or a degr
 import re
 
 from data.sources import Hub, need, text_of, user
-from opd.cli import InputError
+from opd.errors import InputError
 
 HUB = {
     "aime24": Hub("HuggingFaceH4/aime_2024", None, "2fe88a2f1091d5048c0f36abc874fb997b3dd99a"),

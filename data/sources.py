@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from opd.cli import InputError, first_line
+from opd.errors import InputError, first_line
 from opd.files import parse_json, read_text
 
 KINDS = "a .jsonl, .json or .parquet file of problems"

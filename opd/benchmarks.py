@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from opd.cli import InputError
 from opd.config import COLDEST, MOST_SAMPLES, ROOT, Config, Count, PathText, Text, build, doc, read_json_object, strict
 from opd.data import Prompt, make_prompts, read_problems
+from opd.errors import InputError
 from opd.models import LanguageModel
 
 VALIDATION = "validation"  # name of the benchmark of held-out training prompts

@@ -1,4 +1,4 @@
-"""What every command shares: user errors, exit codes, and the `--config` / `--set` arguments.
+"""What every command shares: exit codes, signals, the console, and the `--config` / `--set` arguments.
 
 Standard error carries messages and progress; standard output carries only the result (a run folder, a table),
 so that shell scripts can capture it.
@@ -6,6 +6,7 @@ so that shell scripts can capture it.
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import sys
@@ -17,24 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from opd import distributed
+from opd.errors import InputError, Interrupted, RunError, first_line
 
 NAME_BYTES = 255  # of one part of a path: what the usual file systems take
-
-
-class InputError(Exception):
-    """The user's input is wrong. The text says what, what was got, what was expected and what to do; exit code 2."""
-
-
-class RunError(Exception):
-    """The run cannot go on, for no fault of its configuration. One clear message; exit code 1."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop and the work is safely on disk; exit code 128 + `signum`."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
 
 
 class Stop:
@@ -130,12 +116,6 @@ def _unexpected(error: Exception) -> str:
     return f"{what} ({cause}). The traceback is in {path}; files that were complete before stay as they are."
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line of at most 300 characters that any terminal can show."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _exit(code: int) -> None:
     """Ends the process. One of several ends at once: gloo's threads can abort it while the interpreter takes itself
     apart."""
@@ -216,6 +196,18 @@ def number_argument(least: int) -> Callable[[str], int]:
 
 
 seed_argument = number_argument(0)
+
+
+def address_of(text: str) -> tuple[str, int] | str:
+    """HOST:PORT, or the path of a Unix socket. Raises InputError."""
+    if text.startswith("/"):
+        return text
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise InputError(
+            f"{text[:80]!r} is no address of a vLLM server, expected HOST:PORT, for example 10.0.0.2:8500."
+        )
+    return host, int(port)
 
 
 def parser(prog: str, description: str) -> Parser:

@@ -11,7 +11,8 @@ from statistics import fmean
 
 from opd.accuracy import paired_interval
 from opd.benchmarks import GREEDY
-from opd.cli import InputError, Parser, main, path_argument
+from opd.cli import Parser, main, path_argument
+from opd.errors import InputError
 from opd.evaluate import read_responses, read_summary
 from opd.files import step_number
 

@@ -18,9 +18,9 @@ import pydantic
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from opd.cli import InputError, path_fault
+from opd.cli import address_of, path_fault
+from opd.errors import InputError
 from opd.files import NotJson, parse_json, read_text
-from opd.vllm_server import address_of
 
 strict = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
@@ -49,7 +49,7 @@ def doc(text: str, **limits: Any) -> Any:
 
 
 @strict
-class Student:
+class StudentSection:
     """The model that samples and learns."""
 
     path: Annotated[PathText, doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")]
@@ -65,7 +65,7 @@ class Student:
 
 
 @strict
-class Teacher:
+class TeacherSection:
     """The frozen model that scores the student's tokens."""
 
     mode: Annotated[Literal["local"], doc("Where the teacher runs. local: in this process.")]
@@ -94,7 +94,7 @@ class Teacher:
 
 
 @strict
-class Data:
+class DataSection:
     """Training prompts."""
 
     train: Annotated[
@@ -178,7 +178,7 @@ class RolloutSection:
 
 
 @strict
-class Loss:
+class LossSection:
     """Divergence between student and teacher at every response token, over the whole vocabulary, at temperature 1."""
 
     divergence: Annotated[
@@ -201,7 +201,7 @@ class Loss:
 
 
 @strict
-class Optim:
+class OptimSection:
     """AdamW; weight decay on matrices only (not on norms and biases)."""
 
     lr: Annotated[float, doc("Peak learning rate. Table 9: 1e-6 (Qwen), 3e-7 (Llama).", gt=0)]
@@ -223,7 +223,7 @@ class Optim:
 
 
 @strict
-class Engine:
+class EngineSection:
     """What holds the weights and applies the update."""
 
     kind: Annotated[
@@ -257,7 +257,7 @@ class Engine:
 
 
 @strict
-class Eval:
+class EvalSection:
     """Held-out accuracy of the step-0 student, the teacher, and the student in training and at the end."""
 
     benchmarks: Annotated[tuple[PathText, ...], doc("Names of configs/benchmarks/NAME.json, or paths of such files.")]
@@ -274,7 +274,7 @@ class Eval:
 
 
 @strict
-class Checkpoint:
+class CheckpointSection:
     """Whole checkpoints: the student in Hugging Face format, and the optimizer."""
 
     every: Annotated[int, doc("Save every so many updates; the last update is always saved. 0: only the last.", ge=0)]
@@ -282,7 +282,7 @@ class Checkpoint:
 
 
 @strict
-class Log:
+class LogSection:
     """Diagnostics beyond the metrics of every step."""
 
     diagnostics_every: Annotated[
@@ -309,16 +309,16 @@ class Log:
 class Config:
     """A teacher-student pair and how it is trained."""
 
-    student: Student
-    teacher: Teacher
-    data: Data
+    student: StudentSection
+    teacher: TeacherSection
+    data: DataSection
     rollout: RolloutSection
-    loss: Loss
-    optim: Optim
-    engine: Engine
-    eval: Eval
-    checkpoint: Checkpoint
-    log: Log
+    loss: LossSection
+    optim: OptimSection
+    engine: EngineSection
+    eval: EvalSection
+    checkpoint: CheckpointSection
+    log: LogSection
     seed: Annotated[int, doc("Seed of data order, sampling and random rules.", ge=0, lt=2**31)]
     run_name: Annotated[
         str, doc("Name of the run's folder below output_dir.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opd.cli import InputError, say
-from opd.config import Data
+from opd.cli import say
+from opd.config import DataSection
+from opd.errors import InputError
 from opd.files import read_rows
 from opd.seeds import generator
 
@@ -92,7 +93,11 @@ def _messages(value: Any, field: str, where: str) -> tuple[Mapping[str, str], ..
 
 
 def make_prompts(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, data: Data, source: str, instruction: str = ""
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSection,
+    source: str,
+    instruction: str = "",
 ) -> list[Prompt]:
     """Applies system prompt, instruction (appended to the last message) and chat template; drops long prompts.
 
@@ -133,7 +138,7 @@ def make_prompts(
 
 
 def read_training_prompts(
-    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int
+    data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts of all files, in order, and the `data.validation` ones that are held out. Raises InputError."""
     prompts = []

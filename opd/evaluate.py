@@ -14,8 +14,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -26,21 +26,18 @@ from typing_extensions import TypedDict
 from opd import distributed, grading, models
 from opd.batch import empty_micro_batch, make_micro_batches, share_of_rank
 from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, load_benchmarks
-from opd.cli import InputError, main, number_argument, parser, path_argument, say
-from opd.config import (
-    Config,
-    Student,
-    Teacher,
-    load_config,
-)
+from opd.cli import main, number_argument, parser, path_argument, say
+from opd.config import Config, StudentSection, TeacherSection, load_config
 from opd.data import Prompt, Rollout
-from opd.engine import load_teacher, pick_device
+from opd.errors import InputError
 from opd.files import check, lock, read_object, read_rows, sha256, write_whole
-from opd.metrics import Progress
+from opd.launch import pick_device
 from opd.models import LanguageModel
-from opd.rollout import Decoding, sample
-from opd.step import pair_stats
-from opd.vllm_engine import sampling
+from opd.progress import Progress
+from opd.rollout import Decoding, Sampler
+from opd.rollout.choose import fixed_sampler
+from opd.step import Pair, stats_by_batch
+from opd.teacher.local import LocalTeacher, load_teacher
 
 UNGRADED_PERCENT = 1  # of all answers; above it, an accuracy needs a second look
 _Timed = TypedDict("_Timed", {"time/evaluation": float})  # seconds
@@ -84,49 +81,37 @@ class Response(TypedDict):
     tokens: int
 
 
-def evaluated(
-    lm: LanguageModel,
-    section: Student | Teacher,
-    benchmarks: Sequence[LoadedBenchmark],
-    config: Config,
-    apart: Callable[[], None] = lambda: None,
-) -> AbstractContextManager[LanguageModel]:
-    """A model that is evaluated as it is, with the engine that samples its responses (opd.vllm_engine.sampling)."""
-    prompts = [prompt for b in benchmarks for prompt in b.prompts]
-    if not prompts:
-        return nullcontext(lm)
-    return sampling(lm, section, config, prompts, max(b.benchmark.max_response_tokens for b in benchmarks), apart)
+@dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated, with what the evaluation needs of others."""
+
+    lm: LanguageModel
+    sampler: Sampler
+    vocab_size: int  # ids that are sampled
+    pair: Pair | None  # with its teacher, for eval.reverse_kl; None: not measured
+    phase: str = "rollout"  # where the models must lie while it is sampled (opd.phases)
 
 
 def evaluate(
-    lm: LanguageModel,
-    teacher: LanguageModel | None,
+    subject: Subject,
     benchmarks: Sequence[LoadedBenchmark],
     config: Config,
-    vocab_size: int,
     out: Path,
     grader: grading.Grader,
     stop: Callable[[bool], None] = lambda together: None,
     enter: Callable[[str], None] = lambda phase: None,
-) -> dict[str, dict]:
-    """Evaluates on every benchmark unless `out` already holds the result; returns name -> figures, on the first rank.
+) -> dict[str, Figures]:
+    """Evaluates on every benchmark into `out`; returns name -> figures, on the first process, elsewhere nothing.
 
-    The responses are shared out over all ranks; the first one writes and grades.
-
-    A model is sampled over its own whole vocabulary, so that its accuracy does not depend on whom it is paired with.
-    Responses are appended to `<name>.partial.jsonl` batch by batch, and a stopped evaluation continues from there; then
-    `<name>.jsonl` (every prompt, response, extracted answer, verdict, vote) and at last summary.json are written whole.
+    The responses are shared out over all processes; the first one writes and grades. Responses are appended to
+    `<name>.partial.jsonl` batch by batch, and a stopped evaluation continues from there; then `<name>.jsonl` (every
+    prompt, response, extracted answer, verdict, vote) and at last summary.json are written whole.
 
     Args:
-        teacher: for eval.reverse_kl; None, or the evaluated model itself: not measured.
-        vocab_size: ids compared in eval.reverse_kl.
-        stop: called while responses are generated, with True where all ranks do; may raise to leave early.
-        enter: called with "rollout" before the model generates, "teacher" if it is the teacher, and as pair_stats does.
+        stop: called while responses are generated, with True where all processes call it; may raise to leave early.
+        enter: called with the subject's phase before it generates, and as opd.step.stats_by_batch does.
     """
     first, summary_path = distributed.is_first(), out / "summary.json"
-    known = finished(out, [loaded.name for loaded in benchmarks]) if first else None
-    if text := distributed.from_first("" if known is None else json.dumps(known)):
-        return json.loads(text)
     if first:
         if summary_path.exists():
             say(f"warning: {out}: the evaluation in it is damaged and is made again")
@@ -135,16 +120,14 @@ def evaluate(
     summary = {}
     for loaded in benchmarks:
         begin = time.perf_counter()
-        # over its own vocabulary, except for ids that the teacher who reads the responses could not embed
-        vocab = len(lm.tokenizer) if teacher is None else min(len(lm.tokenizer), models.embeddable(teacher))
-        enter("teacher" if lm is teacher else "rollout")
-        numbered = _responses(lm, loaded, config, vocab, out / f"{loaded.name}.partial.jsonl", stop)
+        enter(subject.phase)
+        numbered = _responses(subject, loaded, config, out / f"{loaded.name}.partial.jsonl", stop)
         columns = [{} for _ in numbered]
-        if config.eval.reverse_kl and teacher is not None and teacher is not lm:
-            columns = _reverse_kl(lm, teacher, [r for _, r in numbered], config, vocab_size, stop, enter)
+        if config.eval.reverse_kl and subject.pair is not None:
+            columns = _reverse_kl(subject.pair, [r for _, r in numbered], config, stop, enter)
         if not first:
             continue
-        rows = _graded(lm, numbered, grader, loaded.benchmark.answer_lines)
+        rows = _graded(subject.lm, numbered, grader, loaded.benchmark.answer_lines)
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
@@ -161,6 +144,13 @@ def evaluate(
         for loaded in benchmarks:
             (out / f"{loaded.name}.partial.jsonl").unlink(missing_ok=True)
     return summary
+
+
+def known_figures(folder: Path, names: Collection[str]) -> dict[str, Figures] | None:
+    """As `finished`, the same on every process; the first one reads."""
+    known = finished(folder, names) if distributed.is_first() else None
+    text = distributed.from_first("" if known is None else json.dumps(known))
+    return json.loads(text) if text else None
 
 
 def finished(folder: Path, names: Collection[str]) -> dict[str, Figures] | None:
@@ -194,7 +184,7 @@ def read_responses(path: Path) -> list[Response]:
 
 
 def _responses(
-    lm: LanguageModel, loaded: LoadedBenchmark, config: Config, vocab: int, partial: Path, stop: Callable[[bool], None]
+    subject: Subject, loaded: LoadedBenchmark, config: Config, partial: Path, stop: Callable[[bool], None]
 ) -> list[tuple[int, Rollout]]:
     """(sample number, response) of every problem, sample by sample; what `partial` holds is not generated again.
 
@@ -216,7 +206,7 @@ def _responses(
     greedy = replace(sampled, temperature=0.0, top_p=1.0)
     with (
         partial.open("a", encoding="utf-8") if first else nullcontext() as file,
-        Progress(f"{lm.name} on {loaded.name}", len(batches) and len(order) * len(loaded.numbers)) as progress,
+        Progress(f"{subject.lm.name} on {loaded.name}", len(batches) and len(order) * len(loaded.numbers)) as progress,
     ):
 
         def advance(responses: int, tokens: int) -> None:
@@ -234,7 +224,7 @@ def _responses(
             else:
                 decoding = greedy if number == GREEDY else sampled
                 seeds = [(config.seed, "eval", loaded.name, p.id, number) for p in prompts]
-                rollouts = sample(lm, prompts, decoding, vocab, config.rollout.batch_size, seeds, advance)
+                rollouts = subject.sampler.sample(prompts, decoding, subject.vocab_size, seeds, advance)
                 if file:
                     responses = [(r.response_ids, r.finish_reason) for r in rollouts]
                     text = json.dumps({"sample": number, "problems": chosen, "responses": responses})
@@ -310,22 +300,20 @@ def _warn_of_ungraded(rows: Sequence[dict], path: Path) -> None:
 
 
 def _reverse_kl(
-    lm: LanguageModel,
-    teacher: LanguageModel,
+    pair: Pair,
     rollouts: Sequence[Rollout],
     config: Config,
-    vocab_size: int,
     stop: Callable[[bool], None],
     enter: Callable[[str], None],
 ) -> list[dict[str, float]]:
     """Per response {"reverse_kl": mean KL(student || teacher) over its tokens, nats}; the ranks share the work."""
     numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts)]
     mine = share_of_rank(numbered, distributed.rank(), distributed.world_size())
-    batches = make_micro_batches(mine, config.optim.micro_batch_tokens, lm.eos_ids[0], "keep")
+    batches = make_micro_batches(mine, config.optim.micro_batch_tokens, pair.student.eos_ids[0], "keep")
     missing = int(distributed.largest(len(batches))) - len(batches)
     columns = {"sequence_id": [torch.zeros(0, dtype=torch.long)], "reverse_kl": [torch.zeros(0)]}
-    batches += [empty_micro_batch(lm.eos_ids[0])] * missing
-    scored = pair_stats(lm, teacher, batches, vocab_size, config.loss, frozenset({"reverse_kl"}), enter)
+    batches += [empty_micro_batch(pair.student.eos_ids[0])] * missing
+    scored = stats_by_batch(pair, batches, frozenset({"reverse_kl"}), enter)
     for batch, found in zip(batches, scored, strict=True):
         columns["sequence_id"].append(batch.sequence_id)
         columns["reverse_kl"].append(found["reverse_kl"])
@@ -459,7 +447,7 @@ def command(arguments: list[str]) -> None:
 
 def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) -> None:
     """Evaluates a model into `out`, as its only writer."""
-    section: Student | Teacher = Student(
+    section: StudentSection | TeacherSection = StudentSection(
         path=model, revision=None, dtype=config.student.dtype, attn_implementation=config.student.attn_implementation
     )
     if model == config.teacher.path:
@@ -472,12 +460,17 @@ def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) 
     check_benchmarks(lm, benchmarks)
     if distributed.is_first():
         _same_or_clear(out, model, config, benchmarks)
-    teacher, vocab_size = None, len(lm.tokenizer)
+    pair, vocab_size = None, len(lm.tokenizer)
     if config.eval.reverse_kl:
         teacher = load_teacher(config, lm.device)
-        vocab_size = models.shared_vocabulary(lm, teacher)
-    with grading.Grader() as grader, evaluated(lm, section, benchmarks, config) as lm:
-        summary = evaluate(lm, teacher, benchmarks, config, vocab_size, out, grader)
+        pair = Pair(lm, LocalTeacher(teacher), models.shared_vocabulary(lm, teacher), config.loss)
+        vocab_size = models.sampled_vocabulary(lm, teacher)
+    prompts = [prompt for b in benchmarks for prompt in b.prompts]
+    longest = max(b.benchmark.max_response_tokens for b in benchmarks)
+    summary = known_figures(out, [b.name for b in benchmarks])
+    if summary is None:
+        with grading.Grader() as grader, fixed_sampler(lm, section, config, prompts, longest) as sampler:
+            summary = evaluate(Subject(lm, sampler, vocab_size, pair), benchmarks, config, out, grader)
     if distributed.is_first():
         say(line(summary))
         print(out / "summary.json")

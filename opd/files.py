@@ -21,7 +21,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from opd.cli import InputError, say
+from opd.cli import say
+from opd.errors import InputError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks answers
 DEPTH = 100  # levels of nested lists and objects; deeper ones exhaust the stack of whoever walks them

@@ -40,7 +40,6 @@ class TokenStats:
     teacher_top5_logprobs: Tensor | None = None  # (N, 5)
     reverse_kl_energy: Tensor | None = None  # squared L2 norm of d KL(P_S || P_T) / d student logits
     forward_kl_energy: Tensor | None = None  # the same of KL(P_T || P_S): |P_S - P_T|^2
-    micro_batch: Tensor | None = None  # (N,) int64; what went through the student at once. Always there in an update
 
     def rows(self, index: Tensor) -> "TokenStats":
         """Some of the rows: `index` is (K,) int64 or (N,) bool."""
@@ -48,7 +47,7 @@ class TokenStats:
         return replace(self, **tensors)
 
 
-STAT_FIELDS = frozenset(f.name for f in fields(TokenStats) if f.default is None) - {"micro_batch"}
+STAT_FIELDS = frozenset(f.name for f in fields(TokenStats) if f.default is None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +66,15 @@ class TokenWeights:
         _check_column("weights", self.weights, stats, torch.inf)
         if self.forward_share is not None:
             _check_column("forward_share", self.forward_share, stats, 1.0)
+
+    def relative(self) -> tuple[Tensor, float]:
+        """Weights divided by the largest, (N,) float32, and their sum.
+
+        So the scale of the weights changes nothing, bit for bit. Where no weight is above 0, the sum is 0.
+        """
+        largest = self.weights.max().item() if len(self.weights) else 0.0
+        relative = self.weights.double() / largest if largest > 0 else self.weights.double()
+        return relative.float(), relative.sum().item()
 
 
 def _check_column(name: str, column: Tensor, stats: TokenStats, maximum: float) -> None:
@@ -98,26 +106,16 @@ class TokenWeighter(Protocol):
 
 
 @runtime_checkable
-class RunningWeighter(TokenWeighter, Protocol):
-    """A weighter that remembers earlier updates, and can therefore weigh a rollout before the others are scored.
-
-    While `one_pass` holds, `__call__` gets the rows of one rollout at a time, and the student's body runs once per
-    update instead of twice; the `metrics` of these answers are not used. What it remembers is saved with checkpoints.
-    The sum of weights is known at the end then, so the gradient is divided after it is summed: the same to rounding.
-    """
-
-    @property
-    def one_pass(self) -> bool: ...
-
-    def learn(self, stats: TokenStats, weights: TokenWeights) -> dict[str, float]:
-        """Called once after every update, on every rank with all rows of all ranks; returns metrics of the update."""
-        ...
+class Remembering(Protocol):
+    """What a weighter has besides, if it remembers earlier updates: its memory is part of every checkpoint."""
 
     def state(self) -> dict[str, Tensor]:
         """What it remembers; CPU tensors."""
         ...
 
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state` returned; an empty one means that it remembers nothing."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

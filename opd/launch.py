@@ -18,14 +18,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from opd.cli import InputError, Interrupted, RunError, main, number_argument, parser
-from opd.config import Engine, load_config
+from opd.cli import main, number_argument, parser
+from opd.config import EngineSection, load_config
+from opd.errors import InputError, Interrupted, RunError
 
 MASTER_PORT = 29500
 PATIENCE = 3600  # seconds after a signal in which processes may finish their update and write a checkpoint
 
 
-def processes(engine: Engine) -> tuple[int, int]:
+def processes(engine: EngineSection) -> tuple[int, int]:
     """(processes on this machine, machines) of a run. Raises InputError for what is no number."""
     if engine.kind == "torch":
         return 1, 1
@@ -45,6 +46,35 @@ def machine() -> int:
             f"NNODES is {machines} and NODE_RANK is {got}: give every machine its number, 0 to {machines - 1}."
         )
     return which
+
+
+def pick_device(engine: EngineSection) -> torch.device:
+    """The device of this process, by the config section engine; also sets the number of CPU threads.
+
+    Raises InputError when a GPU is asked for and missing, or when the processes do not fit the GPUs.
+    """
+    if engine.kind == "torch" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "engine.kind 'torch' trains in one process, and WORLD_SIZE says there are more. Start it plainly, or set "
+            "engine.kind=deepspeed and engine.deepspeed=zero2."
+        )
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("engine.device is 'cuda' and torch sees no GPU. Set engine.device to 'auto' or 'cpu'.")
+    if engine.cpu_threads is not None:
+        torch.set_num_threads(engine.cpu_threads)
+    if engine.device != "cpu" and torch.cuda.is_available():
+        if engine.kind == "deepspeed":
+            local, here = (int(os.environ.get(f"LOCAL_{name}", n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+            if here > torch.cuda.device_count():
+                raise InputError(
+                    f"{here} processes on this machine, and torch sees {torch.cuda.device_count()} GPUs. Start as many "
+                    "processes as there are GPUs (NUM_GPUS)."
+                )
+            torch.cuda.set_device(local)
+            return torch.device("cuda", local)
+        return torch.device("cuda")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns that it guessed
+    return torch.device("cpu")
 
 
 def _number(name: str, default: int, least: int = 1) -> int:

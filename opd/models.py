@@ -7,8 +7,9 @@ on trust: on loading, the head found here is compared with the model's own logit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from opd import distributed
 from opd.batch import MicroBatch
-from opd.cli import InputError, first_line, say
-from opd.config import Config, Student, Teacher
+from opd.cli import say
+from opd.config import Config, StudentSection, TeacherSection
 from opd.data import Prompt
+from opd.errors import InputError, first_line
 from opd.loss import Head
-
-if TYPE_CHECKING:
-    from opd.vllm_engine import VllmEngine
 
 DROPOUT_KEYS = (
     "attention_dropout",
@@ -74,7 +73,6 @@ class LanguageModel:
     run: Callable[[Callable[[], Any]], Any] = _call  # whatever calls the model goes through it: DeepSpeed's forward
     sharded: bool = False  # ZeRO-3: every forward is a collective, so all ranks make the same number of them
     whole_head: Head | None = None  # of a sharded teacher: its LM head, kept whole
-    sampler: "VllmEngine | None" = None  # samples its responses; None: transformers (opd.rollout)
     head_scope: HeadScope = field(default=None)  # of the model; the one that DeepSpeed knows stays the same
 
     def __post_init__(self) -> None:
@@ -105,7 +103,7 @@ class LanguageModel:
         with torch.autocast(self.device.type, self.compute_dtype, enabled=lower):
             yield
 
-    def states(self, batch: MicroBatch, keep: Tensor) -> Tensor:
+    def hidden_states(self, batch: MicroBatch, keep: Tensor) -> Tensor:
         """(K, H) states after the final norm that predict the kept response tokens; `keep` indexes the batch's N."""
         with self.precision():
             body = self.model.base_model(
@@ -149,7 +147,10 @@ def check_paths(config: Config) -> None:
 
 
 def load(
-    section: Student | Teacher, device: torch.device, name: str, sharding: AbstractContextManager | None = None
+    section: StudentSection | TeacherSection,
+    device: torch.device,
+    name: str,
+    sharding: AbstractContextManager | None = None,
 ) -> LanguageModel:
     """Loads model and tokenizer of a config section: safetensors only, no remote code.
 
@@ -160,7 +161,7 @@ def load(
     where = f"{name}.path {section.path!r}"
     _check_folder(section, name)
     dtype = getattr(torch, section.dtype)
-    weights_dtype = torch.float32 if isinstance(section, Student) else dtype
+    weights_dtype = torch.float32 if isinstance(section, StudentSection) else dtype
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision)
         with sharding or nullcontext():
@@ -200,7 +201,7 @@ def load(
             f"{where}: config.json has is_encoder_decoder, expected a decoder alone. Choose another model."
         )
     model.eval()
-    if isinstance(section, Teacher):
+    if isinstance(section, TeacherSection):
         model.requires_grad_(False)
     else:
         _refuse_dropout(model, where)
@@ -269,6 +270,12 @@ def embeddable(lm: LanguageModel) -> int:
     return lm.model.get_input_embeddings().num_embeddings
 
 
+def sampled_vocabulary(lm: LanguageModel, reader: LanguageModel) -> int:
+    """How many ids are sampled in an evaluation: all of the model's own, so that its accuracy does not depend on its
+    partner, but for ids that the model which reads the responses could not embed."""
+    return min(len(lm.tokenizer), embeddable(reader))
+
+
 def check_prompt_ids(prompts: Sequence[Prompt], teacher: LanguageModel) -> None:
     """Refuses prompts with ids that only the student's tokenizer has. Raises InputError."""
     for prompt in prompts:
@@ -313,7 +320,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: 
     return tuple(sorted(found))
 
 
-def _check_folder(section: Student | Teacher, name: str) -> None:
+def _check_folder(section: StudentSection | TeacherSection, name: str) -> None:
     path, where = section.path, f"{name}.path {section.path!r}"
     folder = Path(path)
     if not folder.is_dir():
@@ -374,6 +381,25 @@ def check_head(lm: LanguageModel) -> None:
             f"states times its head (relative difference {error:.2g}), so divergences computed from hidden states "
             "would be wrong. Not supported."
         )
+
+
+@torch.no_grad()
+def sequence_logprobs(lm: LanguageModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The model's logprobs of every token but the first of each sequence, given those before it.
+
+    One sequence after the other, on the CPU, in nats. Every process calls it.
+    """
+
+    def logits_of(ids: Tensor) -> Tensor:
+        with lm.precision():
+            return lm.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+
+    parts = []
+    for sequence in sequences:
+        ids = torch.tensor(sequence, device=lm.device)
+        logits_NV = lm.run(partial(logits_of, ids))
+        parts.append(logits_NV.log_softmax(-1).gather(1, ids[1:, None])[:, 0].cpu())
+    return torch.cat(parts)
 
 
 def _logits(states: Tensor, head: Head) -> Tensor:

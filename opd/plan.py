@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from opd.cli import InputError
-from opd.config import Config, Student, Teacher
+from opd.config import Config, StudentSection, TeacherSection
+from opd.errors import InputError
 from opd.files import amount
 
 
@@ -49,7 +49,7 @@ def size_of(model: PreTrainedModel) -> Size:
     )
 
 
-def size_without_weights(section: Student | Teacher, name: str) -> Size:
+def size_without_weights(section: StudentSection | TeacherSection, name: str) -> Size:
     """From config.json alone. Raises InputError when it cannot be read."""
     try:
         config = AutoConfig.from_pretrained(section.path, revision=section.revision)

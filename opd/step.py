@@ -1,35 +1,153 @@
-"""One update, from rollouts to optimizer step, with the patch point. Everything that is new about a run happens here.
+"""One update, from rollouts to the optimizer's step, with the patch point. Read this file first.
 
-The loss of an update is one fraction, over all micro-batches and ranks: sum of weight * divergence / sum of weight. It
-is never a mean of means, so how the update is cut into micro-batches, split over processes, padded or ordered does not
-change the gradient.
+    micro-batches -> the teacher's hidden states -> statistics of every token -> weights of the tokens (the patch point)
+    -> the sum of all weights, once -> the student's gradient of sum of weight * divergence / that sum -> one step
+
+The loss of an update is one fraction over all micro-batches and processes: sum of weight * divergence / sum of weight.
+It is never a mean of means. So the gradient does not depend on how the update is cut into micro-batches, split over
+processes, padded or ordered.
+
+Shapes: N counted tokens of a micro-batch, or of the whole update where that is said; H hidden size.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from opd import distributed
-from opd import teacher as teacher_scoring
 from opd.batch import MicroBatch, empty_micro_batch
-from opd.config import Loss
-from opd.engine import DeepSpeedEngine, TorchEngine
-from opd.hooks import RunningWeighter, TokenStats, TokenWeighter, TokenWeights
-from opd.loss import Head, divergence_sum, token_stats
-from opd.metrics import Stopwatch
+from opd.config import LossSection
+from opd.engine import Engine
+from opd.hooks import TokenStats, TokenWeighter, TokenWeights
+from opd.loss import divergence_sum, token_stats
 from opd.models import LanguageModel
+from opd.progress import Watch
 from opd.seeds import generator
+from opd.teacher import Teacher
 
 GROUP = 32  # micro-batches whose teacher states are held at once outside of an update
 
 
 @dataclass(frozen=True)
-class StepResult:
+class Pair:
+    """A student, its teacher, and what is compared between them."""
+
+    student: LanguageModel
+    teacher: Teacher
+    vocab_size: int  # the ids below it are compared: those that both tokenizers have
+    loss: LossSection
+
+    @torch.no_grad()
+    def stats(self, batch: MicroBatch, teacher_hidden_NH: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+        """The scoring pass of one micro-batch: the columns of TokenStats that `needs` names, on the CPU."""
+
+        def score(student_hidden_NH: Tensor) -> dict[str, Tensor]:
+            device = student_hidden_NH.device
+            columns = token_stats(
+                student_hidden_NH,
+                self.student.head(self.vocab_size),
+                teacher_hidden_NH.to(device),
+                self.teacher.head(self.vocab_size),
+                batch.token_ids.to(device),
+                needs,
+                self.loss.jsd_beta,
+                self.loss.chunk_bytes,
+            )
+            return {name: column.cpu() for name, column in columns.items()}
+
+        return self._forward(batch, torch.arange(len(batch.token_ids)), score)
+
+    def divergence(self, batch: MicroBatch, teacher_hidden_NH: Tensor, part: "Part") -> Tensor:
+        """Sum over the kept tokens of weight * loss, with its gradient in the student; float32 scalar.
+
+        The head is projected only for the kept tokens.
+        """
+
+        def loss(student_hidden_KH: Tensor) -> Tensor:
+            device = student_hidden_KH.device
+            # moved as a whole and then indexed: rows picked on the CPU would not lie in pinned memory
+            teacher_hidden_KH = teacher_hidden_NH.to(device, non_blocking=True)[part.keep.to(device)]
+            return self.loss_sum(student_hidden_KH, teacher_hidden_KH, part.weights, part.forward_share)
+
+        return self._forward(batch, part.keep, loss)
+
+    def loss_sum(
+        self, student_hidden_KH: Tensor, teacher_hidden_KH: Tensor, weights_K: Tensor, share_K: Tensor | None
+    ) -> Tensor:
+        """Sum of weight * loss over tokens whose hidden states are known; float32 scalar. See opd.loss."""
+        device = student_hidden_KH.device
+        return divergence_sum(
+            student_hidden_KH,
+            self.student.head(self.vocab_size),
+            teacher_hidden_KH,
+            self.teacher.head(self.vocab_size),
+            weights_K.to(device),
+            None if share_K is None else share_K.to(device),
+            self.loss.divergence,
+            self.loss.jsd_beta,
+            self.loss.chunk_bytes,
+        )
+
+    def _forward(self, batch: MicroBatch, keep: Tensor, work: Callable[[Tensor], object]) -> object:
+        """`work` on the student's hidden states of the kept tokens, inside of the model's own forward pass."""
+
+        def forward() -> object:
+            return self.student.head_scope(self.student.hidden_states(batch, keep), work)
+
+        return self.student.run(forward)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the weights of an update leave of one micro-batch: K kept tokens."""
+
+    keep: Tensor  # (K,) int64, the tokens of weight above 0
+    weights: Tensor  # (K,) float32, at most 1
+    forward_share: Tensor | None  # (K,) in [0, 1]; None: 0 everywhere
+
+
+class TokenTable:
+    """The tokens of an update: a row each, as columns beside their micro-batches and the teacher's hidden states."""
+
+    def __init__(self, batches: Sequence[MicroBatch], teacher_hidden: Sequence[Tensor]):
+        self.batches, self.teacher_hidden = batches, teacher_hidden
+        self.columns = [{"sequence_id": batch.sequence_id, "position": batch.position} for batch in batches]
+        self.rows_here = torch.zeros(0, dtype=torch.long)  # where this process's rows stand in what `gather` returns
+
+    def __iter__(self) -> Iterator[tuple[MicroBatch, Tensor, dict[str, Tensor]]]:
+        """(micro-batch, teacher's hidden states, columns), which can be added to."""
+        return zip(self.batches, self.teacher_hidden, self.columns, strict=True)
+
+    def gather(self, needs: frozenset[str], vocab_size: int, step: int) -> TokenStats:
+        """The rows of all processes, sorted by (sequence_id, position)."""
+        columns = {
+            name: torch.cat([c[name] for c in self.columns]) if self.columns else _empty_column(name)
+            for name in ("sequence_id", "position", *sorted(needs))
+        }
+        joined, rows_here = distributed.gather_rows(columns)
+        by_position = joined["position"].argsort(stable=True)
+        order = by_position[joined["sequence_id"][by_position].argsort(stable=True)]
+        self.rows_here = order.argsort()[rows_here]
+        sorted_columns = {name: column[order] for name, column in joined.items()}
+        return TokenStats(vocab_size=vocab_size, step=step, **sorted_columns)
+
+    def deal(self, weights_N: Tensor, share_N: Tensor | None) -> Iterator[tuple[MicroBatch, Tensor, Part]]:
+        """The weights of the gathered rows, dealt back to this process's micro-batches."""
+        rows = self.rows_here.split([len(batch.token_ids) for batch in self.batches])
+        for batch, hidden, mine in zip(self.batches, self.teacher_hidden, rows, strict=True):
+            keep = weights_N[mine].nonzero().squeeze(1)
+            kept = mine[keep]
+            yield batch, hidden, Part(keep, weights_N[kept], None if share_N is None else share_N[kept])
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update was."""
+
     loss: float  # nats per unit of weight
     metrics: dict[str, float]
     weights: TokenWeights
@@ -37,193 +155,86 @@ class StepResult:
 
 
 def train_step(
-    *,
-    student: LanguageModel,
-    teacher: LanguageModel,
-    engine: TorchEngine | DeepSpeedEngine,
-    micro_batches: Sequence[MicroBatch],
+    pair: Pair,
+    engine: Engine,
+    batches: Sequence[MicroBatch],
     weighter: TokenWeighter,
-    loss: Loss,
-    vocab_size: int,
+    *,
     step: int,
     seed: int,
     measure: frozenset[str] = frozenset(),
-    progress: Callable[[int, int], None] = lambda batches, tokens: None,
-    enter: Callable[[str], None] = lambda phase: None,
-    cache: teacher_scoring.Cache | None = None,
-) -> StepResult:
-    """Scores, weights and applies one update.
+    watch: Watch | None = None,
+) -> Update:
+    """One update: teacher -> statistics -> weights -> gradient -> optimizer.
 
     Args:
-        micro_batches: the whole update (opd.batch.make_micro_batches), or this rank's part of it; sequence ids are
-            unique over all ranks.
-        vocab_size: ids compared (opd.models.shared_vocabulary).
+        batches: this process's micro-batches of the update (opd.batch.make_micro_batches); sequence ids are unique over
+            all processes.
         step: number of the update, from 1; with `seed` it seeds the weighter's generator.
-        measure: fields of TokenStats wanted for diagnostics besides what the weighter needs.
-        progress: called with 1 and a number of tokens after each micro-batch of each of the three passes.
-        enter: called with "teacher" and "update" before those parts (opd.phases).
-        cache: holds the teacher's hidden states meanwhile; None: host memory without a limit.
+        measure: fields of TokenStats that diagnostics want besides those that the weighter needs.
+        watch: times the phases and is told of the progress.
     Raises:
         ValueError: the weighter's answer is malformed.
         FloatingPointError: loss or gradient is not finite; weights and optimizer are unchanged.
     """
-    watch = Stopwatch(student.device)
+    watch = watch or Watch(pair.student.device)
     needs = weighter.needs | measure
-    # A running weighter judges a rollout at a time. Where the gradient can be divided when it is summed, it does so in
-    # the update's own forward (one pass); else after the scoring pass, with the same result.
-    by_rollout = isinstance(weighter, RunningWeighter) and weighter.one_pass
-    one_pass = by_rollout and engine.divides_late
-    # models that are split over the ranks run everywhere or nowhere: who has fewer micro-batches runs empty ones
-    missing = int(distributed.largest(len(micro_batches))) - len(micro_batches)
-    micro_batches = [*micro_batches, *[empty_micro_batch(student.eos_ids[0])] * missing]
-
-    with watch("move"):
-        enter("teacher")
+    batches = _as_many_everywhere(batches, pair.student)
     with watch("teacher"):
-        teacher_states = teacher_scoring.score(teacher, micro_batches, progress, cache)
-    with watch("move"):
-        enter("update")
-    teacher_head = teacher.head(vocab_size)
+        table = TokenTable(batches, pair.teacher.hidden_states(batches, watch.advance))
 
     with watch("score"):
-        columns = [_names_of_rows(batch, number) for number, batch in enumerate(micro_batches)]
-        for batch, states, column in zip(micro_batches, teacher_states, columns, strict=True):
-            if needs and not one_pass:
-                column.update(_scored(student, batch, states, teacher_head, vocab_size, loss, needs))
-            if by_rollout and not one_pass:
-                _weigh_rollouts(weighter, column, vocab_size, step, seed)  # <- the patch point
-            progress(1, len(batch.token_ids) if needs and not one_pass else 0)
-        total_weight = 1.0  # one pass: known when all rollouts are weighed, so the gradient is divided then
-        if not one_pass:
-            if by_rollout:
-                stats, weights, place = _weighed(columns, needs, vocab_size, step)
-            else:
-                joined, place = _gathered(columns, needs)
-                stats = TokenStats(vocab_size=vocab_size, step=step, **joined)
-                weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
-                weights.check(stats)
-            relative, total_weight = _relative(weights.weights)  # the one denominator: all micro-batches, all ranks
-            mine = place.split([len(batch.token_ids) for batch in micro_batches])
+        for batch, teacher_hidden, columns in table if needs else ():
+            columns |= pair.stats(batch, teacher_hidden, needs)
+            watch.advance(1, len(batch.token_ids))
+        stats = table.gather(needs, pair.vocab_size, step)
+        weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
+        weights.check(stats)
+        relative, total = weights.relative()  # the one denominator: all micro-batches, all processes
 
     with watch("update"):
         rate = engine.start(step)
-        total_loss = 0.0
+        weighted_sum = 0.0
+        for batch, teacher_hidden, part in table.deal(relative, weights.forward_share):
+            # of a micro-batch without kept tokens neither the head nor the body is run
+            if len(part.keep) or (engine.lockstep and total > 0):
+                divergence = pair.divergence(batch, teacher_hidden, part)
+                engine.backward(divergence / total)
+                weighted_sum += divergence.item()
+            watch.advance(1, len(part.keep))
+        loss = distributed.sum_number(weighted_sum) / total if total > 0 else 0.0
+        norm = _finish(engine, loss, total, step)
+    metrics = _metrics(loss, weights, rate, norm) | watch.times
+    return Update(loss, metrics, weights, stats)
 
-        def divergence(own: Tensor, states: Tensor, keep: Tensor, weight: Tensor, share: Tensor | None) -> Tensor:
-            device = own.device
-            share = None if share is None else share[keep].to(device)
-            states = states.to(device, non_blocking=True)[keep.to(device)]  # whole: picked rows would not be pinned
-            return student.head_scope(
-                own,
-                lambda own: divergence_sum(
-                    own,
-                    student.head(vocab_size),
-                    states,
-                    teacher_head,
-                    weight[keep].to(device),
-                    share,
-                    loss.divergence,
-                    loss.jsd_beta,
-                    loss.chunk_bytes,
-                ),
-            )
 
-        def forward(batch: MicroBatch, states: Tensor, keep: Tensor, weight: Tensor, share: Tensor | None) -> Tensor:
-            return divergence(student.states(batch, keep), states, keep, weight, share)
+def _finish(engine: Engine, loss: float, total: float, step: int) -> float:
+    """Applies the gradient and returns its norm; an update without any weight changes nothing."""
+    if total == 0:
+        warnings.warn(f"step {step}: no token has weight above 0; weights and optimizer stay unchanged", stacklevel=3)
+    try:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        return engine.finish(apply=total > 0)
+    except FloatingPointError as error:
+        engine.finish(apply=False)  # whoever looks into the cause needs the memory of the gradients
+        raise FloatingPointError(f"step {step}: {error}") from None
 
-        for number, (batch, states, column) in enumerate(zip(micro_batches, teacher_states, columns, strict=True)):
-            if one_pass:
-                own = student.states(batch, torch.arange(len(batch.token_ids)))
-                column.update(
-                    _stats_of(own.detach(), states, student.head(vocab_size), teacher_head, batch, loss, needs)
-                )
-                weight, share = _weigh_rollouts(weighter, column, vocab_size, step, seed)  # <- the patch point
-                keep = weight.nonzero().squeeze(1)
-                value = divergence(own[keep.to(student.device)], states, keep, weight, share) if len(keep) else None
-            else:
-                weight = relative[mine[number]]
-                share = None if weights.forward_share is None else weights.forward_share[mine[number]]
-                keep = weight.nonzero().squeeze(1)  # of weight 0 neither the head nor, if all are, the body is run
-                wanted = len(keep) > 0 or (engine.lockstep and total_weight > 0)
-                value = student.run(partial(forward, batch, states, keep, weight, share)) if wanted else None
-            progress(1, len(keep))
-            if value is not None:
-                engine.backward(value / total_weight)
-                total_loss += value.item()
-        if one_pass:
-            stats, weights, _ = _weighed(columns, needs, vocab_size, step)
-            total_weight = weights.weights.double().sum().item()
-        total_loss = distributed.sum_number(total_loss) / total_weight if total_weight else 0.0
-        if total_weight == 0:
-            warnings.warn(
-                f"step {step}: no token has weight above 0; weights and optimizer stay unchanged", stacklevel=2
-            )
-        try:
-            if not math.isfinite(total_loss):
-                raise FloatingPointError(f"the loss is {total_loss}")
-            norm = engine.finish(apply=total_weight > 0, divisor=total_weight if one_pass else 1.0)
-        except FloatingPointError as error:
-            engine.finish(apply=False)  # what looks into the cause needs the gradients' room
-            raise FloatingPointError(f"step {step}: {error}") from None
 
-    learnt = weighter.learn(stats, weights) if isinstance(weighter, RunningWeighter) else {}
-    metrics = {
-        "loss/divergence": total_loss,
+def _metrics(loss: float, weights: TokenWeights, rate: float, norm: float) -> dict[str, float]:
+    return {
+        "loss/divergence": loss,
         "tokens/response": float(len(weights.weights)),
         "tokens/kept": float((weights.weights > 0).sum()),
         "optim/lr": rate,
         "optim/grad_norm": norm,
         **weights.metrics,
-        **learnt,
-        **watch.times,
     }
-    return StepResult(total_loss, metrics, weights, stats)
 
 
-def _names_of_rows(batch: MicroBatch, number: int) -> dict[str, Tensor]:
-    """Which rollout, place and micro-batch a row is of; micro-batches are numbered over all ranks."""
-    mine = number * distributed.world_size() + distributed.rank()
-    where = torch.full_like(batch.position, mine)
-    return {"sequence_id": batch.sequence_id, "position": batch.position, "micro_batch": where}
-
-
-def _stats_of(
-    own: Tensor, states: Tensor, head: Head, teacher_head: Head, batch: MicroBatch, loss: Loss, needs: frozenset[str]
-) -> dict[str, Tensor]:
-    device = own.device
-    found = token_stats(
-        own, head, states.to(device), teacher_head, batch.token_ids.to(device), needs, loss.jsd_beta, loss.chunk_bytes
-    )
-    return {name: column.cpu() for name, column in found.items()}
-
-
-@torch.no_grad()
-def _scored(
-    student: LanguageModel,
-    batch: MicroBatch,
-    states: Tensor,
-    teacher_head: Head,
-    vocab_size: int,
-    loss: Loss,
-    needs: frozenset[str],
-) -> dict[str, Tensor]:
-    """The scoring pass of one micro-batch: TokenStats columns, on the CPU."""
-
-    def forward() -> dict[str, Tensor]:
-        own = student.states(batch, torch.arange(len(batch.token_ids)))
-        return student.head_scope(
-            own, lambda own: _stats_of(own, states, student.head(vocab_size), teacher_head, batch, loss, needs)
-        )
-
-    return student.run(forward)
-
-
-def pair_stats(
-    student: LanguageModel,
-    teacher: LanguageModel,
-    micro_batches: Sequence[MicroBatch],
-    vocab_size: int,
-    loss: Loss,
+def stats_by_batch(
+    pair: Pair,
+    batches: Sequence[MicroBatch],
     needs: frozenset[str],
     enter: Callable[[str], None] = lambda phase: None,
 ) -> Iterator[dict[str, Tensor]]:
@@ -231,83 +242,42 @@ def pair_stats(
 
     The teacher scores GROUP micro-batches, then the student does; `enter` is called before each (opd.phases).
     """
-    for start in range(0, len(micro_batches), GROUP):
-        group = micro_batches[start : start + GROUP]
+    for start in range(0, len(batches), GROUP):
+        group = batches[start : start + GROUP]
         enter("teacher")
-        teacher_states = teacher_scoring.score(teacher, group)
+        teacher_hidden = pair.teacher.hidden_states(group)
         enter("update")
-        head = teacher.head(vocab_size)
-        for batch, states in zip(group, teacher_states, strict=True):
-            yield _scored(student, batch, states, head, vocab_size, loss, needs)
+        for batch, hidden in zip(group, teacher_hidden, strict=True):
+            yield pair.stats(batch, hidden, needs)
 
 
 def score_update(
-    student: LanguageModel,
-    teacher: LanguageModel,
-    micro_batches: Sequence[MicroBatch],
-    vocab_size: int,
-    loss: Loss,
+    pair: Pair,
+    batches: Sequence[MicroBatch],
     needs: frozenset[str],
     step: int,
-    progress: Callable[[int, int], None] = lambda batches, tokens: None,
+    advance: Callable[[int, int], None] = lambda batches, tokens: None,
 ) -> TokenStats:
     """What a weighter would see of these micro-batches; nothing is trained."""
-    columns = []
-    scored = pair_stats(student, teacher, micro_batches, vocab_size, loss, needs)
-    for number, (batch, found) in enumerate(zip(micro_batches, scored, strict=True)):
-        columns.append(_names_of_rows(batch, number) | found)
-        progress(1, len(batch.token_ids))
-    joined, _ = _gathered(columns, needs)
-    return TokenStats(vocab_size=vocab_size, step=step, **joined)
+    table = TokenTable(batches, [torch.zeros(0)] * len(batches))
+    for (batch, _, columns), scored in zip(table, stats_by_batch(pair, batches, needs), strict=True):
+        columns |= scored
+        advance(1, len(batch.token_ids))
+    return table.gather(needs, pair.vocab_size, step)
 
 
-def _weigh_rollouts(
-    weighter: RunningWeighter, column: dict[str, Tensor], vocab_size: int, step: int, seed: int
-) -> tuple[Tensor, Tensor | None]:
-    """Weights and forward shares (n,) of a micro-batch, rollout by rollout, added to its columns; no shares: None.
+def _as_many_everywhere(batches: Sequence[MicroBatch], student: LanguageModel) -> list[MicroBatch]:
+    """The micro-batches, and empty ones until every process has equally many.
 
-    A generator for each rollout, so that what is drawn does not depend on micro-batches or ranks.
+    A model that is split over the processes runs on all of them or on none.
     """
-    rows_of_batch = TokenStats(vocab_size=vocab_size, step=step, **column)
-    weight = torch.zeros(len(rows_of_batch.position))
-    share = torch.zeros_like(weight)
-    for sequence in rows_of_batch.sequence_id.unique().tolist():
-        rows = (rows_of_batch.sequence_id == sequence).nonzero().squeeze(1)
-        stats = rows_of_batch.rows(rows)
-        answer = weighter(stats, generator(seed, "weighter", step, sequence))
-        answer.check(stats)
-        weight[rows] = answer.weights.float()
-        if answer.forward_share is not None:
-            share[rows] = answer.forward_share.float()
-    column.update(weights=weight, forward_share=share)
-    return weight, share if share.any() else None
+    missing = int(distributed.largest(len(batches))) - len(batches)
+    return [*batches, *[empty_micro_batch(student.eos_ids[0])] * missing]
 
 
-def _gathered(columns: Sequence[dict[str, Tensor]], names: frozenset[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """The rows of all micro-batches and ranks, sorted by (sequence_id, position); and where this rank's went, (n,)."""
-    empty = {name: torch.zeros(0).long() for name in ("sequence_id", "position", "micro_batch")}
-    for name in names:
-        empty[name] = torch.zeros(0, 5) if "top5" in name else torch.zeros(0)
-        empty[name] = empty[name].long() if name.endswith("_ids") else empty[name]
-    own = {name: torch.cat([c[name] for c in columns]) if columns else empty[name] for name in empty}
-    joined, mine = distributed.gather_rows(own)
-    by_position = joined["position"].argsort(stable=True)
-    order = by_position[joined["sequence_id"][by_position].argsort(stable=True)]
-    return {name: column[order] for name, column in joined.items()}, order.argsort()[mine]
-
-
-def _weighed(
-    columns: Sequence[dict[str, Tensor]], needs: frozenset[str], vocab_size: int, step: int
-) -> tuple[TokenStats, TokenWeights, Tensor]:
-    """What `_weigh_rollouts` found, of all ranks; and where this rank's rows went, (n,)."""
-    joined, place = _gathered(columns, needs | {"weights", "forward_share"})
-    share = joined.pop("forward_share")
-    weights = TokenWeights(weights=joined.pop("weights"), forward_share=share if share.any() else None)
-    return TokenStats(vocab_size=vocab_size, step=step, **joined), weights, place
-
-
-def _relative(weights: Tensor) -> tuple[Tensor, float]:
-    """Weights divided by the largest, so that their scale changes nothing, bit for bit; and their sum."""
-    largest = weights.max().item() if len(weights) else 0.0
-    relative = weights.double() / largest if largest > 0 else weights.double()
-    return relative.float(), relative.sum().item()
+def _empty_column(name: str) -> Tensor:
+    """The column of a process without any micro-batch, with the dtype and width that the others have."""
+    if name in ("sequence_id", "position"):
+        return torch.zeros(0, dtype=torch.long)
+    column = torch.zeros(0, 5) if "top5" in name else torch.zeros(0)
+    return column.long() if name.endswith("_ids") else column

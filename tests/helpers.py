@@ -5,12 +5,12 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from data.tiny import task
 from opd.batch import make_micro_batches
-from opd.config import Loss, load_config
+from opd.config import LossSection, load_config
 from opd.data import Prompt, Rollout
-from opd.engine import TorchEngine
+from opd.engine.plain import TorchEngine
 from opd.models import LanguageModel
 
-LOSS = Loss(divergence="reverse_kl", jsd_beta=0.5, chunk_bytes=2**28)
+LOSS = LossSection(divergence="reverse_kl", jsd_beta=0.5, chunk_bytes=2**28)
 
 
 def tiny_config(*overrides):

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd import cli, evaluate, grading, run_folder
+from opd import cli, evaluate, grading
 from opd import teacher as teacher_scoring
 from opd import train as opd_train
+from opd.record import folder as run_folder
 from tip import report
 from tip import train as tip_train
 

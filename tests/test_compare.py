@@ -7,7 +7,7 @@ from helpers import evaluation_figures
 from helpers import response as row
 
 from opd import compare
-from opd.cli import InputError
+from opd.errors import InputError
 
 BENCHMARK = {"version": 1, "file": "test.jsonl"}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from opd.benchmarks import Benchmark, read_benchmarks
-from opd.cli import InputError
 from opd.config import Config, build, load_config, read_json_object, schema
+from opd.errors import InputError
 from tip.config import SECTIONS, TipConfig
 from tip.rules import RULES
 

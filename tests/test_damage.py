@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd import checkpoint, cli, evaluate, train
-from opd.cli import Interrupted
+from opd import cli, evaluate, train
+from opd.errors import Interrupted
+from opd.record import checkpoint
 
 DAMAGES = int(os.environ.get("OPD_DAMAGES", "24"))
 SETTINGS = (

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from data.tiny import task
-from opd.cli import InputError
 from opd.config import load_config
 from opd.data import Prompt, count_steps, make_prompts, prompts_of_step, read_problems, read_training_prompts
+from opd.errors import InputError
 
 PROMPTS = [Prompt(str(i), (i,), None) for i in range(10)]
 

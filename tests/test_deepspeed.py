@@ -15,12 +15,15 @@ from helpers import LOSS, engine_for, random_lm, random_rollouts, relative, tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from opd import checkpoint, distributed, models
+from opd import distributed, models
 from opd import engine as engines
 from opd.batch import make_micro_batches
-from opd.cli import InputError
-from opd.engine import DeepSpeedEngine, load_student, read_deepspeed
+from opd.engine import load_student
+from opd.engine.deepspeed import DeepSpeedEngine
+from opd.engine.zero_file import read_deepspeed
+from opd.errors import InputError
 from opd.hooks import TokenWeights, UniformWeighter
+from opd.record import checkpoint
 from opd.rollout import Decoding, sample
 from opd.step import train_step
 from tip.config import TipConfig

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from opd import cli, dump
+from opd import cli
 from opd.hooks import TokenStats, TokenWeights
+from opd.record import dump
 from tip import analyze
 from tip import train as tip_train
 from tip.config import TipConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import engine_for, random_lm
 
-from opd.engine import learning_rate
+from opd.engine.adamw import learning_rate
 
 
 def test_schedules_by_hand():

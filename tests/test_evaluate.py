@@ -19,8 +19,8 @@ from helpers import random_lm, tiny_config
 from helpers import response as row
 
 from opd import benchmarks, evaluate, train
-from opd.cli import InputError
 from opd.data import Prompt, Rollout
+from opd.errors import InputError
 from opd.grading import Grader, Verdict
 
 

@@ -15,8 +15,8 @@ import torch
 from data import prepare
 from data.tiny import build
 from opd import evaluate, files
-from opd.cli import InputError, Interrupted
 from opd.config import load_config
+from opd.errors import InputError, Interrupted
 from opd.train import run
 from tip import analyze, report, reproduce
 

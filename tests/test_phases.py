@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 
 from opd import models, train, vllm_engine
 from opd import teacher as teacher_scoring
-from opd.cli import RunError
 from opd.config import load_config
+from opd.errors import RunError
 from opd.hooks import UniformWeighter
 from opd.phases import Phases
 from opd.rollout import own_logprobs, sample
 from opd.step import train_step
-from opd.teacher import Cache, score
+from opd.teacher import score
+from opd.teacher.cache import Cache
 from tip.config import SECTIONS
 from tip.weighter import TipWeighter
 

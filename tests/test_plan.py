@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from opd import plan
 from opd.benchmarks import read_benchmarks
 from opd.config import load_config
-from opd.engine import read_deepspeed
+from opd.engine.zero_file import read_deepspeed
 
 
 def test_sizes_without_weights_are_those_of_the_model(tiny_pair):

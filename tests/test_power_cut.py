@@ -15,9 +15,9 @@ import pytest
 import torch
 from helpers import LOSS, engine_for, one_each, random_lm, random_rollouts
 
-from opd import checkpoint
 from opd.config import load_config
 from opd.files import write_whole
+from opd.record import checkpoint
 from opd.step import train_step
 from opd.train import run
 from tip.config import TipConfig

@@ -10,8 +10,8 @@ import pytest
 from data import aime, contamination, dapo_math_17k, gsm8k
 from data.prepare import command, prepare
 from data.sources import BOXED
-from opd.cli import InputError
 from opd.data import read_problems
+from opd.errors import InputError
 
 DATA = os.environ.get("OPD_TEST_DATA")
 real = pytest.mark.skipif(not DATA, reason="OPD_TEST_DATA names no folder with problem files")

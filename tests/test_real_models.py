@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, Pr
 
 from opd import models as opd_models
 from opd.batch import make_micro_batches
-from opd.cli import InputError
-from opd.config import Student, Teacher, load_config
+from opd.config import StudentSection, TeacherSection, load_config
 from opd.data import Prompt, Rollout
+from opd.errors import InputError
 from opd.evaluate import command as evaluate_command
 from opd.step import pair_stats
 from opd.train import run
@@ -250,7 +250,7 @@ def check_saved_student(saved, start, kernel="sdpa"):
     assert model.generation_config.eos_token_id == old.generation_config.eos_token_id
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in old.named_parameters()}
     lm = opd_models.load(
-        Student(path=str(saved), revision=None, dtype="float32", attn_implementation=kernel),
+        StudentSection(path=str(saved), revision=None, dtype="float32", attn_implementation=kernel),
         torch.device("cpu"),
         "student",
     )
@@ -263,12 +263,12 @@ def test_statistics_equal_those_of_the_models_own_logits(name, byte_level, tmp_p
     """Soft cap, scale, bias, padding: the divergence from states and heads is that of the models' logits, cut alike."""
     student, teacher = build_pair(tmp_path, name, byte_level, student_rows=24)
     student = opd_models.load(
-        Student(path=str(student), revision=None, dtype="float32", attn_implementation=attention(name)),
+        StudentSection(path=str(student), revision=None, dtype="float32", attn_implementation=attention(name)),
         torch.device("cpu"),
         "student",
     )
     teacher = opd_models.load(
-        Teacher(
+        TeacherSection(
             mode="local",
             placement="device",
             path=str(teacher),

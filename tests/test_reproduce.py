@@ -13,10 +13,11 @@ import pytest
 from helpers import evaluation_figures, response
 
 from data.tiny import addition, build
-from opd.cli import InputError, RunError
 from opd.config import load_config
+from opd.errors import InputError, RunError
 from opd.grading import extract
-from tip import page, reproduce, results
+from tip import reproduce, results
+from tip.results import page
 
 TABLES = sorted(path.stem for path in Path("configs/tables").glob("*.json"))
 SMALL = [

@@ -19,9 +19,10 @@ from helpers import LOSS, engine_for, one_each, random_lm, random_rollouts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from opd import checkpoint, metrics, run_folder
-from opd.cli import Interrupted, RunError
 from opd.config import load_config
+from opd.errors import Interrupted, RunError
+from opd.record import checkpoint, metrics
+from opd.record import folder as run_folder
 from opd.step import train_step
 from opd.train import run
 from tip.config import SECTIONS, TipConfig

@@ -10,7 +10,8 @@ from helpers import random_lm
 from transformers import GenerationConfig
 
 from opd.data import Prompt
-from opd.rollout import Decoding, quantile_token, sample
+from opd.rollout import Decoding, sample
+from opd.rollout.local import quantile_token
 from opd.seeds import generator
 
 FREE = Decoding(temperature=1.0, top_p=1.0, max_response_tokens=12)

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import cli, metrics
-from opd.cli import InputError
+from opd import cli
 from opd.config import load_config
+from opd.errors import InputError
+from opd.record import metrics
 from opd.train import run
 from tip import report
 from tip import train as tip_train

@@ -9,8 +9,8 @@ import torch
 from helpers import LOSS, engine_for, flat_gradient, one_each, random_lm, random_rollouts, relative
 
 from opd.batch import make_micro_batches
-from opd.cli import InputError
 from opd.config import load_config
+from opd.errors import InputError
 from opd.hooks import RunningWeighter, TokenStats, TokenWeights
 from opd.step import train_step
 from opd.train import run

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from opd.cli import InputError
+from opd.errors import InputError
 from opd.hooks import TokenStats
 from tip import scores, select, taxonomy
 from tip.config import TipConfig

@@ -7,7 +7,7 @@ import torch
 from helpers import LOSS, engine_for, flat_gradient, naive_loss, one_each, random_lm, random_rollouts, relative
 
 from opd.batch import make_micro_batches
-from opd.config import Loss
+from opd.config import LossSection
 from opd.data import Prompt, Rollout
 from opd.hooks import TokenStats, TokenWeights, UniformWeighter
 from opd.step import train_step
@@ -85,7 +85,7 @@ def naive_gradient(rollouts, weight_of, divergence="reverse_kl", share_of=None, 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 def test_update_equals_naive_float64_formula(divergence):
     rollouts = random_rollouts(random_lm(1))
-    loss = Loss(divergence=divergence, jsd_beta=0.3, chunk_bytes=2**16)
+    loss = LossSection(divergence=divergence, jsd_beta=0.3, chunk_bytes=2**16)
     share = lambda s: ((s.position + s.sequence_id) % 3).float() / 2  # noqa: E731
     result, gradient, _, _ = step(one_each(rollouts), Fixed(varied, share=share), loss=loss)
     value, naive = naive_gradient(
@@ -192,7 +192,7 @@ def test_an_update_whose_rollouts_are_all_dropped_is_an_empty_selection(rule):
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 def test_student_equal_to_teacher_gives_zero(divergence):
     student, teacher = random_lm(1), random_lm(1, name="teacher")
-    loss = Loss(divergence=divergence, jsd_beta=0.5, chunk_bytes=2**28)
+    loss = LossSection(divergence=divergence, jsd_beta=0.5, chunk_bytes=2**28)
     result, gradient, _, _ = step(one_each(random_rollouts(student)), student=student, teacher=teacher, loss=loss)
     assert result.loss == 0 and gradient.abs().max() == 0
 
@@ -229,7 +229,7 @@ def test_the_end_of_a_response_is_learned():
             return student.model(input_ids=ids).logits[0, -1].softmax(-1)[end].item()
 
     before = probability()
-    loss = Loss(divergence="forward_kl", jsd_beta=0.5, chunk_bytes=2**28)
+    loss = LossSection(divergence="forward_kl", jsd_beta=0.5, chunk_bytes=2**28)
     for number in range(1, 9):
         step(
             one_each([rollout]),

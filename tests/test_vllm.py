@@ -17,14 +17,14 @@ import torch
 from helpers import interrupted_before, random_lm, random_rollouts, tiny_config
 
 from opd import evaluate, train, vllm_engine
-from opd.cli import InputError, Interrupted, RunError
 from opd.config import ROOT, load_config
 from opd.data import read_training_prompts
-from opd.metrics import Progress
+from opd.errors import InputError, Interrupted, RunError
 from opd.models import load
+from opd.progress import Progress
 from opd.rollout import Decoding, own_logprobs, sample
-from opd.vllm_engine import VllmEngine
-from opd.vllm_server import KEY
+from opd.rollout.vllm import VllmEngine
+from opd.rollout.wire import KEY
 from tip.config import SECTIONS
 from tip.weighter import TipWeighter
 

@@ -18,10 +18,11 @@ import torch
 from helpers import random_lm, tiny_config
 
 from opd import vllm_engine, vllm_server
-from opd.cli import InputError, RunError
 from opd.config import ROOT
-from opd.vllm_engine import ServerLost, VllmEngine
-from opd.vllm_server import KEY, Scratch
+from opd.errors import InputError, RunError
+from opd.rollout.connection import ServerLost
+from opd.rollout.vllm import VllmEngine
+from opd.rollout.wire import KEY, Scratch
 
 SERVER = [sys.executable, "-m", "opd.vllm_server", "--listen"]
 

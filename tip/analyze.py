@@ -11,7 +11,6 @@ against the oracle weight of a token, by brute force.
 import dataclasses
 import json
 import os
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,30 +23,30 @@ from torch import Tensor
 from opd import distributed, models
 from opd.batch import MicroBatch, make_micro_batches
 from opd.benchmarks import check_context
-from opd.cli import InputError, main, number_argument, parser, path_argument, say
+from opd.cli import main, number_argument, parser, path_argument, say
 from opd.config import Config, load_config
 from opd.data import Prompt, prompts_of_step, read_training_prompts
-from opd.engine import load_teacher, pick_device
+from opd.errors import InputError
 from opd.files import filled, lock, write_whole
 from opd.hooks import TokenStats
-from opd.loss import divergence_sum
-from opd.metrics import Progress
-from opd.models import LanguageModel
-from opd.rollout import Decoding, sample
+from opd.launch import pick_device
+from opd.progress import Progress
+from opd.rollout import Decoding, Sampler
+from opd.rollout.choose import fixed_sampler
 from opd.seeds import generator
-from opd.step import score_update
-from opd.teacher import score as teacher_states
-from opd.vllm_engine import sampling
-from tip import figures, taxonomy
+from opd.step import Pair, score_update
+from opd.teacher.local import LocalTeacher, load_teacher
+from tip import oracle, taxonomy
 from tip.config import SECTIONS, TipConfig
 from tip.diagnostics import correlation, jaccard, keep_by_every_rule, kept_by_decile, max_over_p99
-from tip.grid import grid
+from tip.oracle import DRAWS
+from tip.results import figures
+from tip.results.grid import grid
 from tip.rules import BOTH, RULES
-from tip.scores import Axes, Spread
+from tip.scores import Axes
 from tip.weighter import TipWeighter
 
 RETENTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
-DRAWS = 8  # of a rule that samples
 SHOWN = (0.5, 0.2, 0.1)  # in the table and the overlap matrices: the paper's
 COVERED = {  # TokenStats field -> what it is called
     "reverse_kl": "reverse KL",
@@ -120,123 +119,6 @@ def _share(values: Tensor, selected: Tensor) -> float:
     return values[selected].double().sum().item() / total if total > 0 else 1.0
 
 
-def oracle(
-    student: LanguageModel,
-    teacher: LanguageModel,
-    batches: list[MicroBatch],
-    fresh: list[MicroBatch],
-    vocab_size: int,
-    config: Config,
-    tokens: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Single-token gradients of the student by brute force (method: the oracle weight of TIP's theory).
-
-    With L the mean divergence of the tokens of `fresh` and g_t the parameter gradient of token t's divergence: the
-    weight of steepest descent is <grad L, g_t> / |g_t|^2 up to a constant, and what it gains is <grad L, g_t>^2 /
-    |g_t|^2.
-
-    Whole rollouts are taken in a seeded random order until the next would exceed `tokens`.
-
-    Returns:
-        sequence_id and position of these tokens (K, 2), their g_t (K, P) and grad L (P,); float32.
-    """
-    parameters = list(student.model.parameters())
-    heads = student.head(vocab_size), teacher.head(vocab_size)
-
-    def losses(batch: MicroBatch, keep: Tensor) -> tuple[Tensor, Tensor]:
-        (states,) = teacher_states(teacher, [batch])
-        return student.states(batch, keep), states[keep].to(student.device)
-
-    def divergence(own: Tensor, states: Tensor) -> Tensor:
-        ones = torch.ones(len(own), device=own.device)
-        return divergence_sum(
-            own,
-            heads[0],
-            states,
-            heads[1],
-            ones,
-            None,
-            config.loss.divergence,
-            config.loss.jsd_beta,
-            config.loss.chunk_bytes,
-        )
-
-    def gradient(loss: Tensor, again: bool) -> Tensor:
-        found = torch.autograd.grad(loss, parameters, retain_graph=again, materialize_grads=True)
-        return torch.cat([g.flatten() for g in found])
-
-    target = torch.zeros(sum(p.numel() for p in parameters), device=student.device)
-    for batch in fresh:
-        own, states = losses(batch, torch.arange(len(batch.token_ids)))
-        target += gradient(divergence(own, states), again=False)
-    target /= sum(len(batch.token_ids) for batch in fresh)
-
-    lengths = {
-        i: n
-        for b in batches
-        for i, n in zip(*(x.tolist() for x in b.sequence_id.unique(return_counts=True)), strict=True)
-    }
-    ids = list(lengths)
-    order = [ids[i] for i in torch.randperm(len(ids), generator=generator(config.seed, "oracle order")).tolist()]
-    taken = [i for i, so_far in zip(order, accumulate(lengths[i] for i in order), strict=True) if so_far <= tokens]
-    count = sum(lengths[i] for i in taken)
-    names, gradients = [], torch.empty(count, len(target))
-    with Progress("single-token gradients", count, "tokens") as progress:
-        for batch in batches:
-            keep = torch.isin(batch.sequence_id, torch.tensor(taken)).nonzero().squeeze(1)
-            if not len(keep):
-                continue
-            own, states = losses(batch, keep)
-            for row in range(len(keep)):
-                g = gradient(divergence(own[row : row + 1], states[row : row + 1]), again=True)
-                gradients[len(names)] = g
-                names.append((int(batch.sequence_id[keep[row]]), int(batch.position[keep[row]])))
-                progress.advance(1, 1)
-    return torch.tensor(names).view(-1, 2), gradients, target.cpu()
-
-
-def against_oracle(
-    stats: TokenStats, config: TipConfig, seed: int, names: Tensor, gradients: Tensor, target: Tensor
-) -> dict[str, Any]:
-    """Every rule against the oracle, on the tokens `names` (K, 2) with gradients (K, P); selected among all of `stats`.
-
-    `score_weight` and `score_gain` are Spearman correlations of the rule's score with the oracle weight and with what
-    that weight gains; `cosine` is that of the selection's mean gradient with the fresh batch's.
-    """
-    place = {
-        pair: row for row, pair in enumerate(zip(stats.sequence_id.tolist(), stats.position.tolist(), strict=True))
-    }
-    rows = torch.tensor([place[i, t] for i, t in names.tolist()], dtype=torch.int64)
-    along, squared = (gradients @ target).double(), torch.linalg.vector_norm(gradients, dim=1).double().square()
-    weight, gain = (x / squared.clamp(min=1e-300) for x in (along, along.clamp(min=0).square()))
-
-    def cosine(selected: Tensor) -> float:
-        mean = selected[rows].float() @ gradients
-        scale = (mean.norm() * target.norm()).item()
-        return (mean @ target).item() / scale if scale > 0 else 0.0
-
-    axes, found = Axes(stats, config), {}
-    draws = [keep_by_every_rule(stats, config, RETENTIONS, generator(seed, "oracle", i)) for i in range(DRAWS)]
-    for name, rule in RULES.items():
-        score = rule.score(stats, axes)[rows]
-        constant = bool((score == score[0]).all())
-        found[name] = {
-            "score_weight": None if constant else _spearman(score, weight),
-            "score_gain": None if constant else _spearman(score, gain),
-            "cosine": {
-                label: fmean(cosine(draw[label]) for draw in (draws if rule.mechanic == "sample" else draws[:1]))
-                for label in draws[0]
-                if label.partition("@")[0] == name
-            },
-        }
-    everything = torch.ones(len(stats.position), dtype=torch.bool)
-    return {"tokens": len(rows), "cosine_of_all": cosine(everything), "rules": found}
-
-
-def _spearman(a: Tensor, b: Tensor) -> float:
-    return correlation(Spread.of(a).place(a), Spread.of(b).place(b))
-
-
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     quadrants = result["quadrants"]
@@ -304,15 +186,15 @@ def plots(result: dict[str, Any], stats: TokenStats, out: Path) -> None:
     figures.save(figures.quadrant_map(h, stats.reverse_kl.double().numpy(), thresholds), out, "quadrants", about)
 
 
-def _rollouts(
-    config: Config, student: LanguageModel, prompts: list[Prompt], part: str, vocab_size: int
-) -> list[MicroBatch]:
+def _rollouts(config: Config, pair: Pair, sampler: Sampler, prompts: list[Prompt], part: str) -> list[MicroBatch]:
     decoding = Decoding(config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens)
     chosen = [prompt for prompt in prompts for _ in range(config.rollout.n)]
     seeds = [(config.seed, "analyze", part, i) for i in range(len(chosen))]
     with Progress(f"rollouts ({part})", len(chosen)) as progress:
-        rollouts = sample(student, chosen, decoding, vocab_size, config.rollout.batch_size, seeds, progress.advance)
-    return make_micro_batches(rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], config.rollout.truncated)
+        rollouts = sampler.sample(chosen, decoding, pair.vocab_size, seeds, progress.advance)
+    return make_micro_batches(
+        rollouts, config.optim.micro_batch_tokens, pair.student.eos_ids[0], config.rollout.truncated
+    )
 
 
 def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int | None, out: Path, command: str) -> str:
@@ -323,7 +205,7 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
     if config.engine.kind == "deepspeed":
         distributed.start(device)  # for a teacher in host memory
     student, teacher = models.load(config.student, device, "student"), load_teacher(config, device)
-    vocab_size = models.shared_vocabulary(student, teacher)
+    pair = Pair(student, LocalTeacher(teacher), models.shared_vocabulary(student, teacher), config.loss)
     prompts, _ = read_training_prompts(config.data, student.tokenizer, config.seed)
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
@@ -341,22 +223,22 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
     oracle_tokens = min(oracle_tokens, GRADIENTS // (4 * parameters))
     halves = [prompts_of_step(prompts, i, prompts_wanted, config.data.shuffle, config.seed) for i in (1, 2)]
     asked = [prompt for half in halves for prompt in half]
-    with sampling(student, config.student, config, asked, config.rollout.max_response_tokens) as sampled:
+    with fixed_sampler(student, config.student, config, asked, config.rollout.max_response_tokens) as sampler:
         batches, fresh = (
-            _rollouts(config, sampled, h, part, vocab_size) for h, part in zip(halves, ("a", "b"), strict=True)
+            _rollouts(config, pair, sampler, half, part) for half, part in zip(halves, ("a", "b"), strict=True)
         )
     if not batches or not fresh:
         raise InputError(
             f"no response token counts with rollout.truncated = {config.rollout.truncated!r}. Set it to 'keep'."
         )
     with Progress("scoring", len(batches), "micro-batches") as progress:
-        stats = score_update(student, teacher, batches, vocab_size, config.loss, needs(), 1, progress.advance)
+        stats = score_update(pair, batches, needs(), 1, progress.advance)
     result = {"command": command, "config": dataclasses.asdict(config), "tip": dataclasses.asdict(tip)}
     result |= analyse(stats, tip, config.seed) | {"oracle": None}
     if oracle_tokens:
-        names, gradients, target = oracle(student, teacher, batches, fresh, vocab_size, config, oracle_tokens)
+        names, gradients, target = oracle.token_gradients(pair, batches, fresh, oracle_tokens, config.seed)
         if len(names):
-            result["oracle"] = against_oracle(stats, tip, config.seed, names, gradients, target)
+            result["oracle"] = oracle.against_oracle(stats, tip, config.seed, RETENTIONS, names, gradients, target)
     text = table(result)
     with filled(out, "--out") as new:
         write_whole(new / "analysis.json", json.dumps(result, indent=1) + "\n")

@@ -40,13 +40,11 @@ class TipConfig:
     ] = None
     retention_steps: Annotated[Count | None, doc("Length of the schedule in updates; null without one.")] = None
     scope: Annotated[
-        Literal["update", "micro_batch", "running"],
+        Literal["update", "running"],
         doc(
             "Whose values normalise an axis (clips, minimum and maximum, percentiles, means). update: all response "
-            "tokens of the update, over all micro-batches and ranks. micro_batch: those of its micro-batch; then the "
-            "selection depends on optim.micro_batch_tokens. running: an exponential average of the quantiles of "
-            "earlier updates, so that the student's body runs once per update instead of twice; needs budget "
-            "per_rollout."
+            "tokens of the update, over all micro-batches and ranks. running: an exponential average of the quantiles "
+            "of earlier updates; what it remembers is part of a checkpoint."
         ),
     ] = "update"
     running_decay: Annotated[

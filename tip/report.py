@@ -7,53 +7,20 @@ Numbers come from the run folders alone. Runs that did not start from the same s
 refused: their accuracies do not compare.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from typing_extensions import TypedDict
-
 from opd.benchmarks import GREEDY
-from opd.cli import InputError, Parser, command_line, main, path_argument
+from opd.cli import Parser, command_line, main, path_argument
 from opd.compare import evaluation_folder
+from opd.errors import InputError
 from opd.evaluate import percent, read_responses
-from opd.files import check, filled, lock, write_whole
-from opd.run_folder import Recorded, Summary, read_final, read_record
-from tip import page, results
-from tip.grid import grid
+from opd.files import filled, lock, write_whole
+from tip.results import collect as results
+from tip.results import page
+from tip.results.grid import grid
+from tip.results.runs import Run, mass_covered, read_run
 
 PHASES = ("rollout", "teacher", "score", "update")
-
-
-class Selection(TypedDict):
-    """What is read of a recorded tip section."""
-
-    rule: str
-    retention: float
-
-
-@dataclass(frozen=True)
-class Run:
-    folder: Path
-    label: str
-    config: Recorded
-    summary: Summary
-
-
-def read_run(folder: Path) -> Run:
-    """Reads a finished run. Raises InputError when it is not one."""
-    config, summary = read_record(folder)["config"], read_final(folder)
-    tip = config.get("tip")
-    if tip is not None:
-        check(tip, Selection, f"{folder / 'config.json'}: config.tip", "a rule and its retention")
-    start = (summary["eval"]["step_0"] or {}).keys()
-    for who in ("teacher", "final"):
-        if missing := sorted(start - (summary["eval"][who] or {}).keys()):
-            raise InputError(
-                f"{folder / 'summary.json'}: eval.{who} has no figures of benchmark {missing[0]!r}. Remove the file "
-                "and give the command of the run again, which makes it anew from the run's evaluations."
-            )
-    label = f"{tip['rule']} {tip['retention']:g}" if tip and tip["rule"] != "all" else "all tokens"
-    return Run(folder, label, config, summary)
 
 
 def table(runs: list[Run]) -> str:
@@ -83,7 +50,7 @@ def _accuracy_block(name: str, runs: list[Run]) -> str:
     rows = [
         ("step-0 student", *_accuracy_cells(start), "", ""),
         ("teacher", *_accuracy_cells(evaluations["teacher"][name]), "", ""),
-        *((run.label, *_accuracy_cells(run.summary["eval"]["final"][name]), *_kept_cells(run.summary)) for run in runs),
+        *((run.label, *_accuracy_cells(run.summary["eval"]["final"][name]), *_kept_cells(run)) for run in runs),
     ]
     header = ("", "greedy", f"mean@{start['k']}", "reverse KL", "tokens kept", "divergence mass covered")
     about = (
@@ -101,8 +68,8 @@ def _accuracy_cells(figures: dict) -> tuple[str, str, str]:
     )
 
 
-def _kept_cells(summary: dict) -> tuple[str, str]:
-    tokens, mass = summary["tokens"], summary["mass_covered"]
+def _kept_cells(run: Run) -> tuple[str, str]:
+    tokens, mass = run.summary["tokens"], mass_covered(run.folder)
     if tokens["kept"] == tokens["response"]:
         return "100.0 %", "100.0 %"
     share = 100 * tokens["kept"] / max(tokens["response"], 1)

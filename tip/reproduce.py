@@ -21,7 +21,7 @@ import traceback
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,83 +30,21 @@ import transformers
 
 from data.tiny import build
 from opd import distributed, launch
-from opd.cli import InputError, Interrupted, RunError, main, number_argument, parser, say, seed_argument
-from opd.config import ROOT, Config, load_config, read_json_object
+from opd.cli import main, number_argument, parser, say, seed_argument
+from opd.config import Config, load_config
+from opd.errors import InputError, Interrupted, RunError
 from opd.files import lock
 from opd.train import dry_run
 from opd.train import run as train
-from tip import page, results
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
-from tip.grid import grid
-from tip.rules import RULES
+from tip.results import collect as results
+from tip.results import page
+from tip.results.grid import grid
+from tip.tables import Arm, Table, only, read_table
 from tip.weighter import TipWeighter
 
-TABLES = ROOT / "configs" / "tables"
 DEEPPLANNING = {"table7", "figure4"}
-
-
-@dataclass(frozen=True)
-class Arm:
-    settings: dict[str, Any]  # KEY -> VALUE of --set
-
-    @property
-    def label(self) -> str:
-        """`soft_or 0.2 normalization=quantile`: rule, retention where the rule has one, whatever else it sets."""
-        rest = {k.rpartition(".")[2]: v for k, v in self.settings.items() if k not in ("tip.rule", "tip.retention")}
-        rule = self.settings["tip.rule"]
-        words = [rule, "1.0" if rule == "all" else f"{self.settings['tip.retention']:g}" if self.selects else ""]
-        return " ".join([*filter(None, words), *(f"{k}={v}" for k, v in rest.items())])
-
-    @property
-    def selects(self) -> bool:
-        return RULES[self.settings["tip.rule"]].mechanic != "weights"
-
-    @property
-    def slug(self) -> str:
-        return self.label.replace(" ", "-").replace("=", "-")
-
-
-@dataclass(frozen=True)
-class Table:
-    name: str  # of its file: "table5"
-    title: str
-    paper: str | None  # the paper's table with values for these arms (data/paper/tables.json)
-    baselines: tuple[str, ...]  # labels of the arms that others are compared with
-    every_evaluation: bool  # a block for each evaluated step, else for the last alone
-    panels: tuple[tuple[str, tuple[Arm, ...]], ...]
-
-    @property
-    def arms(self) -> list[Arm]:
-        return [arm for _, arms in self.panels for arm in arms]
-
-
-def read_table(name: str) -> Table:
-    """Reads configs/tables/<name>.json. Raises InputError when there is none, or when it is not one."""
-    known = sorted(p.stem for p in TABLES.glob("*.json"))
-    if name not in known:
-        raise InputError(f"there is no table {name[:80]!r}; there are {', '.join(known)}.")
-    path = TABLES / f"{name}.json"
-    values = read_json_object(path)
-    try:
-        panels = tuple((p["title"], tuple(Arm(a) for a in p["arms"])) for p in values.pop("panels"))
-        table = Table(name=name, panels=panels, **values | {"baselines": tuple(values["baselines"])})
-        labels = [arm.label for arm in table.arms]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a table ({error}). See the other files of its folder.") from None
-    if len(set(labels)) < len(labels) or not set(table.baselines) <= set(labels):
-        raise InputError(f"{path}: an arm stands twice, or one of baselines {list(table.baselines)} is no arm.")
-    return table
-
-
-def only(table: Table, labels: list[str]) -> Table:
-    """The table with these arms and its baselines alone. Raises InputError for a label that it does not have."""
-    known = [arm.label for arm in table.arms]
-    if unknown := [label for label in labels if label not in known]:
-        raise InputError(f"--arms: {table.name} has no arm {unknown[0][:80]!r}; its arms are {', '.join(known)}.")
-    wanted = {*labels, *table.baselines}
-    panels = ((title, tuple(arm for arm in arms if arm.label in wanted)) for title, arms in table.panels)
-    return replace(table, panels=tuple((title, arms) for title, arms in panels if arms))
 
 
 def arm_config(path: str, overrides: list[str], arm: Arm, seed: int) -> tuple[Config, dict[str, Any]]:

@@ -2,23 +2,20 @@
 
 h is student entropy divided by ln V, in [0, 1]; d is KL(P_S || P_T) in nats. Clips and thresholds act on these; each
 axis is then mapped to [0, 1] by where the column's values lie. *Which* values is the scope of the normalisation: those
-of the update itself, or, with scope running, an average over earlier updates, so that a token can be scored at once.
+of the update itself, or, with scope running, an average over earlier updates.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from opd.hooks import TokenStats
-
-if TYPE_CHECKING:
-    from tip.config import TipConfig
 
 GRID = 1001  # quantiles that are kept of an update
 
@@ -93,6 +90,20 @@ def soft_or(h: Tensor, d: Tensor) -> Tensor:
     return larger + smaller * (1 - larger)
 
 
+class AxisSettings(Protocol):
+    """The settings that axes and rules read; tip.config.TipConfig has and documents them."""
+
+    entropy_clip_quantile: float | None
+    divergence_clip_quantile: float | None
+    normalization: str
+    quadrant_threshold: str
+    quadrant_entropy: float | None
+    quadrant_divergence: float | None
+    quadrants: tuple[int, ...]
+    product_alpha: float
+    product_gamma: float
+
+
 class Axes:
     """What rules read besides the raw statistics: columns clipped and mapped to [0, 1] as the configuration says.
 
@@ -100,7 +111,7 @@ class Axes:
         memory: column -> its spread over earlier updates; None: the spread of these very rows.
     """
 
-    def __init__(self, stats: TokenStats, config: "TipConfig", memory: Mapping[str, Spread] | None = None):
+    def __init__(self, stats: TokenStats, config: AxisSettings, memory: Mapping[str, Spread] | None = None):
         self.stats, self.config, self.memory = stats, config, memory
 
     def spread(self, name: str) -> Spread:

@@ -1,12 +1,11 @@
 """TipWeighter: a rule behind opd's patch point."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opd.cli import InputError
+from opd.errors import InputError
 from opd.hooks import TokenStats, TokenWeights
 from tip import select, taxonomy
 from tip.config import TipConfig
@@ -17,8 +16,7 @@ from tip.scores import Axes, Spread
 class TipWeighter:
     """Weighs the tokens as a rule says; reports what that does to the quadrants when it can see them.
 
-    With scope running it is an opd.hooks.RunningWeighter: after the first update it knows where the values of a column
-    lie, and scores each rollout by that.
+    With scope running it remembers where the values of each column lay in earlier updates, and normalises by that.
 
     Raises InputError for a configuration whose keys do not go together.
     """
@@ -34,8 +32,8 @@ class TipWeighter:
             self.rule = replace(self.rule, needs=needs, forward_share=total_variation)
         self.needs = self.rule.needs
         self.budget = config.budget or self.rule.budget
-        self.memory: dict[str, Spread] | None = None  # scope running: column -> exponential average of its quantiles
-        self.learnt_from: dict[str, Spread] | None = None  # the memory that the latest update was weighed with
+        self.memory: dict[str, Spread] | None = None  # column -> exponential average of its quantiles
+        self.memory_before: dict[str, Spread] | None = None  # the memory that the latest update was weighed with
 
     def __call__(self, stats: TokenStats, generator: torch.Generator) -> TokenWeights:
         score, share = self.scores(stats)
@@ -44,49 +42,25 @@ class TipWeighter:
             _, rollout = torch.unique(stats.sequence_id, return_inverse=True)
             per_rollout = torch.zeros(int(rollout.max()) + 1).index_add_(0, rollout, weights)
             weights = weights / per_rollout[rollout].clamp(min=torch.finfo(weights.dtype).tiny)
-        answer = TokenWeights(weights=weights, forward_share=share)
-        return answer if self.one_pass else TokenWeights(**vars(answer) | {"metrics": self._metrics(stats, answer)})
+        self._remember(stats)
+        return TokenWeights(weights=weights, forward_share=share, metrics=self._metrics(stats, weights, share))
 
     def scores(self, stats: TokenStats) -> tuple[Tensor, Tensor | None]:
         """The rule's score and share of forward KL, each (N,), normalised within the configured scope."""
+        axes = Axes(stats, self.config, self.memory)
         share = self.rule.forward_share
-        return (
-            self._by_scope(stats, self.memory, self.rule.score),
-            None if share is None else self._by_scope(stats, self.memory, share),
-        )
+        return self.rule.score(stats, axes), None if share is None else share(stats, axes)
 
     def look_back(self, stats: TokenStats) -> tuple[Tensor, taxonomy.Quadrants]:
         """Scores and quadrants of the update just weighed, as it was weighed: before anything was learnt from it.
 
-        Needs student_entropy and reverse_kl. Thresholds are those of the scope too: per micro-batch (reported is their
-        mean over tokens), or of earlier updates where the rule remembers both axes.
+        Needs student_entropy and reverse_kl. The quadrants' thresholds come from earlier updates where the rule
+        remembers both axes, else from the update itself.
         """
-        memory = self.learnt_from
-        score = self._by_scope(stats, memory, self.rule.score)
-        if memory is not None and not set(BOTH) <= set(memory):
-            memory = None  # the rule does not read both axes, so only the update itself knows where they lie
-        quadrant = self._by_scope(stats, memory, lambda _, axes: taxonomy.of(axes).quadrant)
-
-        def threshold(which: int) -> float:
-            def column(stats: TokenStats, axes: Axes) -> Tensor:
-                return torch.full((len(stats.position),), axes.thresholds()[which], dtype=torch.float64)
-
-            return self._by_scope(stats, memory, column).mean().item()
-
-        return score, taxonomy.Quadrants(quadrant, threshold(0), threshold(1))
-
-    def _by_scope(
-        self, stats: TokenStats, memory: Mapping[str, Spread] | None, function: Callable[[TokenStats, Axes], Tensor]
-    ) -> Tensor:
-        """A function of statistics and axes, (N,), with the axes of the configured scope."""
-        if self.config.scope != "micro_batch" or not len(stats.position):
-            return function(stats, Axes(stats, self.config, memory))
-        parts = [(stats.micro_batch == number).nonzero().squeeze(1) for number in stats.micro_batch.unique()]
-        values = []
-        for rows in parts:
-            axes = Axes(stats.rows(rows), self.config)
-            values.append(function(axes.stats, axes))
-        return torch.cat(values)[torch.cat(parts).argsort()]
+        memory = self.memory_before
+        score = self.rule.score(stats, Axes(stats, self.config, memory))
+        remembers_both = memory is not None and set(BOTH) <= set(memory)
+        return score, taxonomy.of(Axes(stats, self.config, memory if remembers_both else None))
 
     def _select(self, score: Tensor, stats: TokenStats, generator: torch.Generator) -> Tensor:
         retention = self.config.retention_at(stats.step)
@@ -96,24 +70,18 @@ class TipWeighter:
             return select.sample(score, stats.sequence_id, retention, generator, self.budget).float()
         return select.top(score, stats.sequence_id, retention, self.budget).float()
 
-    @property
-    def one_pass(self) -> bool:
-        return self.memory is not None
-
-    def learn(self, stats: TokenStats, weights: TokenWeights) -> dict[str, float]:
-        """Folds the update's quantiles into the running ones (scope running only); returns the update's metrics."""
+    def _remember(self, stats: TokenStats) -> None:
+        """Folds the update's quantiles into the running ones (scope running only)."""
         if self.config.scope != "running":
-            return {}
+            return
+        self.memory_before = self.memory
         columns = {name: vars(stats)[name] for name in sorted(self.needs)}
         new = {
             name: Spread.of(column).on_grid() for name, column in columns.items() if column.ndim == 1 and len(column)
         }
-        self.learnt_from = self.memory
-        metrics = self._metrics(stats, weights)
         if new:
             old = self.memory or new
             self.memory = {name: old[name].blended(new[name], self.config.running_decay) for name in new}
-        return metrics
 
     def state(self) -> dict[str, Tensor]:
         return {name: spread.points for name, spread in (self.memory or {}).items()}
@@ -121,12 +89,11 @@ class TipWeighter:
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.memory = {name: Spread(points) for name, points in state.items()} or None
 
-    def _metrics(self, stats: TokenStats, answer: TokenWeights) -> dict[str, float]:
-        kept = answer.weights > 0
+    def _metrics(self, stats: TokenStats, weights: Tensor, share: Tensor | None) -> dict[str, float]:
+        kept = weights > 0
         metrics = {"tip/retained": kept.double().mean().item() if len(kept) else 0.0}
-        if self.rule.forward_share is not None and kept.any():
-            share = answer.forward_share
-            metrics["tip/forward_share"] = 0.0 if share is None else share[kept].double().mean().item()
+        if share is not None and kept.any():
+            metrics["tip/forward_share"] = share[kept].double().mean().item()
         if stats.student_entropy is not None and stats.reverse_kl is not None and len(kept):
             metrics.update(taxonomy.describe(self.look_back(stats)[1], stats.reverse_kl, kept))
         return metrics
@@ -148,10 +115,3 @@ def _check(config: TipConfig) -> None:
         raise InputError(f"tip: quadrant_divergence is {config.quadrant_divergence}, expected a quantile in [0, 1].")
     if not config.quadrants:
         raise InputError("tip: quadrants is empty, expected some of 1, 2, 3, 4.")
-    rule = RULES[config.rule]
-    if config.scope == "running" and rule.mechanic != "weights" and (config.budget or rule.budget) == "per_update":
-        raise InputError(
-            f"tip: scope 'running' weighs one rollout at a time, and rule {config.rule!r} keeps a share of the whole "
-            "update (a threshold from earlier updates was tried: it misses the share by up to half). Set "
-            "tip.budget=per_rollout, or tip.scope=update."
-        )

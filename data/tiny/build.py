@@ -27,7 +27,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from data.tiny import addition, task
-from opd.cli import InputError, Parser, main, path_argument, say, seed_argument
+from opd.cli import Parser, main, path_argument, say, seed_argument
+from opd.errors import InputError
 from opd.files import lock, read_object
 
 TRAIN_PROBLEMS, TEST_PROBLEMS = 8192, 512

@@ -48,7 +48,7 @@ def work(folder: Path, stage: str) -> None:
     """One process of a group: trains on its share and, if it is the first, prints the seconds of every update phase."""
     from opd import distributed
     from opd.batch import make_micro_batches, share_of_rank
-    from opd.config import Loss, load_config
+    from opd.config import LossSection, load_config
     from opd.data import Prompt, Rollout
     from opd.engine import DeepSpeedEngine, load_student, load_teacher, pick_device, read_deepspeed
     from opd.hooks import UniformWeighter
@@ -75,7 +75,7 @@ def work(folder: Path, stage: str) -> None:
     rollouts = [Rollout(i, Prompt(str(i), tuple(x[:32]), "0"), tuple(x[32:]), "length") for i, x in enumerate(ids)]
     mine = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
     batches = make_micro_batches(mine, config.optim.micro_batch_tokens, 0, "keep")
-    loss = Loss(divergence="reverse_kl", jsd_beta=0.5, chunk_bytes=2**26)
+    loss = LossSection(divergence="reverse_kl", jsd_beta=0.5, chunk_bytes=2**26)
     seconds = []
     for step in range(1, UPDATES + 1):
         distributed.wait()

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from opd import dump
 from opd.files import step_number, write_whole
-from opd.metrics import read_metrics
-from tip import figures, results
+from opd.record import dump
+from opd.record.metrics import read_metrics
+from tip.results import collect as results
+from tip.results import figures
 
 MANY = 9  # lines in one plot
 STYLE = (

@@ -1,13 +1,12 @@
-"""Teacher scoring: the hidden states of the response positions, kept in host memory until the loss projects them.
+"""The teacher's hidden states between its forward pass and the loss: in host memory, above a limit on disk.
 
-Hidden states, not logits: H_t numbers a token instead of V (a factor 30 to 100), exact, and the teacher's body can
-leave the device before the student's backward pass starts.
+Hidden states are kept, not logits: a token takes H_t numbers instead of V (a factor of 30 to 100), nothing is lost, and
+the teacher's body can leave the device before the student's backward pass starts.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd import distributed
-from opd.batch import MicroBatch
-from opd.cli import RunError
-from opd.models import LanguageModel
+from opd.errors import RunError
 
 
 class Cache(Sequence[Tensor]):
@@ -79,21 +76,3 @@ class Cache(Sequence[Tensor]):
 def clear_folder(folder: Path) -> None:
     """Removes what a killed process has left."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-@torch.no_grad()
-def score(
-    teacher: LanguageModel,
-    micro_batches: Sequence[MicroBatch],
-    progress: Callable[[int, int], None] = lambda batches, tokens: None,
-    cache: Cache | None = None,
-) -> Cache:
-    """Per micro-batch (N, H_t) hidden states in the teacher's dtype, on the CPU. Raises RunError as Cache.add."""
-    found = Cache() if cache is None else cache
-    found.clear()
-    for batch in micro_batches:
-        found.add(teacher.run(partial(teacher.states, batch, torch.arange(len(batch.token_ids)))))
-        progress(1, len(batch.token_ids))
-    if teacher.device.type == "cuda":
-        torch.cuda.synchronize(teacher.device)  # copies into pinned memory run on
-    return found

@@ -1,32 +1,28 @@
-"""The folder of a run: what it was started with, where to continue, and its final figures."""
+"""The folder of a run: where to continue, what it was started with, and its final figures."""
 
-import hashlib
 import json
 import platform
 import shutil
-import statistics
 import subprocess
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import TypedDict
 
-from opd import checkpoint, evaluate
+from opd import evaluate
 from opd.benchmarks import VALIDATION
-from opd.cli import InputError, command_line, path_fault, say
+from opd.cli import command_line, path_fault, say
 from opd.config import ROOT
-from opd.files import check, read_object, refuse_device, sha256, step_number, whole_rows, write_whole
-from opd.metrics import Row, Warned, read_metrics
+from opd.errors import InputError
+from opd.files import check, read_object, step_number, whole_rows, write_whole
+from opd.record import checkpoint
+from opd.record.identity import differences
+from opd.record.metrics import Row, Warned, read_metrics
 
 VERSIONED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 DONE = "done"
-MACHINE = {  # section -> keys that fit a run to a machine and change nothing else: it may continue with others
-    "rollout": ("servers", "timeout", "gpu_memory"),
-    "engine": ("phases",),
-    "teacher": ("cache_gb",),
-}
 
 
 class Evaluations(TypedDict):
@@ -81,7 +77,6 @@ class Summary(TypedDict):
     seconds: Seconds
     seconds_evaluating: float
     peak_memory_gb: float
-    mass_covered: float | None
 
 
 def read_final(run_dir: Path) -> Summary:
@@ -112,9 +107,7 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
         raise InputError(f"{run_dir} exists, and --resume none starts a new run. Choose another --set run_name=NAME.")
     try:
         recorded = read_object(run_dir / "config.json", "what a run was started with")
-        there, here = {k: recorded.get(k) for k in identity}, json.loads(json.dumps(identity))
-        there["config"], here["config"] = _anywhere(there["config"]), _anywhere(here["config"])
-        differing = _differences(there, here)
+        differing = differences(recorded, identity)
     except (InputError, AttributeError, KeyError, TypeError):
         raise InputError(
             f"{run_dir} exists and is not a run folder (no readable config.json). Choose another --set run_name=NAME."
@@ -196,38 +189,6 @@ def check_history(run_dir: Path, step: int, every: int, names: Collection[str]) 
             raise InputError(f"{folder}: the evaluation after update {number} is damaged or missing. {then}")
 
 
-def alike(shared: Path, identity: Mapping[str, Any]) -> Path:
-    """The folder below `shared` for runs that agree in all that decides how their step-0 models evaluate."""
-    config = _anywhere(identity["config"])
-    same = {key: config[key] for key in ("student", "teacher", "data", "rollout", "eval", "engine", "seed")}
-    same |= {key: identity[key] for key in ("benchmarks", "grader", "files")}
-    same["loss"] = config["loss"]["chunk_bytes"]  # of the reverse KL that an evaluation measures, to the last bit
-    return shared / f"start_{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]}"
-
-
-def _anywhere(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what fits it to a machine."""
-    return {
-        section: {key: value for key, value in values.items() if key not in MACHINE[section]}
-        if section in MACHINE
-        else values
-        for section, values in config.items()
-    }
-
-
-def digests(paths: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of the problem files: other problems under the same name make another run. Raises InputError."""
-    found = {}
-    expected = "a JSONL file of problems"
-    for path in paths:
-        refuse_device(path, expected)
-        try:
-            found[path] = sha256(Path(path))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {expected}.") from None
-    return found
-
-
 def rewind(run_dir: Path, step: int, start: Path | None) -> None:
     """Removes what a run wrote after `step`, from where it continues: checkpoints, evaluations, token dumps, the
     summary.
@@ -253,13 +214,6 @@ def rewind(run_dir: Path, step: int, start: Path | None) -> None:
         for written in path:
             if (number := step_number(written)) is not None and number > step:
                 shutil.rmtree(written) if written.is_dir() else written.unlink()
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
-    return [] if old == new else [f"{path.removeprefix('config.')} (there {json.dumps(old)}, here {json.dumps(new)})"]
 
 
 def write_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
@@ -309,15 +263,9 @@ def write_summary(run_dir: Path, names: Collection[str]) -> Summary:
             "final": evals[steps[-1]] if steps else None,
         },
         "tokens": {k: sum(r[f"tokens/{k}"] for r in rows) for k in ("response", "kept")},
-        "seconds": {k.removeprefix("time/"): sum(r[k] for r in rows) for k in phases},
+        "seconds": {k.removeprefix("time/"): sum(r.get(k, 0.0) for r in rows) for k in phases},
         "seconds_evaluating": sum(b["time/evaluation"] for n in (*steps, "teacher") for b in evals.get(n, {}).values()),
         "peak_memory_gb": max(r["memory/peak_gb"] for r in rows),
-        "mass_covered": _mean(r["tip/mass_covered"] for r in rows if "tip/mass_covered" in r),
     }
     write_whole(run_dir / "summary.json", json.dumps(figures, indent=1) + "\n")
     return figures
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return statistics.fmean(values) if values else None

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd import distributed
-from opd.cli import RunError, say
-from opd.engine import DeepSpeedEngine, TorchEngine
+from opd.cli import say
+from opd.engine import Engine
+from opd.errors import RunError
 from opd.files import amount, flush, sha256, step_number, write_whole
 from opd.models import LanguageModel
 
@@ -39,7 +40,7 @@ def save(
     run_dir: Path,
     step: int,
     student: LanguageModel,
-    engine: TorchEngine | DeepSpeedEngine,
+    engine: Engine,
     memory: dict[str, Tensor],
     keep: int,
 ) -> Path:
@@ -143,7 +144,7 @@ def processes_of(checkpoint: Path) -> int:
     return json.loads((checkpoint / "trainer.json").read_text())["processes"]
 
 
-def load_optimizer(checkpoint: Path, engine: TorchEngine | DeepSpeedEngine) -> None:
+def load_optimizer(checkpoint: Path, engine: Engine) -> None:
     """The moments; the student itself is loaded from the folder like any Hugging Face checkpoint.
 
     An engine whose parameters are bfloat16 takes the float32 weights beneath them from here too.

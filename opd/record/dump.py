@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
-from opd.cli import InputError
 from opd.data import Rollout
+from opd.errors import InputError
 from opd.files import check, read_rows, write_whole
 from opd.hooks import TokenStats, TokenWeights
 

@@ -14,23 +14,21 @@ import os
 import platform
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, paired_interval
-from opd.cli import InputError
 from opd.compare import per_problem
 from opd.config import ROOT, read_json_object
+from opd.errors import InputError
 from opd.evaluate import read_summary
 from opd.files import step_number, whole_rows, write_whole
-from opd.metrics import Warned, read_metrics
-from opd.run_folder import read_final, read_record
-from tip.grid import grid
-
-if TYPE_CHECKING:
-    from tip.report import Run
-    from tip.reproduce import Table
+from opd.record.folder import read_final, read_record
+from opd.record.metrics import Warned, read_metrics
+from tip.results.grid import grid
+from tip.results.runs import Run, mass_covered
+from tip.tables import Table
 
 METRICS = {"greedy": "greedy", "mean_at_k": "mean@k"}
 CPU_MEMORY = "On a CPU peak memory is the process's, with the evaluations it ran: it does not compare rules."
@@ -41,7 +39,7 @@ def paper() -> dict[str, Any]:
     return json.loads((ROOT / "data" / "paper" / "tables.json").read_text())
 
 
-def of_table(table: "Table", root: Path, seeds: list[int], pair: str, models: tuple[str, str]) -> dict[str, Any]:
+def of_table(table: Table, root: Path, seeds: list[int], pair: str, models: tuple[str, str]) -> dict[str, Any]:
     """Everything of a table as plain data.
 
     Args:
@@ -67,7 +65,7 @@ def of_table(table: "Table", root: Path, seeds: list[int], pair: str, models: tu
     )
 
 
-def of_runs(runs: list["Run"]) -> dict[str, Any]:
+def of_runs(runs: list[Run]) -> dict[str, Any]:
     """The same of any finished runs that start alike: one panel, compared with the first."""
     label = {run.folder: run.label for run in runs}
     arms: dict[str, dict[int, Path]] = {}
@@ -189,7 +187,7 @@ def _reason(folder: Path) -> str:
 def _arm(folders: dict[int, Path], facts: dict[str, Any], label: str) -> dict[str, Any]:
     summaries = {seed: read_final(f) for seed, f in folders.items()}
     tokens = [s["tokens"] for s in summaries.values()]
-    covered = [s["mass_covered"] for s in summaries.values() if s["mass_covered"] is not None]
+    covered = [mass for mass in map(mass_covered, folders.values()) if mass is not None]
     steps = sorted({name for f in folders.values() for name in evaluated_steps(f)})
     return {
         "seeds": sorted(folders),

@@ -1,0 +1,198 @@
+"""What a run is made of, made from its configuration: models, prompts, benchmarks, engine, sampler, record."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd import distributed, models, plan
+from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, validation_benchmark
+from opd.cli import Stop, say
+from opd.config import Config
+from opd.data import Prompt, count_steps, read_training_prompts
+from opd.engine import Engine
+from opd.engine.deepspeed import DeepSpeedEngine, sharding
+from opd.engine.plain import TorchEngine
+from opd.errors import InputError
+from opd.grading import Grader
+from opd.hooks import Observer, Remembering, TokenWeighter
+from opd.models import LanguageModel
+from opd.phases import Phases
+from opd.record import checkpoint, folder
+from opd.record.metrics import MetricsLog
+from opd.record.record import Record
+from opd.rollout import Sampler
+from opd.rollout.choose import open_sampler
+from opd.step import Pair
+from opd.teacher.cache import Cache, clear_folder
+from opd.teacher.local import LocalTeacher, load_teacher
+
+SPILLED = "teacher_states"  # folder of a run for what is above teacher.cache_gb
+
+
+@dataclass
+class Run:
+    """A run between two updates. `step` is the last one that is done, and `sampler` is None while it is closed."""
+
+    config: Config
+    identity: Mapping[str, Any]
+    shared: Path | None  # folder of evaluations that runs which start alike have in common
+    pair: Pair
+    teacher: LanguageModel
+    engine: Engine
+    sampler: Sampler | None
+    phases: Phases
+    weighter: TokenWeighter
+    observer: Observer | None
+    prompts: list[Prompt]
+    benchmarks: list[LoadedBenchmark]
+    total_steps: int
+    record: Record | None  # of the first process
+    grader: Grader
+    stop: Stop
+    step: int
+
+    @property
+    def student(self) -> LanguageModel:
+        return self.pair.student
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and response together, in training and evaluation."""
+        prompts = [*self.prompts, *(p for b in self.benchmarks for p in b.prompts)]
+        responses = [b.benchmark.max_response_tokens for b in self.benchmarks]
+        return max(len(p.token_ids) for p in prompts) + max(self.config.rollout.max_response_tokens, *responses, 0)
+
+
+def build(
+    config: Config,
+    weighter: TokenWeighter,
+    observer: Observer | None,
+    identity: Mapping[str, Any],
+    start: Path | None,
+    shared: Path | None,
+    device: torch.device,
+) -> Run:
+    """Makes a run from its beginning, or from the checkpoint `start`, and opens its folder.
+
+    Raises InputError for what cannot be used; until then nothing is written.
+    """
+    settings = identity["deepspeed"]
+    phases = Phases(device, config.engine.phases == 2, config.rollout.engine == "vllm")
+    student, teacher = _load_models(config, start, device, settings, phases)
+    vocab_size = models.shared_vocabulary(student, teacher)
+    prompts, benchmarks = _load_prompts(config, student, teacher)
+    total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
+    if config.optim.warmup_steps >= total_steps:
+        raise InputError(f"optim.warmup_steps is {config.optim.warmup_steps}, not below the run's {total_steps} steps.")
+    engine = _make_engine(student, config, total_steps, settings, phases)
+    limit = None if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
+    scorer = LocalTeacher(teacher, Cache(limit, config.run_dir / SPILLED))
+    run = Run(
+        config=config,
+        identity=identity,
+        shared=shared,
+        pair=Pair(engine.student, scorer, vocab_size, config.loss),
+        teacher=teacher,
+        engine=engine,
+        sampler=None,
+        phases=phases,
+        weighter=weighter,
+        observer=observer,
+        prompts=prompts,
+        benchmarks=benchmarks,
+        total_steps=total_steps,
+        record=None,
+        grader=Grader(),
+        stop=Stop(),
+        step=0,
+    )
+    open_student_sampler(run)
+    _show_plan(run, device)
+    _enter_folder(run, start)
+    return run
+
+
+def open_student_sampler(run: Run) -> None:
+    """Opens the sampler of the student; it has the weights that the configuration names until it takes others."""
+    run.phases.enter("rollout")
+    run.sampler = open_sampler(run.student, run.config.student, run.config, run.longest)
+    run.phases.sampler = run.sampler
+
+
+def _load_models(
+    config: Config, start: Path | None, device: torch.device, settings: dict[str, Any] | None, phases: Phases
+) -> tuple[LanguageModel, LanguageModel]:
+    section = replace(config.student, path=str(start), revision=None) if start else config.student
+    split = settings is not None and settings["zero_optimization"]["stage"] == 3
+    student = models.load(section, device, "student", sharding(settings) if split else None)
+    phases.add("student", student.model.parameters)
+    teacher = load_teacher(config, device)
+    head = set(teacher.head_scope.parameters())
+    phases.add("teacher", lambda: [p for p in teacher.model.parameters() if p not in head])
+    phases.add("teacher head", lambda: head)
+    return student, teacher
+
+
+def _load_prompts(
+    config: Config, student: LanguageModel, teacher: LanguageModel
+) -> tuple[list[Prompt], list[LoadedBenchmark]]:
+    """Training prompts and benchmarks, checked against both models."""
+    prompts, validation = read_training_prompts(config.data, student.tokenizer, config.seed)
+    benchmarks = load_benchmarks(config, student, config.eval.limit)
+    if validation:
+        benchmarks.append(validation_benchmark(config, validation))
+    for lm in (student, teacher):
+        check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
+        check_benchmarks(lm, benchmarks)
+    models.check_prompt_ids([p for b in benchmarks for p in b.prompts] + prompts, teacher)
+    return prompts, benchmarks
+
+
+def _make_engine(
+    student: LanguageModel, config: Config, total_steps: int, settings: dict[str, Any] | None, phases: Phases
+) -> Engine:
+    if settings is not None:
+        return DeepSpeedEngine(student, config, total_steps, settings)
+    engine = TorchEngine(student, config, total_steps, phases.content)
+    phases.add("optimizer", engine.moments)
+    return engine
+
+
+def _show_plan(run: Run, device: torch.device) -> None:
+    config, settings = run.config, run.identity["deepspeed"]
+    for name, section in run.identity["config"].items():
+        say(f"  {name}: {json.dumps(section)}")
+    sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")
+    longest = max((b["max_response_tokens"] for b in run.identity["benchmarks"].values()), default=0)
+    zero = settings and settings["zero_optimization"]
+    made = plan.make_plan(config, *sizes, device, run.total_steps, longest, zero, distributed.world_size())
+    say(plan.text(made, config, *sizes, device))
+
+
+def _enter_folder(run: Run, start: Path | None) -> None:
+    """Creates the run's folder, or takes it back to the checkpoint it continues from, with optimizer and weighter."""
+    config = run.config
+    first = distributed.is_first()
+    if first:
+        folder.write_identity(config.run_dir, run.identity)
+    if start:
+        run.step = checkpoint.step_of(start)
+        run.phases.enter("update")
+        checkpoint.load_optimizer(start, run.engine)
+        if isinstance(run.weighter, Remembering):
+            run.weighter.load_state(checkpoint.load_weighter(start))
+        say(f"{config.run_dir}: continuing after step {run.step} of {run.total_steps}")
+        if (before := checkpoint.processes_of(start)) != distributed.world_size():
+            say(
+                f"note: {before} processes wrote this checkpoint and {distributed.world_size()} continue it: the same "
+                "weights, moments and data, but sums in another order, so the run is not the unbroken one bit for bit"
+            )
+    if first:
+        folder.rewind(config.run_dir, run.step, start)
+        clear_folder(config.run_dir / SPILLED)
+        log = MetricsLog(config.run_dir, run.total_steps, run.step)
+        run.record = Record(config.run_dir, config, log, run.student.tokenizer, run.grader, run.observer)

@@ -1,0 +1,90 @@
+"""What makes a run this run and no other: its configuration, the content of its files, its weighter."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from opd import grading
+from opd.benchmarks import Benchmark
+from opd.config import Config
+from opd.engine.zero_file import read_deepspeed
+from opd.errors import InputError
+from opd.files import refuse_device, sha256
+from opd.hooks import TokenWeighter
+
+MACHINE = {  # section -> keys that fit a run to a machine and change nothing else: it may continue with others
+    "rollout": ("servers", "timeout", "gpu_memory"),
+    "engine": ("phases",),
+    "teacher": ("cache_gb",),
+}
+
+
+def identity_of(
+    config: Config, sections: Mapping[str, Any], benchmarks: Mapping[str, Benchmark], weighter: TokenWeighter
+) -> dict[str, Any]:
+    """Everything that decides a run's numbers, as plain data. Raises InputError for files that cannot be read.
+
+    Args:
+        sections: extension sections by name, each a dataclass.
+    """
+    return {
+        "config": {**asdict(config), **{name: asdict(section) for name, section in sections.items()}},
+        "benchmarks": {name: asdict(benchmark) for name, benchmark in benchmarks.items()},
+        "grader": grading.VERSION,
+        "files": _digests([*config.data.train, *(benchmark.file for benchmark in benchmarks.values())]),
+        "weighter": f"{type(weighter).__module__}.{type(weighter).__qualname__}",
+        "weighter_settings": {k: v for k, v in vars(weighter).items() if isinstance(v, str | int | float | None)},
+        "deepspeed": read_deepspeed(config) if config.engine.kind == "deepspeed" else None,
+    }
+
+
+def differences(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """In which keys a recorded run is another one than this, with both values; keys of the machine do not count.
+
+    Raises KeyError, TypeError or AttributeError for a record that is none.
+    """
+    there, here = {key: recorded.get(key) for key in identity}, json.loads(json.dumps(identity))
+    there["config"], here["config"] = without_machine(there["config"]), without_machine(here["config"])
+    return _differences(there, here, "")
+
+
+def without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what fits it to a machine."""
+    return {
+        section: {key: value for key, value in values.items() if key not in MACHINE[section]}
+        if section in MACHINE
+        else values
+        for section, values in config.items()
+    }
+
+
+def start_folder(shared: Path, identity: Mapping[str, Any]) -> Path:
+    """The folder below `shared` for runs that agree in all that decides how their step-0 models evaluate."""
+    config = without_machine(identity["config"])
+    same = {key: config[key] for key in ("student", "teacher", "data", "rollout", "eval", "engine", "seed")}
+    same |= {key: identity[key] for key in ("benchmarks", "grader", "files")}
+    same["loss"] = config["loss"]["chunk_bytes"]  # it decides the last bit of the reverse KL that is measured
+    return shared / f"start_{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path.removeprefix('config.')} (there {json.dumps(old)}, here {json.dumps(new)})"]
+
+
+def _digests(paths: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the problem files: other problems under the same name make another run. Raises InputError."""
+    digests = {}
+    expected = "a JSONL file of problems"
+    for path in paths:
+        refuse_device(path, expected)
+        try:
+            digests[path] = sha256(Path(path))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {expected}.") from None
+    return digests

@@ -1,0 +1,110 @@
+"""What a run writes after each update: a line of metrics, diagnostics, samples of text, a token dump."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from opd.config import Config
+from opd.data import Rollout
+from opd.grading import Grader
+from opd.hooks import Observer
+from opd.progress import due
+from opd.record import dump
+from opd.record.metrics import MetricsLog
+from opd.seeds import generator
+from opd.step import Update
+
+DIAGNOSTICS = {  # TokenStats field -> metric, the mean over response tokens
+    "student_entropy": "student/entropy",
+    "teacher_entropy": "teacher/entropy",
+    "reverse_kl": "divergence/reverse_kl",
+    "forward_kl": "divergence/forward_kl",
+    "top1_agree": "divergence/top1_agree",
+}
+
+
+class Record:
+    """Writes into a run's folder; of several processes the first one has it, the others have none.
+
+    Args:
+        log: where metrics go.
+        tokenizer: makes text of tokens.
+        observer: further diagnostics, and columns of token dumps.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        log: MetricsLog,
+        tokenizer: PreTrainedTokenizerBase,
+        grader: Grader,
+        observer: Observer | None,
+    ):
+        self.run_dir, self.config, self.log = run_dir, config, log
+        self.tokenizer, self.grader, self.observer = tokenizer, grader, observer
+
+    def update(self, rollouts: Sequence[Rollout], update: Update, more: Mapping[str, float]) -> None:
+        """Writes everything about an update; `more` are metrics that the run has measured around it."""
+        step = update.stats.step
+        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        metrics = {**update.metrics, **_rollout_metrics(rollouts, texts, self.grader), **more}
+        if due(step, self.config.log.diagnostics_every):
+            metrics |= self._diagnose(update)
+            self._show_samples(step, rollouts, texts)
+        if due(step, self.config.log.token_dump_every):
+            self._dump(rollouts, update)
+        self.log.write(step, metrics)
+
+    def _diagnose(self, update: Update) -> dict[str, float]:
+        """Means of the statistics, and what the observer sees; its histograms go to TensorBoard, its warnings to the
+        console."""
+        stats = update.stats
+        if not len(stats.position):
+            return {}
+        metrics = {metric: vars(stats)[name].mean().item() for name, metric in DIAGNOSTICS.items()}
+        if self.observer is None:
+            return metrics
+        diagnosis = self.observer.diagnose(stats, update.weights)
+        for name, column in diagnosis.histograms.items():
+            self.log.histogram(name, column, stats.step)
+        for kind, message in diagnosis.warnings.items():
+            self.log.warn(kind, f"step {stats.step}: {message}", stats.step)
+        return metrics | diagnosis.scalars
+
+    def _show_samples(self, step: int, rollouts: Sequence[Rollout], texts: Sequence[str]) -> None:
+        for i, (rollout, text) in enumerate(list(zip(rollouts, texts, strict=True))[: self.config.log.samples]):
+            prompt = self.tokenizer.decode(rollout.prompt.token_ids)
+            self.log.text(f"rollout/{i}", f"```\n{prompt}{text}\n```\nreference: `{rollout.prompt.answer}`", step)
+
+    def _dump(self, rollouts: Sequence[Rollout], update: Update) -> None:
+        step = update.stats.step
+        random = generator(self.config.seed, "dump", step)
+        columns = self.observer.columns(update.stats, update.weights, random) if self.observer else {}
+        shown = rollouts[: self.config.log.token_dump_rollouts]
+        path = self.run_dir / "tokens" / f"step_{step:06d}.jsonl"
+        dump.write(path, shown, update.stats, update.weights, columns, self.tokenizer)
+
+
+def fields_to_measure(config: Config, observer: Observer | None, step: int) -> frozenset[str]:
+    """The fields of TokenStats that the record of update `step` needs; the same on every process."""
+    fields: frozenset[str] = frozenset()
+    if due(step, config.log.diagnostics_every):
+        fields |= frozenset(DIAGNOSTICS) | (observer.needs if observer else frozenset())
+    if due(step, config.log.token_dump_every):
+        fields |= dump.STATS | dump.TOP5 | (observer.column_needs if observer else frozenset())
+    return fields
+
+
+def _rollout_metrics(rollouts: Sequence[Rollout], texts: Sequence[str], grader: Grader) -> dict[str, float]:
+    metrics = {
+        "rollout/length_mean": statistics.fmean(len(r.response_ids) for r in rollouts),
+        "rollout/truncated": statistics.fmean(r.finish_reason == "length" for r in rollouts),
+    }
+    if rollouts[0].prompt.answer is not None:
+        verdicts = grader.grade([(text, r.prompt.answer) for r, text in zip(rollouts, texts, strict=True)])
+        metrics["rollout/ungraded"] = float(sum(verdict.correct is None for verdict in verdicts))
+        metrics["rollout/accuracy"] = statistics.fmean(verdict.correct is True for verdict in verdicts)
+    return metrics

@@ -1,0 +1,65 @@
+"""The sampler that a configuration names (rollout.engine)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from opd.config import Config, StudentSection, TeacherSection
+from opd.data import Prompt
+from opd.models import LanguageModel, sequence_logprobs
+from opd.rollout import Probe, Sampler
+from opd.rollout.local import TransformersSampler
+from opd.rollout.vllm import VllmSampler
+
+PROBED = 8  # prompts whose logprobs are compared between a sampler and the trainer
+
+
+def open_sampler(lm: LanguageModel, section: StudentSection | TeacherSection, config: Config, longest: int) -> Sampler:
+    """The sampler of a model.
+
+    Args:
+        section: names the model; vLLM loads it from there before it takes the trainer's weights.
+        longest: tokens of the longest prompt and response together.
+    Raises:
+        InputError: vLLM does not start, or does not take the model.
+    """
+    if config.rollout.engine == "vllm":
+        return VllmSampler(lm, section, config, longest)
+    return TransformersSampler(lm, config.rollout.batch_size)
+
+
+@contextmanager
+def fixed_sampler(
+    lm: LanguageModel,
+    section: StudentSection | TeacherSection,
+    config: Config,
+    prompts: Sequence[Prompt],
+    longest_response: int,
+    before_start: Callable[[], None] = lambda: None,
+) -> Iterator[Sampler]:
+    """The sampler of a model that does not change meanwhile, checked once against the model itself.
+
+    Args:
+        section: where its weights lie.
+        prompts, longest_response: what will be asked of it; tokens.
+        before_start: called before vLLM starts; the trainer's own model is not used after it.
+    Raises:
+        InputError: as open_sampler.
+        RunError: vLLM's logprobs are not the model's.
+    """
+    if config.rollout.engine == "transformers":
+        yield TransformersSampler(lm, config.rollout.batch_size)
+        return
+    probe = make_probe(lm, prompts)
+    before_start()
+    sampler = VllmSampler(lm, section, config, max(len(p.token_ids) for p in prompts) + longest_response)
+    try:
+        sampler.check_parity(probe)
+        yield sampler
+    finally:
+        sampler.close()
+
+
+def make_probe(lm: LanguageModel, prompts: Sequence[Prompt]) -> Probe:
+    """What the model itself says of a few prompts, always the same ones. Every process calls it."""
+    sequences = [prompt.token_ids for prompt in prompts[:PROBED]]
+    return Probe(sequences, sequence_logprobs(lm, sequences))

@@ -1,0 +1,235 @@
+"""The side of the line that has vLLM: it answers one trainer (python -m opd.vllm_server starts it)."""
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from pathlib import Path
+from typing import Any
+
+from opd.errors import InputError
+from opd.rollout.wire import SHUTDOWN, Scratch, limit
+
+
+class Weights:
+    """What vLLM's worker (one per GPU of a tensor-parallel group) gets besides its own methods."""
+
+    def load_files(self, folder: str) -> None:
+        """Takes all weights of a folder of safetensors files, by the one route of vLLM 0.32 that was found exact."""
+        self.reload_weights(weights_iterator=_tensors(Path(folder)))
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                yield name, file.get_tensor(name)
+
+
+class Server:
+    """Answers one trainer. Every message is a JSON object with `do`; every answer a JSON object."""
+
+    def __init__(self, connection: Connection):
+        self.connection = connection
+        self.llm: Any = None
+        self.asleep = False
+        self.received: Scratch | None = None  # weights that came through the connection
+
+    def say(self, **answer: Any) -> None:
+        self.connection.send_bytes(json.dumps(answer).encode())
+
+    def serve(self) -> None:
+        """Until the trainer closes. An error of vLLM is told, and ends the process: what state it is in nobody
+        knows."""
+        try:
+            while True:
+                message = json.loads(self.connection.recv_bytes())
+                match message.pop("do"):
+                    case "open":
+                        self.open(**message)
+                    case "weights":
+                        self.weights(**message)
+                    case "generate":
+                        self.generate(**message)
+                    case "logprobs":
+                        self.logprobs(**message)
+                    case "sleep":
+                        self.sleep()
+                    case "stop":
+                        pass  # of responses that have just ended by themselves
+                    case "close":
+                        return
+        finally:
+            if self.received is not None:
+                self.received.remove()
+            if self.llm is not None:
+                self.llm.llm_engine.engine_core.shutdown()
+
+    def open(self, model: dict[str, Any], threads: int) -> None:
+        import torch
+
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            torch.set_num_threads(threads)
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # requests are then added before the first step of the engine, so batches, and their rounding, repeat
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        try:
+            import vllm
+        except ImportError as error:
+            return self.say(missing=f"{sys.executable}: {error}")
+        self.vllm = vllm
+        try:
+            self.llm = vllm.LLM(
+                **model,
+                generation_config="vllm",
+                enforce_eager=on_cpu,
+                enable_sleep_mode=not on_cpu,
+                seed=0,
+                disable_log_stats=True,
+                worker_extension_cls="opd.rollout.server.Weights",
+            )
+        except Exception as error:  # what a model it does not know raises depends on the model
+            return self.say(refused=f"{type(error).__name__}: {error}")
+        self.sleeps = not on_cpu
+        return self.say(done=True)
+
+    def sleep(self) -> None:
+        if self.sleeps:
+            self.llm.sleep(level=2)  # nothing is kept: the weights come back from the trainer
+            self.asleep = True
+        self.say(done=True, asleep=self.asleep)
+
+    def weights(self, folder: str | None, files: int, size: int) -> None:
+        """Wakes vLLM, if it sleeps, and gives it weights: from a folder of this machine, else sent as `files`
+        messages."""
+        if folder is None:
+            self.received = Scratch(size)
+            for number in range(files):
+                (self.received.path / f"{number:05}.safetensors").write_bytes(self.connection.recv_bytes())
+                self.say(received=number)
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("load_files", args=(folder or str(self.received.path),))
+        if self.asleep:  # the larger part of its memory, only when loading is over
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache of the weights before is in use")
+        if self.received is not None:
+            self.received.remove()
+            self.received = None
+        self.say(done=True)
+
+    def generate(self, requests: list[dict[str, Any]], sampling: dict[str, Any], never: list[int]) -> None:
+        """Says after every step how many tokens it gave and which responses are finished; stops when a message comes.
+
+        `never` are the ids that are not sampled; they are few (padded vocabulary rows).
+        """
+        engine = self.llm.llm_engine
+        excluded = dict.fromkeys(never, -100.0)  # nats
+        for request in requests:
+            parameters = self.vllm.SamplingParams(
+                **sampling,
+                seed=request["seed"],
+                logit_bias=excluded or None,
+                detokenize=False,
+                output_kind=self.vllm.sampling_params.RequestOutputKind.DELTA,
+            )
+            engine.add_request(
+                str(request["id"]), self.vllm.TokensPrompt(prompt_token_ids=request["prompt"]), parameters
+            )
+        running: dict[str, list[int]] = {str(request["id"]): [] for request in requests}
+        while engine.has_unfinished_requests() and not self.connection.poll():
+            new, finished = 0, []
+            for output in engine.step():
+                ids = output.outputs[0].token_ids
+                running[output.request_id].extend(ids)
+                new += len(ids)
+                if output.finished:
+                    finished.append([int(output.request_id), running.pop(output.request_id)])
+            self.say(new=new, finished=finished)
+        engine.abort_request(list(running))
+        self.say(done=True)
+
+    def logprobs(self, sequences: list[list[int]]) -> None:
+        """Of every token but the first of each sequence, given those before it; nats."""
+        parameters = self.vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompts = [self.vllm.TokensPrompt(prompt_token_ids=ids) for ids in sequences]
+        outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+        found = [
+            [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            for output, ids in zip(outputs, sequences, strict=True)
+        ]
+        self.say(done=True, logprobs=found)
+
+
+def end_with(connection: Connection) -> None:
+    """Ends this process and its workers when the other side is gone, whatever vLLM is doing at that moment."""
+    gone = select.poll()
+    gone.register(connection.fileno(), select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+
+    def watch() -> None:
+        gone.poll()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_parent(parent: int) -> None:
+    """The same for who started this process, also before anyone has connected."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _accepted(address: tuple[str, int] | str, key: bytes) -> Connection:
+    """The first who knows the key; nobody else can connect then."""
+    try:
+        listener = Listener(address)
+    except OSError as error:
+        raise InputError(
+            f"--listen {address}: cannot listen there ({error}). Give another address, or stop who has it."
+        ) from None
+    with listener:
+        while True:
+            connection = listener.accept()
+            try:
+                limit(connection, SHUTDOWN)  # who connects and says nothing does not keep others out
+                deliver_challenge(connection, key)
+                answer_challenge(connection, key)
+                limit(connection, 0)
+                return connection
+            except (AuthenticationError, OSError, EOFError) as error:
+                connection.close()
+                print(f"vLLM server: refused a connection ({error})", file=sys.stderr, flush=True)
+
+
+def serve_one(address: tuple[str, int] | str, key: bytes, parent: int) -> None:
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # vLLM prints
+    end_with_parent(parent)
+    connection = _accepted(address, key)
+    end_with(connection)
+    server = Server(connection)
+    try:
+        server.serve()
+    except (EOFError, ConnectionError):
+        os.killpg(0, signal.SIGKILL)
+    except Exception as error:
+        server.say(failed=f"{type(error).__name__}: {error}")
+        raise

@@ -1,0 +1,54 @@
+"""What both ends of the line to a vLLM server share. What travels is JSON and safetensors, never a pickle."""
+
+import fcntl
+import os
+import shutil
+import socket
+import struct
+import tempfile
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+KEY = "OPD_VLLM_KEY"  # environment variable: the secret that both ends must know
+SHUTDOWN = 20  # seconds that a server has to put vLLM away
+
+
+class Scratch:
+    """A new folder for `size` bytes of weights, in shared memory where there is room; locked while its process lives.
+
+    What processes that were killed have left is removed: it would occupy memory until the machine restarts.
+    """
+
+    def __init__(self, size: int):
+        roots = [Path("/dev/shm"), Path(tempfile.gettempdir())]
+        with (roots[-1] / f"opd-weights-{os.getuid()}.lock").open("w") as one_at_a_time:
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            for left in (p for root in roots for p in root.glob("opd-weights-*") if p.is_dir()):
+                with suppress(FileNotFoundError, PermissionError, BlockingIOError):  # its owner was faster, or lives
+                    handle = os.open(left, os.O_RDONLY)
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        shutil.rmtree(left, ignore_errors=True)
+                    finally:
+                        os.close(handle)
+            root = next((r for r in roots if r.is_dir() and shutil.disk_usage(r).free > 1.1 * size), roots[-1])
+            self.path = Path(tempfile.mkdtemp(prefix="opd-weights-", dir=root))
+            self.handle = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(self.handle, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self.handle)
+
+
+def limit(connection: Connection, seconds: int) -> None:
+    """A read that has begun, and a write, fail with BlockingIOError after so long; 0: never. A host that vanished
+    without a word is noticed within two minutes."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as raw:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            raw.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
+        if raw.family in (socket.AF_INET, socket.AF_INET6):
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+                raw.setsockopt(socket.IPPROTO_TCP, option, value)
