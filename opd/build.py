@@ -11,7 +11,7 @@ import torch
 from opd import distributed, models, plan
 from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, validation_benchmark
 from opd.cli import Stop, say
-from opd.config import Config
+from opd.config import Config, StudentSection
 from opd.data import Prompt, count_steps, read_training_prompts
 from opd.engine import Engine
 from opd.engine.deepspeed import DeepSpeedEngine, sharding
@@ -123,12 +123,17 @@ def open_student_sampler(run: Run) -> None:
     run.phases.sampler = run.sampler
 
 
+def load_student(section: StudentSection, device: torch.device, settings: dict[str, Any] | None) -> LanguageModel:
+    """The student of a run; with DeepSpeed's `settings` of stage 3 each process loads its part. Raises InputError."""
+    split = settings is not None and settings["zero_optimization"]["stage"] == 3
+    return models.load(section, device, "student", sharding(settings) if split else None)
+
+
 def _load_models(
     config: Config, start: Path | None, device: torch.device, settings: dict[str, Any] | None, phases: Phases
 ) -> tuple[LanguageModel, LanguageModel]:
     section = replace(config.student, path=str(start), revision=None) if start else config.student
-    split = settings is not None and settings["zero_optimization"]["stage"] == 3
-    student = models.load(section, device, "student", sharding(settings) if split else None)
+    student = load_student(section, device, settings)
     phases.add("student", student.model.parameters)
     teacher = load_teacher(config, device)
     head = set(teacher.head_scope.parameters())

@@ -214,7 +214,11 @@ def parser(prog: str, description: str) -> Parser:
     """An argument parser with the two arguments that name a configuration."""
     result = Parser(prog, description)
     result.add_argument(
-        "--config", required=True, type=path_argument, metavar="FILE", help="a pair file, for example configs/tiny.json"
+        "--config",
+        required=True,
+        type=path_argument,
+        metavar="FILE",
+        help="a pair file, for example configs/qwen3_8b_to_4b.json",
     )
     result.add_argument(
         "--set",

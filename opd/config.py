@@ -2,14 +2,14 @@
 
 Every key is required, so a file is the whole truth about a run and no default hides in code. A key is documented
 where it is declared; `configs/schema.json` is generated from here, so that editors complete and explain the same text.
-An extension (such as `tip`) brings its own optional section as a dataclass whose fields all have defaults.
+An extension of this trainer brings its own optional section as a dataclass whose fields all have defaults.
 
 "Table 9" is the hyperparameter table of the TIP paper, arXiv 2604.14084.
 """
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -251,7 +251,10 @@ class EngineSection:
     device: Annotated[Literal["auto", "cpu", "cuda"], doc("auto: cuda when there is one, else cpu.")]
     cpu_threads: Annotated[
         Annotated[int, Field(ge=1, le=MOST_THREADS)] | None,
-        doc("Threads of CPU arithmetic; null: torch's choice. 1 for tiny models, whose kernels slow down with more."),
+        doc(
+            "Threads of CPU arithmetic; null: torch's choice. 1 for models of a few million parameters: more threads "
+            "slow their kernels down."
+        ),
     ]
     gradient_checkpointing: Annotated[bool, doc("Recompute activations in the backward pass: less memory, more time.")]
 
@@ -334,7 +337,7 @@ def load_config(
     path: str | Path,
     overrides: Iterable[str] = (),
     extensions: Mapping[str, type] | None = None,
-    ignore: Iterable[str] = (),
+    ignore_extensions: bool = False,
 ) -> tuple[Config, dict[str, Any]]:
     """Reads a pair file and applies `KEY=VALUE` overrides through the same typed checks.
 
@@ -342,7 +345,7 @@ def load_config(
         path: the JSON file.
         overrides: texts such as `optim.lr=1e-6`; the value is JSON, else a string.
         extensions: optional sections by name, each a `strict` dataclass whose fields all have defaults.
-        ignore: sections that other commands read and this one does not.
+        ignore_extensions: leaves sections alone that extensions read and this command does not.
     Returns:
         the configuration and one object per extension section (its defaults where the file has no such section).
     Raises:
@@ -357,13 +360,14 @@ def load_config(
         name: build(kind, _section(values.pop(name, {}), name, path), f"{path}: {name}")
         for name, kind in extensions.items()
     }
-    for name in ignore:
-        values.pop(name, None)
-    if "tip" in values:
-        raise InputError(
-            f"{path}: section 'tip' selects tokens, and this command trains on all of them. "
-            "Start it with python -m tip.train, or remove the section."
-        )
+    for name in values.keys() - {field.name for field in fields(Config)}:
+        if ignore_extensions:
+            del values[name]
+        elif isinstance(values[name], dict) and not difflib.get_close_matches(name, _leaf_names(Config), 1, 0.6):
+            raise InputError(
+                f"{path}: section {name[:80]!r} belongs to an extension of this trainer, and this command trains "
+                "without it. Start the extension's own command, or remove the section."
+            )
     config = build(Config, values, str(path))
     _check(config, str(path))
     return config, sections
@@ -434,80 +438,94 @@ def _leaf_names(kind: type, prefix: str = "") -> list[str]:
 
 
 def _check(config: Config, where: str) -> None:
-    """Refuses combinations that have no meaning."""
-
-    def require(holds: bool, text: str) -> None:
+    """Refuses combinations that have no meaning. Raises InputError."""
+    rules = (*_schedule_rules(config), *_sampling_rules(config), *_evaluation_rules(config), *_engine_rules(config))
+    for holds, text in rules:
         if not holds:
             raise InputError(f"{where}: {text}")
-
-    require(
-        (config.optim.steps is None) != (config.data.epochs is None),
-        f"optim.steps is {config.optim.steps} and data.epochs is {config.data.epochs}: give one, set the other to "
-        "null.",
-    )
-    require(
-        config.rollout.temperature == 0 or config.rollout.temperature >= COLDEST,
-        f"rollout.temperature is {config.rollout.temperature}, expected 0 (greedy) or at least {COLDEST}.",
-    )
-    require(
-        config.rollout.temperature > 0 or config.rollout.n == 1,
-        f"rollout.temperature is 0 and rollout.n is {config.rollout.n}: greedy responses to one prompt are all the "
-        "same. Set rollout.n=1 or a temperature above 0.",
-    )
-    require(
-        config.rollout.temperature > 0 or config.rollout.top_p == 1,
-        f"rollout.top_p is {config.rollout.top_p} with temperature 0: a greedy response has no nucleus. Set "
-        "rollout.top_p=1.",
-    )
-    require(
-        config.data.validation == 0 or config.data.answer_field is not None,
-        f"data.validation is {config.data.validation} and data.answer_field is null: nothing to validate against.",
-    )
-    require(
-        len(set(config.eval.benchmarks)) == len(config.eval.benchmarks),
-        f"eval.benchmarks names a benchmark twice: {list(config.eval.benchmarks)}.",
-    )
-    require(
-        not config.eval.k or len(config.eval.benchmarks) > 0,
-        f"eval.k is {config.eval.k} without eval.benchmarks: name one, or set eval.k=null.",
-    )
-    require(
-        (config.engine.kind == "deepspeed") == (config.engine.deepspeed is not None),
-        f"engine.kind is {config.engine.kind!r} and engine.deepspeed is {config.engine.deepspeed!r}: the file belongs "
-        "to kind "
-        '"deepspeed" and to it alone. For example --set engine.kind=deepspeed --set engine.deepspeed=zero2.',
-    )
-    require(
-        config.rollout.engine == "vllm" or (not config.rollout.servers and config.rollout.tensor_parallel == 1),
-        "rollout.engine is 'transformers', and servers and tensor_parallel are vLLM's. Set rollout.engine=vllm, "
-        "or rollout.servers=[] and rollout.tensor_parallel=1.",
-    )
-    require(
-        len(set(config.rollout.servers)) == len(config.rollout.servers),
-        f"rollout.servers names a server twice: {list(config.rollout.servers)}. One serves one process of a run.",
-    )
-    require(
-        config.engine.kind == "deepspeed" or config.teacher.placement == "device",
-        f"teacher.placement is {config.teacher.placement!r} and engine.kind is 'torch': weights are split or kept in "
-        "host "
-        'memory by ZeRO-3. Set engine.kind to "deepspeed", or teacher.placement to "device".',
-    )
     for server in config.rollout.servers:
         address_of(server)
-    require(
-        config.engine.kind == "torch" or config.engine.phases == 1,
-        "engine.phases is 2 and engine.kind is 'deepspeed': there the weights wait in host memory with "
-        "engine.deepspeed=zero2_offload or zero3_offload, and teacher.placement=host. Set engine.phases=1.",
+
+
+def _schedule_rules(config: Config) -> Iterator[tuple[bool, str]]:
+    """(what must hold, what to say where it does not) of the length of a run and of its record."""
+    optim, epochs = config.optim, config.data.epochs
+    yield (
+        (optim.steps is None) != (epochs is None),
+        f"optim.steps is {optim.steps} and data.epochs is {epochs}: give one, set the other to null.",
     )
-    if config.optim.steps is not None:
-        require(
-            config.optim.warmup_steps < config.optim.steps,
-            f"optim.warmup_steps is {config.optim.warmup_steps}, not below optim.steps = {config.optim.steps}.",
-        )
-    require(
+    yield (
+        optim.steps is None or optim.warmup_steps < optim.steps,
+        f"optim.warmup_steps is {optim.warmup_steps}, not below optim.steps = {optim.steps}.",
+    )
+    yield (
         config.log.samples == 0 or config.log.diagnostics_every > 0,
         f"log.samples is {config.log.samples}, but samples are written on diagnostics steps and log.diagnostics_every "
         "is 0.",
+    )
+
+
+def _sampling_rules(config: Config) -> Iterator[tuple[bool, str]]:
+    """The same of how responses are sampled, and by what."""
+    rollout = config.rollout
+    yield (
+        rollout.temperature == 0 or rollout.temperature >= COLDEST,
+        f"rollout.temperature is {rollout.temperature}, expected 0 (greedy) or at least {COLDEST}.",
+    )
+    yield (
+        rollout.temperature > 0 or rollout.n == 1,
+        f"rollout.temperature is 0 and rollout.n is {rollout.n}: greedy responses to one prompt are all the same. Set "
+        "rollout.n=1 or a temperature above 0.",
+    )
+    yield (
+        rollout.temperature > 0 or rollout.top_p == 1,
+        f"rollout.top_p is {rollout.top_p} with temperature 0: a greedy response has no nucleus. Set rollout.top_p=1.",
+    )
+    yield (
+        rollout.engine == "vllm" or (not rollout.servers and rollout.tensor_parallel == 1),
+        "rollout.engine is 'transformers', and servers and tensor_parallel are vLLM's. Set rollout.engine=vllm, or "
+        "rollout.servers=[] and rollout.tensor_parallel=1.",
+    )
+    yield (
+        len(set(rollout.servers)) == len(rollout.servers),
+        f"rollout.servers names a server twice: {list(rollout.servers)}. One serves one process of a run.",
+    )
+
+
+def _evaluation_rules(config: Config) -> Iterator[tuple[bool, str]]:
+    """The same of what is evaluated."""
+    evaluation, data = config.eval, config.data
+    yield (
+        data.validation == 0 or data.answer_field is not None,
+        f"data.validation is {data.validation} and data.answer_field is null: nothing to validate against.",
+    )
+    yield (
+        len(set(evaluation.benchmarks)) == len(evaluation.benchmarks),
+        f"eval.benchmarks names a benchmark twice: {list(evaluation.benchmarks)}.",
+    )
+    yield (
+        not evaluation.k or len(evaluation.benchmarks) > 0,
+        f"eval.k is {evaluation.k} without eval.benchmarks: name one, or set eval.k=null.",
+    )
+
+
+def _engine_rules(config: Config) -> Iterator[tuple[bool, str]]:
+    """The same of where weights lie."""
+    engine = config.engine
+    yield (
+        (engine.kind == "deepspeed") == (engine.deepspeed is not None),
+        f"engine.kind is {engine.kind!r} and engine.deepspeed is {engine.deepspeed!r}: the file belongs to kind "
+        '"deepspeed" and to it alone. For example --set engine.kind=deepspeed --set engine.deepspeed=zero2.',
+    )
+    yield (
+        engine.kind == "deepspeed" or config.teacher.placement == "device",
+        f"teacher.placement is {config.teacher.placement!r} and engine.kind is 'torch': weights are split or kept in "
+        'host memory by ZeRO-3. Set engine.kind to "deepspeed", or teacher.placement to "device".',
+    )
+    yield (
+        engine.kind == "torch" or engine.phases == 1,
+        "engine.phases is 2 and engine.kind is 'deepspeed': there the weights wait in host memory with "
+        "engine.deepspeed=zero2_offload or zero3_offload, and teacher.placement=host. Set engine.phases=1.",
     )
 
 

@@ -1,6 +1,6 @@
 """Accuracy on held-out problems: a greedy response and k sampled ones per problem, every response written to disk.
 
-    python -m opd.evaluate --config configs/tiny.json --model outputs/tiny/checkpoints/step_000060
+    python -m opd.evaluate --config configs/PAIR.json --model outputs/RUN/checkpoints/step_000060
 
 A benchmark is data (configs/benchmarks/NAME.json): problems, prompt, decoding and version; with the grader's version
 they are written beside every number. Sampling is seeded per problem and sample, so that two models are compared on
@@ -127,7 +127,7 @@ def evaluate(
             columns = _reverse_kl(subject.pair, [r for _, r in numbered], config, stop, enter)
         if not first:
             continue
-        rows = _graded(subject.lm, numbered, grader, loaded.benchmark.answer_lines)
+        rows = graded(subject.lm, numbered, grader, loaded.benchmark.answer_lines)
         rows = [row | column for row, column in zip(rows, columns, strict=True)]
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
@@ -249,7 +249,7 @@ def _read_partial(path: Path, batches: int) -> str:
     return "".join(text + "\n" for text in kept)
 
 
-def _graded(
+def graded(
     lm: LanguageModel, numbered: Sequence[tuple[int, Rollout]], grader: grading.Grader, lines: bool
 ) -> list[dict]:
     texts = [lm.tokenizer.decode(r.response_ids, skip_special_tokens=True) for _, r in numbered]
@@ -435,7 +435,7 @@ def command(arguments: list[str]) -> None:
     cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: OUTPUT_DIR/eval/<the model's name>")
     options = cli.parse_args(arguments)
     chosen = [f"eval.benchmarks={json.dumps(options.benchmark)}"] if options.benchmark else []
-    config, _ = load_config(options.config, [*options.overrides, *chosen], ignore=("tip",))
+    config, _ = load_config(options.config, [*options.overrides, *chosen], ignore_extensions=True)
     if not config.eval.benchmarks:
         raise InputError("eval.benchmarks is []: there is nothing to evaluate. Name one with --benchmark NAME.")
     parts = [part for part in options.model.parts[-3:] if part != "checkpoints"]

@@ -1,9 +1,9 @@
 """Starts a command on all GPUs.
 
-    python -m opd.launch tip.train --config configs/qwen3_8b_to_4b.json [...]
+    python -m opd.launch opd.train --config configs/qwen3_8b_to_4b.json [...]
 
 With engine.kind "deepspeed" that is one process per GPU of this machine; else, or where there is one GPU, it is
-`python -m tip.train ...` itself. NUM_GPUS sets the number (without GPUs: of CPU processes). On several machines the
+`python -m opd.train ...` itself. NUM_GPUS sets the number (without GPUs: of CPU processes). On several machines the
 same command runs on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. `torchrun` and `deepspeed
 --no_local_rank` do as well; this one picks the numbers, keeps the exit code, and says in one line which process failed.
 """
@@ -88,11 +88,11 @@ def _number(name: str, default: int, least: int = 1) -> int:
 def command(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise InputError(
-            "no module named. Usage: python -m opd.launch MODULE --config FILE [...], for example tip.train."
+            "no module named. Usage: python -m opd.launch MODULE --config FILE [...], for example opd.train."
         )
     module, rest = arguments[0], arguments[1:]
     options, _ = parser("python -m opd.launch", "Starts a command on all GPUs.").parse_known_args(rest)
-    config, _ = load_config(options.config, options.overrides, ignore=("tip",))
+    config, _ = load_config(options.config, options.overrides, ignore_extensions=True)
     here, machines = processes(config.engine)
     if here * machines == 1 or "--dry-run" in rest:
         os.execv(sys.executable, [sys.executable, "-m", module, *rest])

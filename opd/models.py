@@ -160,22 +160,9 @@ def load(
     """
     where = f"{name}.path {section.path!r}"
     _check_folder(section, name)
-    dtype = getattr(torch, section.dtype)
-    weights_dtype = torch.float32 if isinstance(section, StudentSection) else dtype
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision)
-        with sharding or nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(
-                section.path,
-                revision=section.revision,
-                dtype=weights_dtype,
-                use_safetensors=True,
-                attn_implementation=section.attn_implementation,
-            )
-        if sharding is None:
-            model = model.to(device)
-        else:
-            _restore_buffers(model, device)
+        model = _read_model(section, device, sharding)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # what a broken checkpoint raises depends on what is broken, and on its architecture
@@ -185,6 +172,45 @@ def load(
             f"{where} does not load as a causal language model with its tokenizer: {first_line(error)} "
             "Expected a Hugging Face checkpoint in safetensors format whose architecture is part of transformers."
         ) from error
+    _check_model(model, tokenizer, section, name)
+    model.eval()
+    if isinstance(section, TeacherSection):
+        model.requires_grad_(False)
+    else:
+        _refuse_dropout(model, where)
+        _check_generation_config(model, where)
+    lm = LanguageModel(model, tokenizer, _eos_ids(model, tokenizer, where), getattr(torch, section.dtype), name)
+    if sharding is None:
+        check_head(lm)
+    return lm
+
+
+def _read_model(
+    section: StudentSection | TeacherSection, device: torch.device, sharding: AbstractContextManager | None
+) -> PreTrainedModel:
+    """The weights of a section on the device, or with `sharding` this process's part of them."""
+    with sharding or nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(
+            section.path,
+            revision=section.revision,
+            dtype=torch.float32 if isinstance(section, StudentSection) else getattr(torch, section.dtype),
+            use_safetensors=True,
+            attn_implementation=section.attn_implementation,
+        )
+    if sharding is None:
+        return model.to(device)
+    _restore_buffers(model, device)
+    return model
+
+
+def _check_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    section: StudentSection | TeacherSection,
+    name: str,
+) -> None:
+    """Refuses what loads and cannot be trained or scored here. Raises InputError."""
+    where = f"{name}.path {section.path!r}"
     if not tokenizer.chat_template:
         raise InputError(
             f"{where}: the tokenizer has no chat template, so a prompt cannot be formed. Use an instruction-tuned "
@@ -200,19 +226,6 @@ def load(
         raise InputError(
             f"{where}: config.json has is_encoder_decoder, expected a decoder alone. Choose another model."
         )
-    model.eval()
-    if isinstance(section, TeacherSection):
-        model.requires_grad_(False)
-    else:
-        _refuse_dropout(model, where)
-        _check_generation_config(model, where)
-    eos_ids = _eos_ids(model, tokenizer, where)
-    if not eos_ids:
-        raise InputError(f"{where}: neither tokenizer, config.json nor generation_config.json names an EOS id.")
-    found = LanguageModel(model, tokenizer, eos_ids, dtype, name)
-    if sharding is None:
-        check_head(found)
-    return found
 
 
 def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
@@ -306,8 +319,8 @@ def _check_generation_config(model: PreTrainedModel, where: str) -> None:
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:
-    """Every id that ends a response. Raises InputError for what is no id."""
-    found: set[int] = set()
+    """Every id that ends a response. Raises InputError for what is no id, and when there is none."""
+    eos_ids: set[int] = set()
     for value in (
         tokenizer.eos_token_id,
         model.config.get_text_config().eos_token_id,
@@ -316,8 +329,10 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: 
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(type(i) is not int or i < 0 for i in ids):
             raise InputError(f"{where}: eos_token_id is {repr(value)[:80]}, expected a token id or a list of them.")
-        found.update(ids)
-    return tuple(sorted(found))
+        eos_ids.update(ids)
+    if not eos_ids:
+        raise InputError(f"{where}: neither tokenizer, config.json nor generation_config.json names an EOS id.")
+    return tuple(sorted(eos_ids))
 
 
 def _check_folder(section: StudentSection | TeacherSection, name: str) -> None:

@@ -99,16 +99,12 @@ def make_plan(
         processes: of the whole run, one per device.
     """
     s_bytes, t_bytes = (2 if section.dtype == "bfloat16" else 4 for section in (config.student, config.teacher))
-    length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    rollouts = -(-config.rollout.prompts_per_step * config.rollout.n // processes)
-    together = min(config.rollout.batch_size, rollouts)
-    micro = max(min(config.optim.micro_batch_tokens, rollouts * length), length)
-
+    work = _Work.of(config, processes)
     held, host = _student_memory(student, s_bytes, zero, processes)
     gradients = held.pop("gradients")
     scoring = _teacher_memory(teacher, t_bytes, config.teacher.placement, processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
-    states = rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
+    states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
     limit = states if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
     host["teacher states"] = min(states, limit)
     beside_student = beside_teacher = learning = held | scoring
@@ -117,59 +113,85 @@ def make_plan(
         host |= {f"{name} waiting": size for name, size in waiting.items()}
         beside_student = {name: size for name, size in held.items() if name != "optimizer"}
         beside_teacher, learning = scoring, held | {"teacher head": teacher.head * t_bytes}
-    split = 1 if zero is None or zero["stage"] == 0 else processes
-    one_layer = micro * (8 * student.hidden + 3 * student.intermediate) * s_bytes
-    kept_layers = student.layers * (
-        micro * student.hidden * s_bytes if config.engine.gradient_checkpointing else one_layer
-    )
-    loss = min(config.loss.chunk_bytes, 12 * micro * student.vocab)  # three (tokens, vocabulary) buffers
-
-    def generation(responses: int, tokens: int) -> dict[str, int]:
-        logits = responses * student.vocab * (4 + 4 + 8 + 8)  # scores, softmax, and both in float64
-        cache = responses * (config.data.max_prompt_tokens + tokens) * student.cache_per_token * s_bytes
-        return beside_student | {"KV cache": cache, "logits": logits}
-
-    if config.rollout.engine == "vllm":
-        sent = (student.parameters + student.head) * s_bytes
-        host["weights for vLLM"] = sent
-        sampler = {} if config.rollout.servers else {"vLLM": _vllm(config, device, sent)}
-        beside_vllm = ({} if config.engine.phases == 2 else held | scoring) | sampler
-        rollout = evaluation = beside_vllm
-    else:
-        rollout = generation(together, config.rollout.max_response_tokens)
-        evaluation = generation(config.rollout.batch_size, longest_answer)
-
-    backward = {"activations": one_layer + kept_layers, "loss": loss + 4 * student.head}
-    adam = {"AdamW's temporaries": 0 if "optimizer" in host else 4 * student.parameters // split}
-    rounded = (
-        zero is not None and zero["stage"] in (1, 2) and s_bytes == 2
-    )  # DeepSpeed rounds what is loaded in float32
+    rounds_float32 = zero is not None and zero["stage"] in (1, 2) and s_bytes == 2  # as DeepSpeed loads the student
     phases = {
-        "loading": scoring | {"float32 weights": 4 * student.parameters} if rounded else {},
-        "rollout": rollout,
+        "loading": scoring | {"float32 weights": 4 * student.parameters} if rounds_float32 else {},
+        "rollout": beside_student | _generation(config, student, work.together, config.rollout.max_response_tokens),
         "teacher": beside_teacher
         | {
             "teacher layers gathered": gathered,
-            "activations": micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
+            "activations": work.micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
         },
-        "update": learning | {"gradients": gradients} | max(backward, adam, key=lambda parts: sum(parts.values())),
-        "evaluation": evaluation if longest_answer else {},
+        "update": learning | {"gradients": gradients} | _backward(config, student, zero, work, "optimizer" in host),
+        "evaluation": beside_student | _generation(config, student, config.rollout.batch_size, longest_answer),
     }
+    if config.rollout.engine == "vllm":
+        host["weights for vLLM"] = sent = (student.parameters + student.head) * s_bytes
+        sampler = {} if config.rollout.servers else {"vLLM": _vllm(config, device, sent)}
+        phases["rollout"] = phases["evaluation"] = ({} if config.engine.phases == 2 else held | scoring) | sampler
+    if not longest_answer:
+        del phases["evaluation"]
     phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items() if parts}
+    seconds = _seconds(config, student, teacher, device, work)
+    return Plan(processes, phases, host, states - host["teacher states"], 12 * student.parameters, seconds, updates)
 
-    flops, bandwidth = device_speed(device, torch.bfloat16 if s_bytes == 2 else torch.float32)
+
+@dataclass(frozen=True)
+class _Work:
+    """How much one process does in an update."""
+
+    rollouts: int
+    together: int  # responses that are generated at once
+    length: int  # tokens of the longest prompt and response
+    micro: int  # padded tokens of a micro-batch
+    processes: int  # that share the run
+
+    @classmethod
+    def of(cls, config: Config, processes: int) -> "_Work":
+        length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        rollouts = -(-config.rollout.prompts_per_step * config.rollout.n // processes)
+        micro = max(min(config.optim.micro_batch_tokens, rollouts * length), length)
+        return cls(rollouts, min(config.rollout.batch_size, rollouts), length, micro, processes)
+
+
+def _generation(config: Config, student: Size, responses: int, tokens: int) -> dict[str, int]:
+    """Bytes that transformers takes to generate so many responses of so many tokens at once."""
+    compute_bytes = 2 if config.student.dtype == "bfloat16" else 4
+    cache = responses * (config.data.max_prompt_tokens + tokens) * student.cache_per_token * compute_bytes
+    return {
+        "KV cache": cache,
+        "logits": responses * student.vocab * (4 + 4 + 8 + 8),
+    }  # scores, softmax, both as float64
+
+
+def _backward(config: Config, student: Size, zero: dict | None, work: _Work, moments_on_host: bool) -> dict[str, int]:
+    """Bytes of the larger of two peaks of an update: the backward pass, and AdamW's step."""
+    compute_bytes = 2 if config.student.dtype == "bfloat16" else 4
+    one_layer = work.micro * (8 * student.hidden + 3 * student.intermediate) * compute_bytes
+    kept = work.micro * student.hidden * compute_bytes if config.engine.gradient_checkpointing else one_layer
+    loss = min(config.loss.chunk_bytes, 12 * work.micro * student.vocab)  # three (tokens, vocabulary) buffers
+    backward = {"activations": one_layer + student.layers * kept, "loss": loss + 4 * student.head}
+    split = 1 if zero is None or zero["stage"] == 0 else work.processes
+    adam = {"AdamW's temporaries": 0 if moments_on_host else 4 * student.parameters // split}
+    return max(backward, adam, key=lambda parts: sum(parts.values()))
+
+
+def _seconds(config: Config, student: Size, teacher: Size, device: torch.device, work: _Work) -> dict[str, float]:
+    """Seconds of an update's phases, by what the device does in a moment."""
+    compute_bytes = 2 if config.student.dtype == "bfloat16" else 4
+    flops, bandwidth = device_speed(device, torch.bfloat16 if compute_bytes == 2 else torch.float32)
     overhead = 2e-4 * student.layers  # launching a layer's kernels
-    batches = -(-rollouts // together)
-    one_token = max(2 * student.multiplied * together / flops, student.parameters * s_bytes / bandwidth) + overhead
-    tokens = rollouts * length
+    batches = -(-work.rollouts // work.together)
+    reading = student.parameters * compute_bytes / bandwidth
+    one_token = max(2 * student.multiplied * work.together / flops, reading) + overhead
+    tokens = work.rollouts * work.length
     passes = 1 + 1 + 2 + (1 if config.engine.gradient_checkpointing else 0)  # scoring, forward, backward, recomputation
-    launches = -(-tokens // micro)
-    seconds = {
+    launches = -(-tokens // work.micro)
+    return {
         "rollout": batches * config.rollout.max_response_tokens * one_token,
         "teacher": 2 * teacher.multiplied * tokens / flops + launches * 2e-4 * teacher.layers,
         "update": 2 * student.multiplied * tokens * passes / flops + launches * passes * overhead,
     }
-    return Plan(processes, phases, host, states - host["teacher states"], 12 * student.parameters, seconds, updates)
 
 
 def _vllm(config: Config, device: torch.device, weights: int) -> int:

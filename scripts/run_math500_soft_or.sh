@@ -6,4 +6,5 @@ if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
   echo "No CONFIG given: running the embedded tiny pair, a constructed testbed, on the CPU." >&2
   echo "The paper's pair, on a GPU: bash scripts/run_math500_soft_or.sh configs/qwen3_8b_to_4b.json" >&2
 fi
-exec bash "$(dirname "$0")/reproduce.sh" --table main --jobs 2 "$@"
+config=(); if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then config=("$1"); shift; fi
+exec bash "$(dirname "$0")/reproduce.sh" --table main "${config[@]}" --jobs 2 "$@"

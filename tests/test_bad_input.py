@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from opd import cli, evaluate, grading
-from opd import teacher as teacher_scoring
 from opd import train as opd_train
-from opd.record import folder as run_folder
+from opd.files import sha256
+from opd.teacher.local import LocalTeacher
 from tip import report
 from tip import train as tip_train
 
@@ -110,7 +110,7 @@ def finished_run(d):
     config = json.loads((d / "pair.json").read_text())
     del config["$schema"]
     benchmarks = {"bench": json.loads((d / "bench.json").read_text())}
-    files = run_folder.digests([*config["data"]["train"], benchmarks["bench"]["file"]])
+    files = {path: sha256(Path(path)) for path in (*config["data"]["train"], benchmarks["bench"]["file"])}
     record = {
         "config": config,
         "benchmarks": benchmarks,
@@ -215,7 +215,12 @@ CASES = {
     "set without a value": (nothing, "tip", [*S, "seed"], "--set 'seed': expected KEY=VALUE"),
     "set into a value": (nothing, "tip", [*S, "seed.x=1"], "'seed' is a value, not a section"),
     "unknown argument": (nothing, "tip", ["--lr", "1"], "unrecognized arguments: --lr 1"),
-    "plain training of a selection": (nothing, "opd", [*S, "tip.rule=soft_or"], "section 'tip' selects tokens"),
+    "plain training of a selection": (
+        nothing,
+        "opd",
+        [*S, "tip.rule=soft_or"],
+        "section 'tip' belongs to an extension",
+    ),
     "resume from nowhere": (nothing, "tip", ["--resume", "x"], "has no run to continue"),
     "resume from what is no checkpoint": (
         finished_run,
@@ -508,7 +513,7 @@ def test_the_message_of_a_real_process(setup):
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rollouts(setup, monkeypatch, capsys):
     """The teacher overflows on one rollout of step 5."""
-    original, calls = teacher_scoring.score, []
+    original, calls = LocalTeacher.hidden_states, []
 
     def overflow(teacher, batches, *rest):
         found = original(teacher, batches, *rest)
@@ -518,7 +523,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rollouts(setup, mo
                 states[batch.sequence_id == 7] = float("inf")
         return found
 
-    monkeypatch.setattr(teacher_scoring, "score", overflow)
+    monkeypatch.setattr(LocalTeacher, "hidden_states", overflow)
     arguments = [
         "--config",
         str(setup / "pair.json"),
@@ -538,7 +543,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rollouts(setup, mo
     assert (
         "step 5: the loss is nan; rollouts [7] have statistics that are not finite" in message and str(dump) in message
     )
-    assert "the newest checkpoint is" in message and "step_000004" in message
+    assert "The newest checkpoint is" in message and "step_000004" in message
     records = [json.loads(text) for text in dump.read_text().splitlines()]
     assert (
         [r["sequence_id"] for r in records if not r["finite"]] == [7]
@@ -576,4 +581,4 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(setup, m
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", infinite)
     code, _, err = outcome(tip_train.command, ["--config", str(setup / "pair.json")], monkeypatch, capsys)
     assert code == 1 and "step 1: the norm of the gradient is inf; every rollout's statistics are finite" in err
-    assert "there is no checkpoint yet" in err and len(saved["weights"]) > 5
+    assert "There is no checkpoint yet" in err and len(saved["weights"]) > 5

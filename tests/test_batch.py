@@ -107,7 +107,7 @@ def test_ranks_are_dealt_forwards_and_backwards():
 def test_an_empty_micro_batch_runs_a_model_and_predicts_nothing():
     lm = random_lm(0)
     batch = empty_micro_batch(lm.eos_ids[0])
-    states = lm.states(batch, torch.arange(len(batch.token_ids)))
+    states = lm.hidden_states(batch, torch.arange(len(batch.token_ids)))
     assert states.shape == (0, 32) and states.requires_grad
     states.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for n, p in lm.model.named_parameters() if "embed" not in n)

@@ -66,7 +66,7 @@ def leaves(kind, prefix=""):
 
 def attribute_chains():
     """Every a.b.c in the code of opd, tip and data, as text, without the declarations."""
-    for path in (*Path("opd").glob("*.py"), *Path("tip").glob("*.py")):
+    for path in (*Path("opd").rglob("*.py"), *Path("tip").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 yield ast.unparse(node)
@@ -79,7 +79,10 @@ def test_every_key_that_exists_is_read_and_every_key_that_is_read_exists():
     spoken = {"student": "section", "teacher": "section"}
     for leaf in leaves(Config):
         section, _, key = leaf.rpartition(".")
-        ways = {f"config.{leaf}", f"self.config.{leaf}", f"{section}.{key}", f"{spoken.get(section)}.{key}"}
+        ways = {f"{owner}config.{leaf}" for owner in ("", "self.", "run.")} | {
+            f"{section}.{key}",
+            f"{spoken.get(section)}.{key}",
+        }
         ways |= set() if section else {f"self.{key}"}
         assert ways & chains, f"nothing reads {leaf}"
     for chain in chains:
@@ -149,7 +152,7 @@ def test_faults_are_named(overrides, message):
 
 
 def test_plain_training_refuses_a_file_with_a_selection():
-    with pytest.raises(InputError, match=r"section 'tip' selects tokens.*python -m tip.train"):
+    with pytest.raises(InputError, match=r"section 'tip' belongs to an extension.*remove the section"):
         load_config("configs/tiny.json", ["tip.rule=soft_or"])
 
 

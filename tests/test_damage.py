@@ -4,6 +4,7 @@ A run is stopped at several places; copies of its folder are damaged at random (
 files at every path) and the same command is given again. OPD_DAMAGES sets how many damages are tried.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -63,38 +64,51 @@ def command(out, log=None, prepare=lambda: None):
 
 def killed_before(update):
     def prepare():
-        original = train._update
+        original = train.update
 
-        def dying(parts, step):
-            if step == update:
+        def dying(run):
+            if run.step + 1 == update:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(parts, step)
+            original(run)
 
-        train._update = dying
+        train.update = dying
 
     return prepare
 
 
 def killed_in_an_evaluation():
     """In the evaluation after update 4, with two of its four batches of responses on disk."""
-    original, batches = evaluate.sample, []
+    original, evaluated = train.evaluate.evaluate, []
 
-    def dying(lm, *rest):
-        batches.append(1)
-        if len(batches) == 3 * 4 + 3:  # teacher, step 0, step 2
+    def dying(subject, *rest):
+        evaluated.append(1)
+        if len(evaluated) == 4:  # after teacher, step 0 and step 2
+            subject = dataclasses.replace(subject, sampler=Dying(subject.sampler))
+        return original(subject, *rest)
+
+    train.evaluate.evaluate = dying
+
+
+class Dying:
+    """A sampler with which the process is killed at its third batch."""
+
+    def __init__(self, sampler):
+        self.sampler, self.batches = sampler, 0
+
+    def sample(self, *arguments):
+        self.batches += 1
+        if self.batches == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(lm, *rest)
-
-    evaluate.sample = dying
+        return self.sampler.sample(*arguments)
 
 
 def stopped_in_the_last_evaluation():
     original = train.evaluate.evaluate
 
-    def stopping(lm, teacher, benchmarks, config, vocab_size, out, *rest):
+    def stopping(subject, benchmarks, config, out, *rest):
         if out.name == "step_000006":
             raise Interrupted(signal.SIGTERM)
-        return original(lm, teacher, benchmarks, config, vocab_size, out, *rest)
+        return original(subject, benchmarks, config, out, *rest)
 
     train.evaluate.evaluate = stopping
 

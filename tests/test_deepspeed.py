@@ -11,21 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LOSS, engine_for, random_lm, random_rollouts, relative, tiny_config
+from helpers import engine_for, pair_of, random_lm, random_rollouts, relative, tiny_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opd import distributed, models
-from opd import engine as engines
 from opd.batch import make_micro_batches
-from opd.engine import load_student
+from opd.build import load_student
+from opd.engine import deepspeed as deepspeed_engine
 from opd.engine.deepspeed import DeepSpeedEngine
 from opd.engine.zero_file import read_deepspeed
 from opd.errors import InputError
 from opd.hooks import TokenWeights, UniformWeighter
 from opd.record import checkpoint
-from opd.rollout import Decoding, sample
+from opd.rollout import Decoding
+from opd.rollout.local import TransformersSampler
 from opd.step import train_step
+from opd.teacher import local as local_teacher
 from tip.config import TipConfig
 from tip.weighter import TipWeighter
 
@@ -94,13 +96,10 @@ def updates(lm, engine, teacher, weighter, mine, steps):
     for step in steps:
         batches = make_micro_batches([r for r in rollouts_of(step, lm) if mine(r.sequence_id)], 40, 0, "keep")
         result = train_step(
-            student=engine.student,
-            teacher=teacher,
-            engine=engine,
-            micro_batches=batches,
-            weighter=weighter,
-            loss=LOSS,
-            vocab_size=35,
+            pair_of(engine.student, teacher),
+            engine,
+            batches,
+            weighter,
             step=step,
             seed=0,
         )
@@ -200,9 +199,9 @@ def resumed(rank, folder):
         loaded = bytes_of(again)
         updates(again.student, again, teacher, UniformWeighter(), mine_of(rank), range(4, 6))
         found[stage, *more] = bytes_of(engine), bytes_of(again), loaded, saved
-        usual, engines.GATHERED = engines.GATHERED, 3000  # many buckets
+        usual, deepspeed_engine.GATHERED = deepspeed_engine.GATHERED, 3000  # many buckets
         sent[stage, *more] = {name: value.clone() for name, value in again.named_weights()}
-        engines.GATHERED = usual
+        deepspeed_engine.GATHERED = usual
     torch.save((found, sent), f"{folder}/resumed_{rank}.pt")
 
 
@@ -220,7 +219,10 @@ def in_bfloat16(rank, folder):
             "teacher.dtype=bfloat16",
             "teacher.placement=sharded",
         )
-        engine, teacher = engine_of(folder, config, "student_long"), engines.load_teacher(config, torch.device("cpu"))
+        engine, teacher = (
+            engine_of(folder, config, "student_long"),
+            local_teacher.load_teacher(config, torch.device("cpu")),
+        )
         kinds = {b.dtype for lm in (engine.student, teacher) for n, b in lm.model.named_buffers() if "inv_freq" in n}
         with torch.no_grad():
             states = [
@@ -236,8 +238,8 @@ def in_bfloat16(rank, folder):
 
 
 def with_split_teacher(rank, folder):
-    plain = engines._teacher_settings
-    engines._teacher_settings = lambda teacher: (
+    plain = local_teacher.zero3_settings
+    local_teacher.zero3_settings = lambda teacher: (
         plain(teacher)
         | {"zero_optimization": plain(teacher)["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
     )
@@ -251,14 +253,14 @@ def with_split_teacher(rank, folder):
             "engine.gradient_checkpointing=true",
         )
         engine = engine_of(folder, config, f"student{untied}")
-        teacher = engines.load_teacher(config, torch.device("cpu"))
+        teacher = local_teacher.load_teacher(config, torch.device("cpu"))
         assert all(p.numel() == 0 for p in teacher.model.parameters()), "the teacher is not split"
         weighter = RULES["soft_or"]()
         kept = updates(engine.student, engine, teacher, weighter, mine_of(rank), range(1, 4))
         # generation in step with the other rank, although the responses end elsewhere
         prompts = [r.prompt for r in rollouts_of(1, random_lm(1))][: 5 + rank]
         seeds = [(0, i) for i in range(len(prompts))]
-        responses = sample(teacher, prompts[:5], Decoding(1.0, 1.0, 9), 35, 2, seeds[:5])
+        responses = TransformersSampler(teacher, 2).sample(prompts[:5], Decoding(1.0, 1.0, 9), 35, seeds[:5])
         found[placement, stage, untied] = kept, engine.weights(), [r.response_ids for r in responses]
     torch.save(found, f"{folder}/teacher_{rank}.pt")
 
@@ -397,7 +399,9 @@ def test_a_split_teacher_scores_and_samples_as_a_whole_one(files):
         engine = engine_for(student, *SETTINGS)
         expected = updates(student, engine, teacher, RULES["soft_or"](), lambda i: True, range(1, 4))
         prompts = [r.prompt for r in rollouts_of(1, student)][:5]
-        responses = sample(teacher, prompts, Decoding(1.0, 1.0, 9), 35, 5, [(0, i) for i in range(5)])
+        responses = TransformersSampler(teacher, 5).sample(
+            prompts, Decoding(1.0, 1.0, 9), 35, [(0, i) for i in range(5)]
+        )
         for rank in (0, 1):
             kept, weights, ids = found[rank][case]
             assert all(torch.equal(a[2], b[2]) for a, b in zip(kept, expected, strict=True))

@@ -218,10 +218,8 @@ def test_analysis_of_the_embedded_pair(tiny_pair, tmp_path, capsys):
 @pytest.mark.parametrize(
     "settings",
     [
-        ("tip.rule=quadrant", "tip.scope=micro_batch"),
         ("tip.rule=quadrant", "tip.scope=running"),
         ("tip.rule=soft_or", "tip.scope=running", "tip.retention=0.2"),
-        ("tip.rule=soft_or", "tip.scope=micro_batch"),
         ("tip.rule=entropy_sampling",),
     ],
     ids=" ".join,

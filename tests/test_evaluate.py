@@ -15,13 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import random_lm, tiny_config
+from helpers import LOSS, pair_of, random_lm, tiny_config
 from helpers import response as row
 
-from opd import benchmarks, evaluate, train
+from opd import benchmarks, evaluate
 from opd.data import Prompt, Rollout
 from opd.errors import InputError
 from opd.grading import Grader, Verdict
+from opd.models import sampled_vocabulary
+from opd.record.record import rollout_metrics
+from opd.rollout.local import TransformersSampler
 
 
 class Decided:
@@ -88,7 +91,7 @@ def majority_of(texts, answer, grader):
     )
     prompt = Prompt("p", (0, 0), answer)
     numbered = [(number, Rollout(0, prompt, (i,), "stop")) for i, number in enumerate([-1, *range(len(texts) - 1)])]
-    rows = evaluate._graded(lm, numbered, grader, False)
+    rows = evaluate.graded(lm, numbered, grader, False)
     assert rows[0]["vote"] is None  # the greedy response takes no part
     return evaluate.summarise(rows)["maj_at_k"]
 
@@ -147,19 +150,34 @@ def test_a_benchmark_that_is_almost_wholly_ungraded_is_almost_wholly_wrong():
 def test_rollouts_that_are_ungraded_are_not_right():
     rollouts = [Rollout(i, Prompt(str(i), (1,), "7"), (1,), "stop") for i in range(4)]
     grader = Decided(Verdict("7", True), Verdict("x", None), Verdict("y", None), Verdict("8", False))
-    metrics = train._rollout_metrics(rollouts, [""] * 4, grader)
+    metrics = rollout_metrics(rollouts, [""] * 4, grader)
     assert (metrics["rollout/accuracy"], metrics["rollout/ungraded"]) == (0.25, 2.0)
 
 
+class Given:
+    """A sampler whose responses are known beforehand."""
+
+    def __init__(self, rollouts):
+        self.rollouts = {r.prompt.id: r for r in rollouts}
+
+    def sample(self, prompts, *_):
+        return [self.rollouts[prompt.id] for prompt in prompts]
+
+
+def alone(lm):
+    """A model as it is evaluated without a teacher."""
+    return evaluate.Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), None)
+
+
 def test_above_one_percent_of_ungraded_answers_each_benchmark_warns_once(tmp_path, monkeypatch, capsys):
-    rollouts = [(0, Rollout(i, Prompt(str(i), (1,), "7"), (1,), "stop")) for i in range(200)]
-    monkeypatch.setattr(evaluate, "_responses", lambda *_: rollouts)
-    lm = random_lm(0)
+    rollouts = [Rollout(i, Prompt(str(i), (1,), "7"), (1,), "stop") for i in range(200)]
+    subject = evaluate.Subject(random_lm(0), Given(rollouts), 1, None)
     for ungraded in (0, 2, 3):
         grader = Decided(*[Verdict("x", None)] * ungraded, *[Verdict("7", True)] * (200 - ungraded))
-        both = [benchmarks.LoadedBenchmark(name, benchmark(1), []) for name in ("one", "two")]
+        prompts = [r.prompt for r in rollouts]
+        both = [benchmarks.LoadedBenchmark(name, benchmark(1), prompts) for name in ("one", "two")]
         out = tmp_path / str(ungraded)
-        found = evaluate.evaluate(lm, None, both, tiny_config(), 1, out, grader)
+        found = evaluate.evaluate(subject, both, tiny_config(), out, grader)
         lines = [text for text in capsys.readouterr().err.splitlines() if "warning" in text]
         if ungraded < 3:
             assert not lines
@@ -182,7 +200,7 @@ def test_two_benchmarks_with_the_same_problems_are_sampled_with_different_random
     prompts = [Prompt(f"p{i}", (2, 3 + i, 5), "7") for i in range(4)]
     for run in ("first", "again"):
         both = [benchmarks.LoadedBenchmark(name, benchmark(2, greedy=True), prompts) for name in ("one", "two")]
-        evaluate.evaluate(lm, None, both, tiny_config(), len(lm.tokenizer), tmp_path / run, Decided())
+        evaluate.evaluate(alone(lm), both, tiny_config(), tmp_path / run, Decided())
     first, again = tmp_path / "first", tmp_path / "again"
     assert responses(first, "one", sampled=False) == responses(first, "two", sampled=False)
     assert all(a != b for a, b in zip(responses(first, "one"), responses(first, "two"), strict=True))
@@ -195,10 +213,13 @@ def test_what_the_teacher_cannot_embed_is_not_sampled_where_it_reads_the_respons
     beyond = [lm.tokenizer.decode([i]) for i in range(known, len(lm.tokenizer))]
     teacher = random_lm(1, name="teacher", vocab_size=known)
     loaded = benchmarks.LoadedBenchmark("one", benchmark(6), [Prompt(f"p{i}", (5 + i, 9), "7") for i in range(6)])
-    found = evaluate.evaluate(lm, teacher, [loaded], tiny_config(), known, tmp_path / "read", Decided())
+    read = evaluate.Subject(
+        lm, TransformersSampler(lm, 64), sampled_vocabulary(lm, teacher), pair_of(lm, teacher, LOSS, known)
+    )
+    found = evaluate.evaluate(read, [loaded], tiny_config(), tmp_path / "read", Decided())
     assert found["one"]["reverse_kl"] > 0
     assert not [text for text in responses(tmp_path / "read", "one") if any(word in text for word in beyond)]
-    evaluate.evaluate(lm, None, [loaded], tiny_config(), len(lm.tokenizer), tmp_path / "alone", Decided())
+    evaluate.evaluate(alone(lm), [loaded], tiny_config(), tmp_path / "alone", Decided())
     assert [text for text in responses(tmp_path / "alone", "one") if any(word in text for word in beyond)]
 
 

@@ -61,7 +61,7 @@ def test_the_plain_engine_by_hand():
     assert update["teacher"] == 4 * p and "gradients" not in found.phases["rollout"] and found.checkpoint == 12 * p
     # 32 prompts x 1 response of 24 + 40 tokens; 2 layers x 1 head x (key + value) x 16 x 2 bytes
     assert found.phases["rollout"]["KV cache"] == 32 * 64 * 2 * 2 * 16 * 2
-    assert found.phases["evaluation"]["KV cache"] == 64 * 54 * 2 * 2 * 16 * 2
+    assert found.phases["evaluation"]["KV cache"] == 512 * 54 * 2 * 2 * 16 * 2
     assert found.host == {"teacher states": 32 * 40 * size.hidden * 4}
     assert found.peaks["update"] == sum(update.values())
     half = plan.make_plan(tiny_config("rollout.max_response_tokens=20"), size, size, torch.device("cpu"), 60)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LOSS, engine_for, one_each, random_lm, random_rollouts
+from helpers import engine_for, one_each, pair_of, random_lm, random_rollouts
 
 from opd.config import load_config
 from opd.files import write_whole
@@ -139,13 +139,10 @@ def trained():
     lm = random_lm(3)
     engine = engine_for(lm)
     train_step(
-        student=lm,
-        teacher=random_lm(4, name="teacher"),
-        engine=engine,
-        micro_batches=one_each(random_rollouts(lm)),
-        weighter=TipWeighter(TipConfig()),
-        loss=LOSS,
-        vocab_size=35,
+        pair_of(lm, random_lm(4, name="teacher")),
+        engine,
+        one_each(random_rollouts(lm)),
+        TipWeighter(TipConfig()),
         step=1,
         seed=0,
     )

@@ -23,7 +23,8 @@ from opd.config import StudentSection, TeacherSection, load_config
 from opd.data import Prompt, Rollout
 from opd.errors import InputError
 from opd.evaluate import command as evaluate_command
-from opd.step import pair_stats
+from opd.step import Pair, stats_by_batch
+from opd.teacher.local import LocalTeacher
 from opd.train import run
 from tip.config import SECTIONS
 from tip.weighter import TipWeighter
@@ -286,7 +287,8 @@ def test_statistics_equal_those_of_the_models_own_logits(name, byte_level, tmp_p
     rollout = Rollout(0, Prompt("x", tuple(ids[:5]), None), tuple(ids[5:]), "stop")
     (batch,) = make_micro_batches([rollout], 1, 0, "keep")
     config = load_config("configs/tiny.json")[0]
-    (found,) = pair_stats(student, teacher, [batch], vocab, config.loss, frozenset({"reverse_kl", "forward_kl"}))
+    pair = Pair(student, LocalTeacher(teacher), vocab, config.loss)
+    (found,) = stats_by_batch(pair, [batch], frozenset({"reverse_kl", "forward_kl"}))
     with torch.no_grad():
         s, t = (m.model(input_ids=torch.tensor([ids])).logits[0, 4:-1, :vocab] for m in (student, teacher))
     for key, column in found.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LOSS, engine_for, one_each, random_lm, random_rollouts
+from helpers import engine_for, one_each, pair_of, random_lm, random_rollouts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -289,13 +289,10 @@ def test_a_saved_student_gives_the_logits_of_the_one_in_memory(tiny_pair, tmp_pa
     lm = random_lm(3)
     engine = engine_for(lm)
     train_step(
-        student=lm,
-        teacher=random_lm(4, name="teacher"),
-        engine=engine,
-        micro_batches=one_each(random_rollouts(lm)),
-        weighter=TipWeighter(TipConfig()),
-        loss=LOSS,
-        vocab_size=35,
+        pair_of(lm, random_lm(4, name="teacher")),
+        engine,
+        one_each(random_rollouts(lm)),
+        TipWeighter(TipConfig()),
         step=1,
         seed=0,
     )

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import cli
+from opd import cli, progress
 from opd.config import load_config
 from opd.errors import InputError
-from opd.record import metrics
 from opd.train import run
 from tip import report
 from tip import train as tip_train
@@ -382,16 +381,16 @@ def test_held_out_prompts_are_evaluated_beside_the_benchmarks(tiny_pair, tmp_pat
 
 def test_long_phases_are_visible(monkeypatch, capsys):
     clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr("opd.metrics.time.monotonic", lambda: float(next(clock)))
-    with metrics.Progress("student on tiny", 10) as progress:  # not a terminal: a line at most every 30 seconds
+    monkeypatch.setattr("opd.progress.time.monotonic", lambda: float(next(clock)))
+    with progress.Progress("student on tiny", 10) as bar:  # not a terminal: a line at most every 30 seconds
         for _ in range(4):
-            progress.advance(1, 100)
+            bar.advance(1, 100)
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "student on tiny: 2/10 responses, 200 tokens, 5 tokens/s, 0:02:40 left",
         "student on tiny: 4/10 responses, 400 tokens, 5 tokens/s, 0:02:00 left",
     ]
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with metrics.Progress("rollouts of step 3", 10) as progress:
-        progress.advance(5, 100)
-        assert "tokens/s" in str(progress.bar) and "5/10" in str(progress.bar)
+    with progress.Progress("rollouts of step 3", 10) as bar:
+        bar.advance(5, 100)
+        assert "tokens/s" in str(bar.bar) and "5/10" in str(bar.bar)

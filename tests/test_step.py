@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import LOSS, engine_for, flat_gradient, naive_loss, one_each, random_lm, random_rollouts, relative
+from helpers import LOSS, engine_for, flat_gradient, naive_loss, one_each, pair_of, random_lm, random_rollouts, relative
 
 from opd.batch import make_micro_batches
 from opd.config import LossSection
@@ -42,19 +42,16 @@ def step(micro_batches, weighter=None, *, student=None, teacher=None, loss=LOSS,
     seen = []
     original = engine.finish
 
-    def finish(apply, divisor=1.0):
-        seen.append(flat_gradient(student.model) / divisor)
-        return original(apply, divisor)
+    def finish(apply):
+        seen.append(flat_gradient(student.model))
+        return original(apply)
 
     engine.finish = finish
     result = train_step(
-        student=student,
-        teacher=teacher,
-        engine=engine,
-        micro_batches=micro_batches,
-        weighter=weighter or UniformWeighter(),
-        loss=loss,
-        vocab_size=35,
+        pair_of(student, teacher, loss),
+        engine,
+        micro_batches,
+        weighter or UniformWeighter(),
         step=number,
         seed=0,
     )
@@ -152,16 +149,8 @@ def test_empty_selection_changes_neither_weights_nor_moments_and_warns_once():
     student = random_lm(1)
     rollouts = random_rollouts(student)
     engine = engine_for(student, "optim.warmup_steps=0", "optim.lr=1e-2", "optim.weight_decay=0.1")
-    arguments = {
-        "student": student,
-        "teacher": random_lm(2, name="teacher"),
-        "engine": engine,
-        "loss": LOSS,
-        "micro_batches": one_each(rollouts),
-        "vocab_size": 35,
-        "seed": 0,
-    }
-    train_step(**arguments, weighter=UniformWeighter(), step=1)
+    pair, batches = pair_of(student, random_lm(2, name="teacher")), one_each(rollouts)
+    train_step(pair, engine, batches, UniformWeighter(), step=1, seed=0)
     weights = {n: p.clone() for n, p in student.model.named_parameters()}
     moments = {n: v.clone() for n, v in engine.state().items()}
     original = engine.start
@@ -174,7 +163,8 @@ def test_empty_selection_changes_neither_weights_nor_moments_and_warns_once():
 
     engine.start = start
     with pytest.warns(UserWarning, match="no token has weight above 0") as caught:
-        result = train_step(**arguments, weighter=Fixed(lambda s: torch.zeros(len(s.position))), step=2)
+        nothing = Fixed(lambda s: torch.zeros(len(s.position)))
+        result = train_step(pair, engine, batches, nothing, step=2, seed=0)
     assert len(caught) == 1 and result.loss == 0 and result.metrics["tokens/kept"] == 0
     assert result.metrics["optim/lr"] > 0  # the schedule goes on
     assert all(torch.equal(p, weights[n]) for n, p in student.model.named_parameters())
@@ -251,13 +241,10 @@ def test_bfloat16_autocast_moves_float32_weights_at_a_tiny_rate():
     rollouts = random_rollouts(student)
     for number in range(1, 11):
         train_step(
-            student=student,
-            teacher=teacher,
-            engine=engine,
-            micro_batches=one_each(rollouts),
-            weighter=UniformWeighter(),
-            loss=LOSS,
-            vocab_size=35,
+            pair_of(student, teacher),
+            engine,
+            one_each(rollouts),
+            UniformWeighter(),
             step=number,
             seed=0,
         )
@@ -310,16 +297,13 @@ def test_the_weighters_randomness_is_seeded_by_run_and_step():
 def test_a_scoring_pass_is_made_only_when_somebody_needs_one(monkeypatch, rule, measure, passes):
     """Forwards of the student's body per micro-batch: the weighted one, and scoring for a rule or for diagnostics."""
     student, calls = random_lm(1), []
-    original = type(student).states
-    monkeypatch.setattr(type(student), "states", lambda lm, *a: calls.append(lm.name) or original(lm, *a))
+    original = type(student).hidden_states
+    monkeypatch.setattr(type(student), "hidden_states", lambda lm, *a: calls.append(lm.name) or original(lm, *a))
     train_step(
-        student=student,
-        teacher=random_lm(2, name="teacher"),
-        engine=engine_for(student),
-        loss=LOSS,
-        vocab_size=35,
-        micro_batches=one_each(random_rollouts(student, count=4)),
-        weighter=TipWeighter(TipConfig(rule=rule)),
+        pair_of(student, random_lm(2, name="teacher")),
+        engine_for(student),
+        one_each(random_rollouts(student, count=4)),
+        TipWeighter(TipConfig(rule=rule)),
         step=1,
         seed=0,
         measure=frozenset(measure),

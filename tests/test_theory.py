@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from helpers import random_lm, random_rollouts, tiny_config
+from helpers import pair_of, random_lm, random_rollouts
 
 from opd.batch import make_micro_batches
 from opd.hooks import TokenStats
 from opd.loss import Head, divergence_sum, token_stats
-from tip import analyze
+from tip import oracle
 from tip.config import TipConfig
 from tip.rules import RULES
 from tip.scores import Axes, soft_or
@@ -106,7 +106,7 @@ def test_the_brute_force_oracle_finds_the_gradients_of_single_tokens():
     student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
     batches = make_micro_batches(random_rollouts(student, count=4), 60, 0, "keep")
     fresh = make_micro_batches(random_rollouts(student, count=3, seed=5), 60, 0, "keep")
-    rows, gradients, target = analyze.oracle(student, teacher, batches, fresh, 35, tiny_config(), 20)
+    rows, gradients, target = oracle.token_gradients(pair_of(student, teacher), batches, fresh, 20, 0)
     counts = {i: sum(i == j for b in batches for j in b.sequence_id.tolist()) for i in range(4)}
     assert gradients.shape == (len(rows), target.shape[0]) and 4 < len(rows) <= 20
     assert all(rows[:, 0].tolist().count(i) == counts[i] for i in rows[:, 0].unique().tolist())  # whole rollouts

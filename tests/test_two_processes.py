@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import LOSS, engine_for, flat_gradient, random_lm, random_rollouts, relative
+from helpers import engine_for, flat_gradient, pair_of, random_lm, random_rollouts, relative
 
 from opd.batch import make_micro_batches
 from opd.hooks import TokenWeights
@@ -59,13 +59,10 @@ def update(name, mine):
     )
     try:
         result = train_step(
-            student=student,
-            teacher=teacher,
-            engine=engine,
-            micro_batches=make_micro_batches(rollouts, 40, 0, "keep"),
-            weighter=weighter,
-            loss=LOSS,
-            vocab_size=35,
+            pair_of(student, teacher),
+            engine,
+            make_micro_batches(rollouts, 40, 0, "keep"),
+            weighter,
             step=1,
             seed=0,
         )

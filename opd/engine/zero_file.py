@@ -1,6 +1,7 @@
 """DeepSpeed's settings: the ZeRO file that engine.deepspeed names, checked, and what the pair file decides."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,27 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
         known = sorted(p.stem for p in (ROOT / "configs" / "deepspeed").glob("*.json"))
         raise InputError(f"engine.deepspeed: no file {name!r}; there are {known}, or give the path of a .json file.")
     settings = read_json_object(path)
+    _check_keys(path, settings)
+    zero, bf16 = settings["zero_optimization"], config.student.dtype == "bfloat16"
+    _check_values(path, zero, bf16)
+    return settings | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optim.grad_clip
+        if zero["stage"]
+        else 0.0,  # without ZeRO it keeps the norm to itself
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
+
+
+def _check_keys(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses keys that are decided elsewhere, unknown, inexact, or of another type."""
     for key in settings:
         if key in REFUSED:
             raise InputError(f"{path}: {key} is decided by {REFUSED[key]}. Remove it from DeepSpeed's file.")
@@ -88,7 +110,11 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
             )
         if type(value) is not expected:
             raise InputError(f"{path}: zero_optimization.{key} is {json.dumps(value)}, expected {WORDS[expected]}.")
-    stage, bf16 = zero["stage"], config.student.dtype == "bfloat16"
+
+
+def _check_values(path: Path, zero: Mapping[str, Any], bf16: bool) -> None:
+    """Refuses combinations of stage, offload and dtype that ZeRO does not do, or does not do exactly."""
+    stage = zero["stage"]
     offloads = {key: zero[key] for key in ("offload_optimizer", "offload_param") if key in zero}
     for key, values in offloads.items():
         if values.get("device") != "cpu":
@@ -113,15 +139,3 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
             f"{path}: stage is 0 and student.dtype is 'bfloat16': DeepSpeed then adds gradients up in bfloat16. Set "
             "engine.deepspeed=zero1, or student.dtype=float32."
         )
-    return settings | {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optim.grad_clip if stage else 0.0,  # without ZeRO it keeps the norm to itself
-        "bf16": {"enabled": bf16},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**62,
-    }

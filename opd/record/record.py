@@ -50,7 +50,7 @@ class Record:
         """Writes everything about an update; `more` are metrics that the run has measured around it."""
         step = update.stats.step
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
-        metrics = {**update.metrics, **_rollout_metrics(rollouts, texts, self.grader), **more}
+        metrics = {**update.metrics, **rollout_metrics(rollouts, texts, self.grader), **more}
         if due(step, self.config.log.diagnostics_every):
             metrics |= self._diagnose(update)
             self._show_samples(step, rollouts, texts)
@@ -98,7 +98,8 @@ def fields_to_measure(config: Config, observer: Observer | None, step: int) -> f
     return fields
 
 
-def _rollout_metrics(rollouts: Sequence[Rollout], texts: Sequence[str], grader: Grader) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout], texts: Sequence[str], grader: Grader) -> dict[str, float]:
+    """Length and truncation of the responses, and where there are answers the share that is right."""
     metrics = {
         "rollout/length_mean": statistics.fmean(len(r.response_ids) for r in rollouts),
         "rollout/truncated": statistics.fmean(r.finish_reason == "length" for r in rollouts),

@@ -50,7 +50,7 @@ def load_teacher(config: Config, device: torch.device, name: str = "teacher") ->
     """The teacher's model where teacher.placement says. Raises InputError as opd.models.load."""
     if config.teacher.placement == "device":
         return models.load(config.teacher, device, name)
-    settings = _zero3(config.teacher)
+    settings = zero3_settings(config.teacher)
     lm = models.load(config.teacher, device, name, sharding(settings))
     engine = initialize(model=WholeModel(lm), config=settings)
     lm.model.eval()
@@ -71,7 +71,7 @@ def _copy_of_head(lm: LanguageModel) -> Head:
     return lm.run(lambda: lm.head_scope(torch.zeros(1, device=lm.device), copied))
 
 
-def _zero3(teacher: TeacherSection) -> dict[str, Any]:
+def zero3_settings(teacher: TeacherSection) -> dict[str, Any]:
     """DeepSpeed's settings of a teacher that is split over the processes, and with placement host waits there."""
     zero: dict[str, Any] = {"stage": 3}
     if teacher.placement == "host":

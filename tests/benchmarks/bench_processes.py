@@ -48,11 +48,15 @@ def work(folder: Path, stage: str) -> None:
     """One process of a group: trains on its share and, if it is the first, prints the seconds of every update phase."""
     from opd import distributed
     from opd.batch import make_micro_batches, share_of_rank
+    from opd.build import load_student
     from opd.config import LossSection, load_config
     from opd.data import Prompt, Rollout
-    from opd.engine import DeepSpeedEngine, load_student, load_teacher, pick_device, read_deepspeed
+    from opd.engine.deepspeed import DeepSpeedEngine
+    from opd.engine.zero_file import read_deepspeed
     from opd.hooks import UniformWeighter
-    from opd.step import train_step
+    from opd.launch import pick_device
+    from opd.step import Pair, train_step
+    from opd.teacher.local import LocalTeacher, load_teacher
 
     config, _ = load_config(
         "configs/tiny.json",
@@ -76,17 +80,14 @@ def work(folder: Path, stage: str) -> None:
     mine = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
     batches = make_micro_batches(mine, config.optim.micro_batch_tokens, 0, "keep")
     loss = LossSection(divergence="reverse_kl", jsd_beta=0.5, chunk_bytes=2**26)
-    seconds = []
+    pair, seconds = Pair(engine.student, LocalTeacher(teacher), 32768, loss), []
     for step in range(1, UPDATES + 1):
         distributed.wait()
         result = train_step(
-            student=engine.student,
-            teacher=teacher,
-            engine=engine,
-            micro_batches=batches,
-            weighter=UniformWeighter(),
-            loss=loss,
-            vocab_size=32768,
+            pair,
+            engine,
+            batches,
+            UniformWeighter(),
             step=step,
             seed=0,
         )
