@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,17 @@ class Run:
     pair: Pair
     teacher: LanguageModel
     engine: Engine
-    sampler: Sampler | None
     phases: Phases
     weighter: TokenWeighter
     observer: Observer | None
     prompts: list[Prompt]
     benchmarks: list[LoadedBenchmark]
     total_steps: int
-    record: Record | None  # of the first process
-    grader: Grader
-    stop: Stop
-    step: int
+    sampler: Sampler | None = None
+    record: Record | None = None  # of the first process
+    grader: Grader = field(default_factory=Grader)
+    stop: Stop = field(default_factory=Stop)
+    step: int = 0
 
     @property
     def student(self) -> LanguageModel:
@@ -98,17 +98,12 @@ def build(
         pair=Pair(engine.student, scorer, vocab_size, config.loss),
         teacher=teacher,
         engine=engine,
-        sampler=None,
         phases=phases,
         weighter=weighter,
         observer=observer,
         prompts=prompts,
         benchmarks=benchmarks,
         total_steps=total_steps,
-        record=None,
-        grader=Grader(),
-        stop=Stop(),
-        step=0,
     )
     open_student_sampler(run)
     _show_plan(run, device)
@@ -171,11 +166,8 @@ def _show_plan(run: Run, device: torch.device) -> None:
     config, settings = run.config, run.identity["deepspeed"]
     for name, section in run.identity["config"].items():
         say(f"  {name}: {json.dumps(section)}")
-    sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")
-    longest = max((b["max_response_tokens"] for b in run.identity["benchmarks"].values()), default=0)
     zero = settings and settings["zero_optimization"]
-    made = plan.make_plan(config, *sizes, device, run.total_steps, longest, zero, distributed.world_size())
-    say(plan.text(made, config, *sizes, device))
+    say(plan.describe(config, device, run.total_steps, zero, distributed.world_size()))
 
 
 def _enter_folder(run: Run, start: Path | None) -> None:

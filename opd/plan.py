@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from opd.benchmarks import read_benchmarks
 from opd.config import Config, StudentSection, TeacherSection
 from opd.errors import InputError
 from opd.files import amount
@@ -273,6 +274,17 @@ def device_speed(device: torch.device, dtype: torch.dtype) -> tuple[float, float
         return min(times)
 
     return 2 * n**3 / best(lambda: a @ a), 2 * block.nbytes / best(block.clone)
+
+
+def describe(config: Config, device: torch.device, updates: int, zero: dict | None, processes: int) -> str:
+    """The plan of a configuration in a few lines. Raises InputError when a model's config.json cannot be read.
+
+    Args:
+        zero: DeepSpeed's zero_optimization; None: the plain engine.
+    """
+    sizes = size_without_weights(config.student, "student"), size_without_weights(config.teacher, "teacher")
+    longest = max((b.max_response_tokens for b in read_benchmarks(config).values()), default=0)
+    return text(make_plan(config, *sizes, device, updates, longest, zero, processes), config, *sizes, device)
 
 
 def text(plan: Plan, config: Config, student: Size, teacher: Size, device: torch.device) -> str:

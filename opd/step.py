@@ -167,15 +167,10 @@ def train_step(
 ) -> Update:
     """One update: teacher -> statistics -> weights -> gradient -> optimizer.
 
-    Args:
-        batches: this process's micro-batches of the update (opd.batch.make_micro_batches); sequence ids are unique over
-            all processes.
-        step: number of the update, from 1; with `seed` it seeds the weighter's generator.
-        measure: fields of TokenStats that diagnostics want besides those that the weighter needs.
-        watch: times the phases and is told of the progress.
-    Raises:
-        ValueError: the weighter's answer is malformed.
-        FloatingPointError: loss or gradient is not finite; weights and optimizer are unchanged.
+    `batches` are this process's micro-batches; their sequence ids are unique over all processes. `step` counts from 1.
+    `measure` names fields of TokenStats that diagnostics want besides what the weighter needs. Raises ValueError when
+    the weighter's answer is malformed, and FloatingPointError, with weights and optimizer unchanged, when loss or
+    gradient is not finite.
     """
     watch = watch or Watch(pair.student.device)
     needs = weighter.needs | measure

@@ -370,20 +370,17 @@ def dry_run(config: Config, sections: Mapping[str, Any]) -> None:
     """Prints the resolved configuration, memory, hours and command line; starts nothing."""
     device = pick_device(config.engine)
     models.check_paths(config)
-    sizes = plan.size_without_weights(config.student, "student"), plan.size_without_weights(config.teacher, "teacher")
     updates = config.optim.steps
     if updates is None:
         data = config.data
         problems = [read_problems(path, data.prompt_field, data.answer_field) for path in data.train]
         count = sum(map(len, problems)) - data.validation
         updates = count_steps(range(count), config.rollout.prompts_per_step, data.epochs, None)
-    print(json.dumps({**asdict(config), **{name: asdict(s) for name, s in sections.items()}}, indent=1))
     zero = read_deepspeed(config)["zero_optimization"] if config.engine.kind == "deepspeed" else None
-    longest = max((b.max_response_tokens for b in read_benchmarks(config).values()), default=0)
     here, machines = launch.processes(config.engine)
-    made = plan.make_plan(config, *sizes, device, updates, longest, zero, here * machines)
-    print(plan.text(made, config, *sizes, device))
-    print(f"  command: {command_line()}\ndry run: nothing was started")
+    described = plan.describe(config, device, updates, zero, here * machines)
+    print(json.dumps({**asdict(config), **{name: asdict(s) for name, s in sections.items()}}, indent=1))
+    print(f"{described}\n  command: {command_line()}\ndry run: nothing was started")
 
 
 def command(arguments: list[str]) -> None:

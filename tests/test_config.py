@@ -81,6 +81,7 @@ def test_every_key_that_exists_is_read_and_every_key_that_is_read_exists():
         section, _, key = leaf.rpartition(".")
         ways = {f"{owner}config.{leaf}" for owner in ("", "self.", "run.")} | {
             f"{section}.{key}",
+            f"self.{section}.{key}",
             f"{spoken.get(section)}.{key}",
         }
         ways |= set() if section else {f"self.{key}"}
