@@ -9,6 +9,8 @@ from opd.config import LossSection, load_config
 from opd.data import Prompt, Rollout
 from opd.engine.plain import TorchEngine
 from opd.models import LanguageModel
+from opd.step import Pair
+from opd.teacher.local import LocalTeacher
 
 LOSS = LossSection(divergence="reverse_kl", jsd_beta=0.5, chunk_bytes=2**28)
 
@@ -61,6 +63,11 @@ def random_rollouts(lm, count=6, seed=0, prompt=(3, 9), response=(1, 12), end="s
     ]
 
 
+def pair_of(student, teacher, loss=LOSS, vocab_size=35):
+    """What an update works on; the random models' tokenizer has 35 ids."""
+    return Pair(student, LocalTeacher(teacher), vocab_size, loss)
+
+
 def one_each(rollouts, pad_id=0, truncated="keep"):
     return make_micro_batches(rollouts, 1, pad_id, truncated)
 
@@ -69,14 +76,14 @@ def interrupted_before(update, monkeypatch):
     """A run of this process ends like a killed one when it comes to that update; undone with the monkeypatch."""
     from opd import train  # here: processes that only need small models start faster without it
 
-    original = train._update
+    original = train.update
 
-    def interrupted(parts, step):
-        if step == update:
+    def interrupted(run):
+        if run.step + 1 == update:
             raise KeyboardInterrupt
-        return original(parts, step)
+        original(run)
 
-    monkeypatch.setattr(train, "_update", interrupted)
+    monkeypatch.setattr(train, "update", interrupted)
 
 
 def engine_for(lm, *overrides):
