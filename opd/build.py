@@ -60,6 +60,11 @@ class Run:
         return self.pair.student
 
     @property
+    def pair_outside_updates(self) -> Pair:
+        """The pair for scoring outside of an update, which asks for few states at a time: none of them go to disk."""
+        return replace(self.pair, teacher=LocalTeacher(self.teacher))
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt and response together, in training and evaluation."""
         prompts = [*self.prompts, *(p for b in self.benchmarks for p in b.prompts)]

@@ -190,7 +190,7 @@ def evaluate_student(run: Run) -> None:
     """The student after the last update; the step-0 student may be one that another run has evaluated."""
     name = f"step_{run.step:06d}"
     vocab_size = models.sampled_vocabulary(run.student, run.teacher)
-    subject = evaluate.Subject(run.student, run.sampler, vocab_size, run.pair)
+    subject = evaluate.Subject(run.student, run.sampler, vocab_size, run.pair_outside_updates)
     _evaluate(run, name, nullcontext(subject), "eval", shared=run.step == 0)
 
 
@@ -327,7 +327,8 @@ def _dump_offenders(run: Run, step: int, rollouts: list[Rollout], reason: str) -
     path = run.config.run_dir / f"not_finite_step_{step:06d}.jsonl"
     lines, broken = [], []
     batches = [make_micro_batches([r], 1, run.student.eos_ids[0], "keep")[0] for r in rollouts]
-    scored = stats_by_batch(run.pair, batches, frozenset({"reverse_kl", "forward_kl"}), run.phases.enter)
+    needs = frozenset({"reverse_kl", "forward_kl"})
+    scored = stats_by_batch(run.pair_outside_updates, batches, needs, run.phases.enter)
     for rollout, columns in zip(rollouts, scored, strict=True):
         finite = all(column.isfinite().all() for column in columns.values())
         broken += [] if finite else [rollout.sequence_id]

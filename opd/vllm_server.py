@@ -2,12 +2,13 @@
 
     OPD_VLLM_KEY=SECRET python -m opd.vllm_server --listen 0.0.0.0:8500
 
-A trainer starts one beside itself, or is told in rollout.servers where some run, on other GPUs or other hosts. In a
-process of its own, because then a crash or a hang of vLLM costs its rollouts and not the run, and its packages need not
-be the trainer's. A server knows nothing about a run: model, lengths and memory come with the first message. Each
-trainer gets a fresh process, and one that is gone takes it along, so no GPU stays occupied.
+A trainer starts one beside itself, or is told in rollout.servers where some run, on other GPUs or other hosts. vLLM has
+a process of its own, because then a crash or a hang of vLLM costs its rollouts and not the run, and its packages need
+not be the trainer's. A server knows nothing about a run: model, lengths and memory come with the first message. Each
+trainer gets a fresh process, which ends when the trainer is gone, so no GPU stays occupied.
 
-What travels is JSON and safetensors, never a pickle. Only who knows the key is listened to; nothing is encrypted.
+What travels is JSON and safetensors, never a pickle. A server listens only to a trainer that knows the key; nothing is
+encrypted.
 """
 
 import os
@@ -24,6 +25,7 @@ from opd.rollout.wire import KEY
 
 
 def command(arguments: list[str]) -> None:
+    """Serves one trainer after another, each in a fresh process, until it is stopped; a child serves one."""
     cli = Parser("python -m opd.vllm_server", "Generates for trainers, with vLLM.")
     cli.add_argument("--listen", required=True, metavar="HOST:PORT", help="where trainers connect (rollout.servers)")
     cli.add_argument(
@@ -40,18 +42,23 @@ def command(arguments: list[str]) -> None:
         return serve_one(address, key.encode(), options.child_of)
     print(f"vLLM server: listening on {options.listen}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    while True:  # a fresh process for every trainer, and after every crash
-        child = subprocess.Popen(
-            [sys.executable, "-m", "opd.vllm_server", *arguments, "--child-of", str(os.getpid())],
-            start_new_session=True,
-        )
-        try:
-            if child.wait() == 2:
-                sys.exit(2)  # it has said what is wrong
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # its workers too, where it crashed
+    while True:
+        serve_in_child(arguments)
         time.sleep(1)
+
+
+def serve_in_child(arguments: list[str]) -> None:
+    """Serves one trainer in a process that starts with the same arguments. Exits with 2 when their address is wrong."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "opd.vllm_server", *arguments, "--child-of", str(os.getpid())],
+        start_new_session=True,
+    )
+    try:
+        if child.wait() == 2:
+            sys.exit(2)  # the child has said what is wrong
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # a child that has crashed may leave workers behind
 
 
 if __name__ == "__main__":

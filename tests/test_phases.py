@@ -8,19 +8,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import engine_for, interrupted_before, one_each, random_lm, random_rollouts, tiny_config
+from helpers import engine_for, interrupted_before, one_each, pair_of, random_lm, random_rollouts, tiny_config
 from safetensors.torch import load_file
 
-from opd import models, train, vllm_engine
-from opd import teacher as teacher_scoring
+from opd import build, models, train
+from opd.cli import Stop
 from opd.config import load_config
 from opd.errors import RunError
+from opd.grading import Grader
 from opd.hooks import UniformWeighter
 from opd.phases import Phases
-from opd.rollout import own_logprobs, sample
+from opd.progress import Watch
+from opd.rollout import choose
+from opd.rollout.local import TransformersSampler
 from opd.step import train_step
-from opd.teacher import score
+from opd.teacher import cache as teacher_cache
 from opd.teacher.cache import Cache
+from opd.teacher.local import LocalTeacher
 from tip.config import SECTIONS
 from tip.weighter import TipWeighter
 
@@ -124,25 +128,33 @@ def bytes_of(tensors):
 
 
 class Sampler:
-    """Stands for vLLM: writes down what is asked, and what was on the device then."""
+    """Stands for what samples: gives rollouts that are known, and writes down what is asked.
 
-    def __init__(self, told, held):
-        self.told, self.held, self.weights = told, held, {}
+    It is vLLM where it knows what is on the device: then nothing may be.
+    """
+
+    def __init__(self, rollouts, told, held=lambda: (0, 0, 0, 0)):
+        self.rollouts, self.told, self.held, self.weights, self.asleep = rollouts, told, held, {}, False
+
+    def sample(self, prompts, decoding, vocab_size, seeds, advance):
+        self.told.append("wake and sample" if self.asleep else "sample")
+        self.asleep = False
+        assert self.held() == (0, 0, 0, 0)
+        return self.rollouts
 
     def sleep(self):
         self.told.append("sleep")
+        self.asleep = True
 
-    def wake(self):
-        self.told.append("wake")
-        assert self.held() == (0, 0, 0, 0)
-
-    def sync(self, weights):
-        self.told.append("sync")
+    def take(self, named_weights, probe=None):
+        self.told.append("take" if probe is None else "take and compare")
+        self.asleep = False
         assert self.held() == (0, 0, 0, 0)  # on a GPU its memory is free for vLLM
-        self.weights = {name: tensor.clone() for name, tensor in weights}
+        self.weights = {name: tensor.clone() for name, tensor in named_weights()}
+        return 0.0
 
 
-def parts(two, vllm, told=None):
+def parts(two, vllm):
     student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
     phases = Phases(torch.device("cpu"), two, vllm)
     phases.add("student", student.model.parameters)
@@ -150,16 +162,13 @@ def parts(two, vllm, told=None):
     phases.add("teacher", lambda: [p for p in teacher.model.parameters() if p not in head])
     phases.add("teacher head", lambda: head)
     reference = engine_for(student)
-    engine = type(reference)(student, reference.config, 10, phases.value)
+    engine = type(reference)(student, reference.config, 10, phases.content)
     phases.add("optimizer", engine.moments)
-    phases.weights = engine.named_weights
 
     def held():
         body = [p for p in teacher.model.parameters() if p not in head]
         return tuple(bytes_of(t) for t in (student.model.parameters(), engine.moments(), body, head))
 
-    if vllm:
-        phases.sampler = Sampler(told, held)
     return student, teacher, engine, phases, held
 
 
@@ -178,20 +187,18 @@ def test_a_phase_holds_what_it_needs_and_nothing_else():
     for step in (1, 2):
         enter("rollout")
         train_step(
-            student=student,
-            teacher=teacher,
-            engine=engine,
-            micro_batches=one_each(random_rollouts(student)),
-            weighter=UniformWeighter(),
-            loss=tiny_config().loss,
-            vocab_size=35,
+            pair_of(student, teacher),
+            engine,
+            one_each(random_rollouts(student)),
+            UniformWeighter(),
             step=step,
             seed=0,
-            enter=enter,
+            watch=Watch(student.device, enter),
         )
     assert seen["rollout"] == [(whole, 0, 0, 0), (whole, 0, 0, 0)]
     assert seen["teacher"] == [(0, 0, body - head, head), (0, 0, body - head, head)]
-    assert seen["update"] == [(whole, 0, 0, head), (whole, 2 * whole, 0, head)]  # moments are made in the first step
+    # scoring and update of the first step, which makes the moments, and of the second
+    assert seen["update"] == 2 * [(whole, 0, 0, head)] + 2 * [(whole, 2 * whole, 0, head)]
     assert all(p.data_ptr() != phases.host[p].data_ptr() for p in student.model.parameters())  # moved, here too
     phases.enter("teacher")
     with pytest.raises((RuntimeError, IndexError, ValueError)):  # never a silent answer from what is put away
@@ -209,44 +216,67 @@ def test_one_phase_leaves_everything_where_it_is():
         assert held() == before and all(before[i] > 0 for i in (0, 2, 3))
 
 
-def test_vllm_sleeps_before_the_teacher_comes_and_gets_the_new_weights_when_the_student_has_left():
-    told = []
-    student, teacher, engine, phases, held = parts(True, True, told)
-    plain, _, reference, _, _ = parts(False, False)
+def a_run(parts, sampler, *settings):
+    """A run of the small models, as far as its updates need one."""
+    student, teacher, engine, phases, _ = parts
+    config = tiny_config("rollout.prompts_per_step=6", *settings)
+    phases.sampler = sampler
+    return build.Run(
+        config=config,
+        identity={},
+        shared=None,
+        pair=pair_of(student, teacher),
+        teacher=teacher,
+        engine=engine,
+        sampler=sampler,
+        phases=phases,
+        weighter=UniformWeighter(),
+        observer=None,
+        prompts=[rollout.prompt for rollout in sampler.rollouts],
+        benchmarks=[],
+        total_steps=10,
+        record=None,
+        grader=Grader(),
+        stop=Stop(),
+        step=0,
+    )
 
-    def enter(phase):
+
+def test_vllm_sleeps_before_the_teacher_comes_and_gets_the_new_weights_when_the_student_has_left(monkeypatch):
+    made, plain_parts = parts(True, True), parts(False, False)
+    student, _, engine, phases, held = made
+    told, rollouts = [], random_rollouts(student)
+    sampler = Sampler(rollouts, told, held)
+    run = a_run(made, sampler, "rollout.engine=vllm", "engine.phases=2", "rollout.parity_every=2")
+    plain = a_run(plain_parts, Sampler(rollouts, []))
+    enter = phases.enter
+
+    def recorded(phase):
         told.append(phase)
-        phases.enter(phase)
+        enter(phase)
 
-    for step in (1, 2):
-        enter("rollout")
-        for lm, own, how in ((student, engine, enter), (plain, reference, lambda phase: None)):
-            teacher_of = teacher if lm is student else random_lm(2, hidden=48, layers=3, name="teacher")
-            train_step(
-                student=lm,
-                teacher=teacher_of,
-                engine=own,
-                micro_batches=one_each(random_rollouts(lm)),
-                weighter=UniformWeighter(),
-                loss=tiny_config().loss,
-                vocab_size=35,
-                step=step,
-                seed=0,
-                enter=how,
-            )
-        phases.changed = True
-    enter("rollout")
-    enter("teacher")  # an evaluation: nothing was trained
-    enter("rollout")
-    update = ["rollout", "sync", "teacher", "sleep", "update", "sleep"]
-    assert told == [*update, *update, "rollout", "sync", "teacher", "sleep", "rollout", "wake"]
-    expected = plain.model.state_dict()
-    assert phases.sampler.weights.keys() == expected.keys() and "lm_head.weight" in expected
-    assert all(torch.equal(phases.sampler.weights[name], expected[name]) for name in expected)
+    monkeypatch.setattr(phases, "enter", recorded)
+    train.send_weights(run)  # as at the beginning of a run
+    assert all(torch.equal(sampler.weights[name], w) for name, w in plain.student.model.state_dict().items())
+    for _ in range(2):
+        train.update(run)
+        train.update(plain)
+    phases.enter("rollout")  # an evaluation: nothing was trained
+    run.sampler.sample([], None, 35, [], None)
+    phases.enter("teacher")
+    phases.enter("rollout")
+    run.sampler.sample([], None, 35, [], None)
+    compared = ["update", "sleep", "rollout", "take and compare"]
+    learned = ["rollout", "sample", "teacher", "sleep", *["update", "sleep"] * 3]  # scoring, update, and what follows
+    evaluated = ["rollout", "sample", "teacher", "sleep", "rollout", "wake and sample"]
+    assert told == [*compared, *learned, "rollout", "take", *learned, *compared, *evaluated]
+    expected = plain.student.model.state_dict()
+    assert sampler.weights.keys() == expected.keys() and "lm_head.weight" in expected
+    assert all(torch.equal(sampler.weights[name], expected[name]) for name in expected)
     assert held() == (0, 0, 0, 0)
     # and a checkpoint can be written of what is put away
     assert all(torch.equal(engine.weights()[name], expected[name]) for name in expected)
-    moments = reference.state()
+    moments = plain.engine.state()
     assert engine.state().keys() == moments.keys() and all(torch.equal(engine.state()[n], moments[n]) for n in moments)
 
 
@@ -272,10 +302,10 @@ def test_states_go_back_to_their_own_micro_batches(tmp_path):
     cache = Cache(2000, tmp_path / "states")
     for seed in (0, 1):
         batches = one_each(random_rollouts(teacher, seed=seed))
-        assert score(teacher, batches, cache=cache) is cache
+        assert LocalTeacher(teacher, cache).hidden_states(batches) is cache
         for batch, states in zip(batches, cache, strict=True):
             with torch.no_grad():
-                assert torch.equal(states, teacher.states(batch, torch.arange(len(batch.token_ids))))
+                assert torch.equal(states, teacher.hidden_states(batch, torch.arange(len(batch.token_ids))))
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tiny_pair, tmp_path, monkeypatch):
@@ -283,7 +313,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tiny_pair, tmp_path, monkeypatch
         path.write_bytes(b"the first part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(teacher_scoring, "save_file", full)
+    monkeypatch.setattr(teacher_cache, "save_file", full)
     with pytest.raises(
         RunError,
         match=r"above teacher.cache_gb and .*teacher_states.* cannot be written .*MiB are free.*make room, or raise",
@@ -294,18 +324,19 @@ def test_a_full_disk_is_said_and_leaves_nothing(tiny_pair, tmp_path, monkeypatch
 
 def test_the_teacher_is_loaded_when_the_student_has_left(tiny_pair, tmp_path, monkeypatch):
     students, seen = [], []
-    load_student, load_teacher = train.load_student, train.load_teacher
+    load, load_teacher = models.load, build.load_teacher
 
-    def student_loaded(*arguments):
-        students.append(load_student(*arguments))
-        return students[-1]
+    def loaded(section, device, name, *sharding):
+        lm = load(section, device, name, *sharding)
+        students.extend([lm] if name == "student" else [])
+        return lm
 
     def teacher_loaded(*arguments):
         seen.append(bytes_of(students[-1].model.parameters()))
         return load_teacher(*arguments)
 
-    monkeypatch.setattr(train, "load_student", student_loaded)
-    monkeypatch.setattr(train, "load_teacher", teacher_loaded)
+    monkeypatch.setattr(models, "load", loaded)
+    monkeypatch.setattr(build, "load_teacher", teacher_loaded)
     for phases in (1, 2):
         run(
             tmp_path / str(phases),
@@ -319,35 +350,31 @@ def test_the_teacher_is_loaded_when_the_student_has_left(tiny_pair, tmp_path, mo
 
 
 class Elsewhere:
-    """An engine with weights of its own, as vLLM is, that samples with transformers."""
+    """A sampler with weights of its own, as vLLM is, that samples with transformers."""
 
     def __init__(self, lm, section, config, longest):
         self.own = replace(lm, model=copy.deepcopy(lm.model))
         if lm.model.get_input_embeddings().weight.numel() == 0:  # put away: vLLM reads the files
             self.own = models.load(section, torch.device("cpu"), "student")
-        self.lm = lm
+        self.sample = TransformersSampler(self.own, 64).sample
 
-    def open(self):
+    def sleep(self):
         pass
 
-    sleep = wake = close = open
+    close = sleep
 
-    def sync(self, weights):
-        self.own.model.load_state_dict(dict(weights))
+    def take(self, named_weights, probe=None):
+        self.own.model.load_state_dict(dict(named_weights()))
+        return 0.0 if probe is None else self.check_parity(probe)
 
-    def generate(self, prompts, decoding, vocab_size, seeds, progress):
-        drawn = sample(self.own, prompts, decoding, vocab_size, 64, [(seed,) for seed in seeds], progress)
-        return {i: rollout.response_ids for i, rollout in enumerate(drawn)}
-
-    def check_parity(self, sequences, own):
-        difference = (own_logprobs(self.own, sequences) - own).abs().max().item()
+    def check_parity(self, probe):
+        difference = (models.sequence_logprobs(self.own, probe.sequences) - probe.logprobs).abs().max().item()
         assert difference == 0
         return difference
 
 
 def test_an_engine_with_weights_of_its_own_has_the_students_after_every_update(tiny_pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "VllmEngine", Elsewhere)
-    monkeypatch.setattr(vllm_engine, "VllmEngine", Elsewhere)
+    monkeypatch.setattr(choose, "VllmSampler", Elsewhere)
     found = [
         results(
             run(
@@ -371,13 +398,10 @@ def test_what_looks_into_a_loss_that_is_not_finite_has_the_gradients_room(monkey
         teacher.model.model.norm.weight[0] = float("nan")
     with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
         train_step(
-            student=student,
-            teacher=teacher,
-            engine=engine,
-            micro_batches=one_each(random_rollouts(student)),
-            weighter=UniformWeighter(),
-            loss=tiny_config().loss,
-            vocab_size=35,
+            pair_of(student, teacher),
+            engine,
+            one_each(random_rollouts(student)),
+            UniformWeighter(),
             step=1,
             seed=0,
         )

@@ -10,8 +10,8 @@ from helpers import random_lm
 from transformers import GenerationConfig
 
 from opd.data import Prompt
-from opd.rollout import Decoding, sample
-from opd.rollout.local import quantile_token
+from opd.rollout import Decoding
+from opd.rollout.local import TransformersSampler, quantile_token
 from opd.seeds import generator
 
 FREE = Decoding(temperature=1.0, top_p=1.0, max_response_tokens=12)
@@ -19,7 +19,8 @@ PROMPTS = [Prompt(str(i), tuple(range(3, 4 + i % 5)), "0") for i in range(9)]
 
 
 def draw(lm, prompts=PROMPTS, decoding=FREE, batch_size=4, seed=0, vocab_size=35):
-    return sample(lm, prompts, decoding, vocab_size, batch_size, [(seed, p.id) for p in prompts])
+    sampler = TransformersSampler(lm, batch_size)
+    return sampler.sample(prompts, decoding, vocab_size, [(seed, p.id) for p in prompts])
 
 
 def test_a_rollout_depends_on_its_seed_and_not_on_its_batch():

@@ -16,14 +16,17 @@ import pytest
 import torch
 from helpers import interrupted_before, random_lm, random_rollouts, tiny_config
 
-from opd import evaluate, train, vllm_engine
+from opd import evaluate, train
 from opd.config import ROOT, load_config
 from opd.data import read_training_prompts
 from opd.errors import InputError, Interrupted, RunError
-from opd.models import load
+from opd.models import load, sequence_logprobs
 from opd.progress import Progress
-from opd.rollout import Decoding, own_logprobs, sample
-from opd.rollout.vllm import VllmEngine
+from opd.rollout import Decoding, connection, vllm
+from opd.rollout.choose import make_probe
+from opd.rollout.connection import python_of_vllm
+from opd.rollout.local import TransformersSampler
+from opd.rollout.vllm import VllmSampler
 from opd.rollout.wire import KEY
 from tip.config import SECTIONS
 from tip.weighter import TipWeighter
@@ -34,42 +37,54 @@ SAMPLED, GREEDY = Decoding(1.0, 1.0, 40), Decoding(0.0, 1.0, 40)
 
 
 def start(*settings):
-    """The embedded student with an engine that samples from it, and prompts."""
+    """The embedded student, vLLM that samples from it, and prompts."""
     config = tiny_config("rollout.engine=vllm", *settings)
     lm = load(config.student, CPU, "student")
     prompts, _ = read_training_prompts(config.data, lm.tokenizer, 0)
-    engine = VllmEngine(lm, config.student, config, 64)
-    return replace(lm, sampler=engine), engine, prompts[:24]
+    return lm, VllmSampler(lm, config.student, config, 64), prompts[:24]
 
 
 @pytest.fixture(scope="module")
 def made(tiny_pair):
-    found = start()
-    yield found
-    found[1].close()
+    lm, sampler, prompts = start()
+    yield lm, sampler, prompts
+    sampler.close()
 
 
-def sync(lm, change=lambda name, weight: (name, weight)):
-    lm.sampler.sync(pair for pair in (change(n, w) for n, w in lm.model.state_dict().items()) if pair)
+def send(lm, sampler, change=lambda name, weight: (name, weight)):
+    sampler.take(lambda: (pair for pair in (change(n, w) for n, w in lm.model.state_dict().items()) if pair))
 
 
-def parity(lm, prompts):
-    sequences = [p.token_ids for p in prompts[:8]]
-    return lm.sampler.check_parity(sequences, own_logprobs(lm, sequences))
+def parity(lm, sampler, prompts):
+    return sampler.check_parity(make_probe(lm, prompts))
 
 
 @pytest.fixture
 def student(made):
     """Whatever a test does to the weights is undone."""
-    lm, engine, _ = made
-    engine.restarted = False
+    lm, sampler, _ = made
+    sampler.fleet.restarted = False
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
     yield lm
     with torch.no_grad():
         for name, parameter in lm.model.named_parameters():
             parameter.copy_(before[name])
-    engine.restarted = False
-    sync(lm)
+    sampler.fleet.restarted = False
+    send(lm, sampler)
+
+
+@pytest.fixture
+def sampler(made):
+    return made[1]
+
+
+@pytest.fixture
+def prompts(made):
+    return made[2]
+
+
+def draw(sampler, prompts, decoding=SAMPLED, *advance, vocabulary=35):
+    return sampler.sample(prompts, decoding, vocabulary, seeds(len(prompts)), *advance)
 
 
 def seeds(count):
@@ -83,56 +98,51 @@ def move(lm, scale=0.02, seed=0):
             parameter.add_(torch.randn(parameter.shape, generator=g) * scale)
 
 
-def test_greedy_responses_are_those_of_transformers(student, made, monkeypatch):
-    monkeypatch.setattr(vllm_engine, "BUCKET", 50_000)  # many of them
-    _, _, prompts = made
+def test_greedy_responses_are_those_of_transformers(student, sampler, prompts, monkeypatch):
+    monkeypatch.setattr(vllm, "BUCKET", 50_000)  # many of them
     for change in (False, True):
         if change:
             move(student)
-            sync(student)
-            assert len(list(student.sampler.folder.iterdir())) > 5
-        ours = sample(student, prompts, GREEDY, 35, 64, seeds(len(prompts)))
-        theirs = sample(replace(student, sampler=None), prompts, GREEDY, 35, 64, seeds(len(prompts)))
+            send(student, sampler)
+            assert len(list(sampler.fleet.weights.iterdir())) > 5
+        ours = draw(sampler, prompts, GREEDY)
+        theirs = draw(TransformersSampler(student, 64), prompts, GREEDY)
         assert ours == theirs
     assert {r.finish_reason for r in ours} <= {"stop", "length"}
 
 
-def test_any_of_several_eos_ids_ends_a_response(student, made, monkeypatch):
-    _, engine, prompts = made
-    plain = replace(student, sampler=None)
-    drawn = sample(plain, prompts, GREEDY, 35, 64, seeds(len(prompts)))
+def test_any_of_several_eos_ids_ends_a_response(student, sampler, prompts, monkeypatch):
+    drawn = draw(TransformersSampler(student, 64), prompts, GREEDY)
     counts = torch.bincount(torch.tensor([token for r in drawn for token in r.response_ids[1:-1]]), minlength=35)
-    both = (*student.eos_ids, int(counts.argmax()))
-    monkeypatch.setattr(engine, "lm", replace(student, eos_ids=both))
-    ours = sample(replace(student, eos_ids=both), prompts, GREEDY, 35, 64, seeds(len(prompts)))
-    assert ours == sample(replace(plain, eos_ids=both), prompts, GREEDY, 35, 64, seeds(len(prompts)))
+    both = replace(student, eos_ids=(*student.eos_ids, int(counts.argmax())))
+    monkeypatch.setattr(sampler, "lm", both)
+    ours = draw(sampler, prompts, GREEDY)
+    assert ours == draw(TransformersSampler(both, 64), prompts, GREEDY)
     assert sum(len(r.response_ids) for r in ours) < sum(len(r.response_ids) for r in drawn)
 
 
-def test_rollouts_are_on_policy_seeded_and_told_as_they_come(student, made):
-    _, engine, prompts = made
+def test_rollouts_are_on_policy_seeded_and_told_as_they_come(student, sampler, prompts):
     told = []
-    rollouts = sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), lambda *x: told.append(x))
+    rollouts = draw(sampler, prompts, SAMPLED, lambda *x: told.append(x))
     assert sum(r for r, _ in told) == len(prompts) and sum(t for _, t in told) == sum(
         len(r.response_ids) for r in rollouts
     )
-    again = sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)))
+    again = draw(sampler, prompts)
     assert rollouts == again
-    other = sample(student, prompts, SAMPLED, 35, 64, [(1, *s[1:]) for s in seeds(len(prompts))])
+    other = sampler.sample(prompts, SAMPLED, 35, [(1, *s[1:]) for s in seeds(len(prompts))])
     assert rollouts != other
     assert all((r.response_ids[-1] in student.eos_ids) == (r.finish_reason == "stop") for r in rollouts)
     assert not any(token in student.eos_ids for r in rollouts for token in r.response_ids[:-1])
     whole = [r.prompt.token_ids + r.response_ids for r in rollouts]
-    (found,) = engine.logprobs(whole)
-    for engines, ids in zip(found, whole, strict=True):
-        torch.testing.assert_close(engines, own_logprobs(student, [ids]), rtol=0, atol=1e-4)
+    (found,) = sampler.logprobs(whole)
+    for logprobs, ids in zip(found, whole, strict=True):
+        torch.testing.assert_close(logprobs, sequence_logprobs(student, [ids]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("vocabulary", "top_p"), [(35, 1.0), (20, 1.0), (35, 0.5)])
-def test_samples_have_the_students_distribution(vocabulary, top_p, student, made):
+def test_samples_have_the_students_distribution(vocabulary, top_p, student, sampler, prompts):
     """2,000 first tokens of one prompt follow the exact probabilities; ids beyond vocabulary and nucleus never come."""
-    _, _, prompts = made
-    drawn = sample(student, [prompts[0]] * 2000, Decoding(1.0, top_p, 1), vocabulary, 64, seeds(2000))
+    drawn = draw(sampler, [prompts[0]] * 2000, Decoding(1.0, top_p, 1), vocabulary=vocabulary)
     ids = torch.tensor(prompts[0].token_ids)[None]
     with torch.no_grad():
         logits = student.model(ids).logits[0, -1].double()
@@ -168,52 +178,48 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_weights_that_are_not_the_trainers_are_found(fault, student, made):
-    _, _, prompts = made
-    assert parity(student, prompts) < 1e-4
+def test_weights_that_are_not_the_trainers_are_found(fault, student, sampler, prompts):
+    assert parity(student, sampler, prompts) < 1e-4
     move(student)
     if FAULTS[fault]:
-        sync(student, FAULTS[fault])
+        send(student, sampler, FAULTS[fault])
     with pytest.raises(
         RunError,
         match=r"vLLM does not have the trainer's weights: .* at the worst it has -\d+\.\d+ and the trainer "
         r"-\d+\.\d+, so",
     ):
-        parity(student, prompts)
-    sync(student)
-    assert parity(student, prompts) < 1e-4
+        parity(student, sampler, prompts)
+    send(student, sampler)
+    assert parity(student, sampler, prompts) < 1e-4
 
 
-def test_a_stop_in_the_middle_leaves_the_engine_usable(student, made):
-    _, _, prompts = made
-
+def test_a_stop_in_the_middle_leaves_the_engine_usable(student, sampler, prompts):
     def stop(responses, tokens):
         raise Interrupted(15)
 
     with pytest.raises(Interrupted):
-        sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), stop)
-    assert len(sample(student, prompts[:3], SAMPLED, 35, 64, seeds(3))) == 3
+        draw(sampler, prompts, SAMPLED, stop)
+    assert len(draw(sampler, prompts[:3])) == 3
 
 
 @pytest.mark.parametrize("how", ["killed", "silent"])
 def test_a_lost_engine_comes_back_with_the_weights_it_had_and_finished_responses_are_kept(
-    how, student, made, monkeypatch, capsys
+    how, student, sampler, prompts, monkeypatch, capsys
 ):
-    _, engine, prompts = made
     move(student, scale=0.1)  # so that responses have many lengths, whatever the pair says
-    sync(student)
-    expected = sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)))
-    (server,) = engine.servers
+    send(student, sampler)
+    expected = draw(sampler, prompts)
+    (server,) = sampler.fleet.servers
     finished, asked = [], []
-    send = type(server).send
+    send_message = type(server).send
 
     def sent(self, **message):
         asked.extend([r["id"] for r in message["requests"]] if message["do"] == "generate" else [])
-        send(self, **message)
+        send_message(self, **message)
 
     def hurt(responses, tokens):
         finished.append(responses)
-        if sum(finished) >= 5 and not engine.restarted:
+        if sum(finished) >= 5 and not sampler.fleet.restarted:
             if how == "killed":
                 os.kill(server.process.pid, signal.SIGKILL)
             else:
@@ -222,55 +228,52 @@ def test_a_lost_engine_comes_back_with_the_weights_it_had_and_finished_responses
 
     monkeypatch.setattr(type(server), "send", sent)
     first = server.process.pid
-    assert sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), hurt) == expected
+    assert draw(sampler, prompts, SAMPLED, hurt) == expected
     server.timeout = 600
     again = asked[len(prompts) :]
-    assert engine.restarted and server.process.pid != first and 0 < len(again) <= len(prompts) - 5
+    assert sampler.fleet.restarted and server.process.pid != first and 0 < len(again) <= len(prompts) - 5
     assert sum(finished) == len(prompts)
     said = capsys.readouterr().err
     assert "killed by signal 9" in said if how == "killed" else "no sign of life for 2 s" in said
-    assert parity(student, prompts) < 1e-4
+    assert parity(student, sampler, prompts) < 1e-4
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
 
 
-def test_an_engine_lost_for_the_second_time_ends_the_run_and_names_the_cause(student, made):
-    _, engine, prompts = made
-    engine.restarted = True
+def test_an_engine_lost_for_the_second_time_ends_the_run_and_names_the_cause(student, sampler, prompts):
+    sampler.fleet.restarted = True
 
     def kill(responses, tokens):
-        os.kill(engine.servers[0].process.pid, signal.SIGKILL)
+        os.kill(sampler.fleet.servers[0].process.pid, signal.SIGKILL)
 
     with pytest.raises(
         RunError, match=r"vLLM is lost for the second time: its process was killed by signal 9\. Checkpoints are intact"
     ):
-        sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), kill)
-    engine.restarted = False  # what follows finds it dead, and starts it again
+        draw(sampler, prompts, SAMPLED, kill)
+    sampler.fleet.restarted = False  # what follows finds it dead, and starts it again
 
 
-def test_a_stop_does_not_wait_for_an_engine_that_hangs(student, made, monkeypatch):
-    _, engine, prompts = made
-    monkeypatch.setattr(vllm_engine, "SHUTDOWN", 1)
+def test_a_stop_does_not_wait_for_an_engine_that_hangs(student, sampler, prompts, monkeypatch):
+    monkeypatch.setattr(connection, "SHUTDOWN", 1)
     stopped = []
 
     def stop(responses, tokens):
         if not stopped:
-            os.kill(engine.servers[0].process.pid, signal.SIGSTOP)
+            os.kill(sampler.fleet.servers[0].process.pid, signal.SIGSTOP)
             stopped.append(time.monotonic())
         elif time.monotonic() - stopped[0] > 0.9:  # asked every second, although nothing comes
             raise Interrupted(15)
 
     with pytest.raises(Interrupted):
-        sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)), stop)
-    assert time.monotonic() - stopped[0] < 60 and engine.servers[0].process.poll() is not None
+        draw(sampler, prompts, SAMPLED, stop)
+    assert time.monotonic() - stopped[0] < 60 and sampler.fleet.servers[0].process.poll() is not None
 
 
-def test_an_engine_that_died_between_updates_gets_the_new_weights(student, made):
-    _, engine, prompts = made
-    os.kill(engine.servers[0].process.pid, signal.SIGKILL)
+def test_an_engine_that_died_between_updates_gets_the_new_weights(student, sampler, prompts):
+    os.kill(sampler.fleet.servers[0].process.pid, signal.SIGKILL)
     move(student, seed=1)
-    sync(student)
-    assert engine.restarted and parity(student, prompts) < 1e-4
+    send(student, sampler)
+    assert sampler.fleet.restarted and parity(student, sampler, prompts) < 1e-4
 
 
 def free_port():
@@ -286,7 +289,7 @@ def servers(count):
     environment = os.environ | {KEY: "secret"}
     started = [
         subprocess.Popen(
-            [vllm_engine._python(), "-m", "opd.vllm_server", "--listen", f"127.0.0.1:{port}"], cwd=ROOT, env=environment
+            [python_of_vllm(), "-m", "opd.vllm_server", "--listen", f"127.0.0.1:{port}"], cwd=ROOT, env=environment
         )
         for port in ports
     ]
@@ -298,19 +301,17 @@ def servers(count):
             assert process.wait(30) == 128 + signal.SIGTERM
 
 
-def test_servers_elsewhere_share_the_responses_and_serve_one_run_after_another(student, made, monkeypatch):
-    _, _, prompts = made
+def test_servers_elsewhere_share_the_responses_and_serve_one_run_after_another(student, sampler, prompts, monkeypatch):
     monkeypatch.setenv(KEY, "secret")
     move(student, scale=0.1)  # responses of many lengths: none of a server's is the last when the first one ends
-    sync(student)
-    expected = sample(student, prompts, SAMPLED, 35, 64, seeds(len(prompts)))
+    send(student, sampler)
+    expected = draw(sampler, prompts)
     with servers(2) as addresses:
         for number in range(2):
-            _, engine, _ = start(f"rollout.servers={json.dumps(addresses)}")
-            lm = replace(student, sampler=engine)
-            sync(lm)  # through the connection: they need not see this machine's files
-            assert parity(lm, prompts) < 1e-4
-            assert sample(lm, prompts, SAMPLED, 35, 64, seeds(len(prompts))) == expected
+            _, elsewhere, _ = start(f"rollout.servers={json.dumps(addresses)}")
+            send(student, elsewhere)  # through the connection: they need not see this machine's files
+            assert parity(student, elsewhere, prompts) < 1e-4
+            assert draw(elsewhere, prompts) == expected
             if number == 0:  # the one that crashes is started again by its own supervisor
                 pids = subprocess.run(
                     ["pgrep", "-f", f"listen {addresses[1]} --child"], capture_output=True, text=True
@@ -323,9 +324,9 @@ def test_servers_elsewhere_share_the_responses_and_serve_one_run_after_another(s
                         for pid in pids:
                             os.kill(int(pid), signal.SIGKILL)
 
-                assert sample(lm, prompts, SAMPLED, 35, 64, seeds(len(prompts)), kill) == expected
-                assert killed and engine.restarted
-            engine.close()
+                assert draw(elsewhere, prompts, SAMPLED, kill) == expected
+                assert killed and elsewhere.fleet.restarted
+            elsewhere.close()
 
 
 def test_nothing_computed_with_old_weights_is_reused(tmp_path):
@@ -334,36 +335,31 @@ def test_nothing_computed_with_old_weights_is_reused(tmp_path):
     lm.model.save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
     config = tiny_config("rollout.engine=vllm", f"student.path={tmp_path}")
-    engine = VllmEngine(lm, config.student, config, 400)
+    sampler = VllmSampler(lm, config.student, config, 400)
     prompts = [replace(r.prompt, id=str(i)) for i, r in enumerate(random_rollouts(lm, count=2, prompt=(300, 320)))]
     try:
         for seed in (None, 0, 1):
             if seed is not None:
                 move(lm, 0.05, seed)
-            sync(replace(lm, sampler=engine))
-            ours = sample(replace(lm, sampler=engine), prompts, GREEDY, 35, 64, seeds(2))
-            assert ours == sample(lm, prompts, GREEDY, 35, 64, seeds(2))
+            send(lm, sampler)
+            assert draw(sampler, prompts, GREEDY) == draw(TransformersSampler(lm, 64), prompts, GREEDY)
     finally:
-        engine.close()
+        sampler.close()
 
 
-def test_two_gpus_share_one_model(student, made):
+def test_two_gpus_share_one_model(student, prompts):
     """Tensor parallel, here two processes on a CPU: the weights of every update reach both."""
-    _, _, prompts = made
-    _, engine, _ = start("rollout.tensor_parallel=2")
-    lm = replace(student, sampler=engine)
+    _, shared, _ = start("rollout.tensor_parallel=2")
     try:
-        assert parity(lm, prompts) < 1e-4
+        assert parity(student, shared, prompts) < 1e-4
         move(student)
         with pytest.raises(RunError, match="does not have the trainer's weights"):
-            parity(lm, prompts)
-        sync(lm)
-        assert parity(lm, prompts) < 1e-4
-        assert sample(lm, prompts, GREEDY, 35, 64, seeds(24)) == sample(
-            replace(student, sampler=None), prompts, GREEDY, 35, 64, seeds(24)
-        )
+            parity(student, shared, prompts)
+        send(student, shared)
+        assert parity(student, shared, prompts) < 1e-4
+        assert draw(shared, prompts, GREEDY) == draw(TransformersSampler(student, 64), prompts, GREEDY)
     finally:
-        engine.close()
+        shared.close()
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -499,4 +495,4 @@ def test_a_model_that_vllm_does_not_take_is_refused(tiny_pair, tmp_path):
     odd = json.loads((tmp_path / "config.json").read_text()) | {"head_dim": 48}
     (tmp_path / "config.json").write_text(json.dumps(odd))
     with pytest.raises(InputError, match=r"rollout.engine is 'vllm', which does not take"):
-        VllmEngine(lm, replace(config.student, path=str(tmp_path)), config, 64)
+        VllmSampler(lm, replace(config.student, path=str(tmp_path)), config, 64)

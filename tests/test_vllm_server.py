@@ -1,6 +1,7 @@
 """What a vLLM server and its trainer do when there is no vLLM, no key, nobody, or suddenly nobody any more."""
 
 import fcntl
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -17,11 +18,13 @@ import pytest
 import torch
 from helpers import random_lm, tiny_config
 
-from opd import vllm_engine, vllm_server
 from opd.config import ROOT
 from opd.errors import InputError, RunError
-from opd.rollout.connection import ServerLost
-from opd.rollout.vllm import VllmEngine
+from opd.rollout import Probe, connection, fleet, server, wire
+from opd.rollout.connection import RemoteServer, ServerLost
+from opd.rollout.fleet import gpus_of_server
+from opd.rollout.server import accept_trainer
+from opd.rollout.vllm import VllmSampler
 from opd.rollout.wire import KEY, Scratch
 
 SERVER = [sys.executable, "-m", "opd.vllm_server", "--listen"]
@@ -55,24 +58,24 @@ def gone(pid, seconds=20):
 
 
 def test_vllm_that_is_not_installed_is_said_and_what_to_do(tiny_pair, monkeypatch):
-    monkeypatch.setattr(vllm_engine, "_python", lambda: sys.executable)
-    if vllm_engine.importlib.util.find_spec("vllm"):
+    monkeypatch.setattr(connection, "python_of_vllm", lambda: sys.executable)
+    if importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed here")
     config = tiny_config("rollout.engine=vllm")
     with pytest.raises(
         InputError, match=r"which is not installed \(.*No module named 'vllm'\).*setup.sh --vllm.*transformers"
     ):
-        VllmEngine(random_lm(0), config.student, config, 64)
+        VllmSampler(random_lm(0), config.student, config, 64)
 
 
 def test_a_server_where_nobody_is(tiny_pair, monkeypatch):
     monkeypatch.setenv(KEY, "secret")
-    monkeypatch.setattr(vllm_engine, "CONNECTING", 0.3)
+    monkeypatch.setattr(connection, "CONNECTING", 0.3)
     config = tiny_config("rollout.engine=vllm", 'rollout.servers=["127.0.0.1:9"]')
     with pytest.raises(
         InputError, match=r"the vLLM server 127.0.0.1:9 did not start: nobody there has time for this run"
     ):
-        VllmEngine(random_lm(0), config.student, config, 64)
+        VllmSampler(random_lm(0), config.student, config, 64)
 
 
 def test_a_server_listens_only_to_who_has_the_key_and_unpickles_nothing(tmp_path, monkeypatch):
@@ -136,9 +139,9 @@ def test_a_server_nobody_has_connected_to_ends_with_who_started_it(tmp_path):
 
 
 def test_who_connects_and_says_nothing_keeps_nobody_out_and_a_busy_server_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm_server, "SHUTDOWN", 1)
+    monkeypatch.setattr(server, "SHUTDOWN", 1)
     path, found = str(tmp_path / "socket"), []
-    thread = threading.Thread(target=lambda: found.append(vllm_server._accepted(path, b"secret")))
+    thread = threading.Thread(target=lambda: found.append(accept_trainer(path, b"secret")))
     thread.start()
     while not os.path.exists(path):
         time.sleep(0.01)
@@ -153,20 +156,21 @@ def test_who_connects_and_says_nothing_keeps_nobody_out_and_a_busy_server_says_s
             found[0].close()
 
 
-def test_a_server_that_does_not_read_is_lost_after_the_patience(tmp_path):
+def test_a_server_that_does_not_read_is_lost_after_the_patience(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY, "secret")
     path, held = str(tmp_path / "socket"), []
-    thread = threading.Thread(target=lambda: held.append(vllm_server._accepted(path, b"secret")))
+    thread = threading.Thread(target=lambda: held.append(accept_trainer(path, b"secret")))
     thread.start()
     while not os.path.exists(path):
         time.sleep(0.01)
-    server = vllm_engine._Server({}, "somewhere:1", None, 1, 1)
-    server._connect(path, b"secret")
+    remote = RemoteServer({}, 1, 1, path)
+    remote.start()
     thread.join(20)
     with pytest.raises(ServerLost, match=r"the connection is lost \(BlockingIOError\)"):
-        server.send(do="weights", much="x" * 10**8)
+        remote.send(do="weights", much="x" * 10**8)
     with pytest.raises(ServerLost):
-        server.receive()
-    server.end()
+        remote.receive()
+    remote.end()
     held[0].close()
 
 
@@ -191,7 +195,7 @@ def test_a_supervisor_replaces_a_server_and_ends_with_it():
 
 
 def test_weights_of_killed_processes_are_removed_and_those_of_living_ones_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm_server.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(wire.tempfile, "gettempdir", lambda: str(tmp_path))
     living = Scratch(10**18)  # more than shared memory has: the temporary folder
     assert living.path.parent == tmp_path
     left = tmp_path / "opd-weights-left"
@@ -225,27 +229,48 @@ def test_processes_make_and_remove_their_folders_at_the_same_time(tmp_path):
     assert not list(tmp_path.glob("opd-weights-*/"))
 
 
+class Answering(RemoteServer):
+    """A server that is there and has said what it thinks of a probe."""
+
+    def __init__(self, where, logprobs):
+        super().__init__({}, 1, 1, where)
+        self.answer = {"logprobs": [part.tolist() for part in logprobs]}
+
+    def start(self):
+        pass
+
+    def wait_until_loaded(self):
+        pass
+
+    def send(self, **message):
+        assert message["do"] == "logprobs"
+
+    def receive(self):
+        return self.answer
+
+
 @pytest.mark.parametrize("fault", [None, "nan", "second server"])
-def test_parity_sees_every_server_and_what_is_no_number(fault, monkeypatch):
-    engine = VllmEngine.__new__(VllmEngine)
-    engine.tolerance = 1e-4
-    engine.servers = [vllm_engine._Server({}, where, None, 1, 1) for where in ("a:1", "b:2")]
-    own = torch.tensor([-1.0, -2.0, -3.0])
-    found = [[own[:2].clone(), own[2:].clone()] for _ in engine.servers]
+def test_parity_sees_every_server_and_what_is_no_number(fault, tiny_pair, monkeypatch):
+    trainers = torch.tensor([-1.0, -2.0, -3.0])
+    said = {where: [trainers[:2].clone(), trainers[2:].clone()] for where in ("a:1", "b:2")}
     if fault == "nan":
-        found[0][0][1] = float("nan")
+        said["a:1"][0][1] = float("nan")
     elif fault == "second server":
-        found[1][1][0] -= 0.5
-    monkeypatch.setattr(engine, "logprobs", lambda sequences: found, raising=False)
+        said["b:2"][1][0] -= 0.5
+    monkeypatch.setenv(KEY, "secret")
+    monkeypatch.setattr(fleet, "RemoteServer", lambda model, threads, timeout, where: Answering(where, said[where]))
+    config = tiny_config("rollout.engine=vllm", 'rollout.servers=["a:1", "b:2"]')
+    sampler = VllmSampler(random_lm(0), config.student, config, 64)
+    probe = Probe([[3, 4, 5], [6, 7]], trainers)
     if fault is None:
-        assert engine.check_parity([], own) == 0
+        assert sampler.check_parity(probe) == 0
         return
     expected = {
         "nan": r"server a:1 .* it has nan and the trainer -2\.0",
         "second server": r"server b:2 .* has -3\.5\d* and the trainer -3\.0",
     }
     with pytest.raises(RunError, match=expected[fault]):
-        engine.check_parity([], own)
+        sampler.check_parity(probe)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +282,7 @@ def test_a_server_gets_the_gpus_of_its_processes(visible, device, group, expecte
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert vllm_engine._gpus(torch.device("cuda", device), group) == expected
-    assert vllm_engine._gpus(torch.device("cpu"), 1) is None
+    assert gpus_of_server(torch.device("cuda", device), group) == expected
+    assert gpus_of_server(torch.device("cpu"), 1) is None
     with pytest.raises(InputError, match=r"rollout\.tensor_parallel is 9, and there are"):
-        vllm_engine._gpus(torch.device("cuda", device), 9)
+        gpus_of_server(torch.device("cuda", device), 9)

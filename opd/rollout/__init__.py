@@ -1,8 +1,9 @@
 """Rollouts: what turns prompts into the student's responses.
 
-`local.py` samples with transformers in this process. `vllm.py` asks vLLM, which runs in processes of its own
-(`server.py`; `connection.py` is our end of the line to one of them, `wire.py` is what both ends share). `ranks.py`
-brings the responses of all processes together, `choose.py` opens the sampler that a configuration names.
+`local.py` samples with transformers in this process. `vllm.py` asks vLLM, which has processes of its own. `fleet.py`
+is the set of these, `connection.py` is the trainer's end of the line to one, `server.py` is the other end, and
+`wire.py` is what both ends share. `ranks.py` brings the responses of all processes together, `choose.py` opens the
+sampler that a configuration names.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -49,20 +50,23 @@ class Sampler(Protocol):
         Args:
             vocab_size: only ids below are sampled, so a padded vocabulary row never is.
             seeds: per response, what seeds its randomness (opd.seeds).
-            advance: called with a number of finished responses and of new tokens; where there is one process, it may
-                raise to stop.
+            advance: called with a number of finished responses and a number of new tokens; where there is one process,
+                it may raise to stop.
         Raises:
             FloatingPointError: on every process, when logits are not finite.
-            RunError: when the sampler is lost.
+            RunError: on every process, when the sampler is lost.
         """
         ...
 
     def take(self, named_weights: Callable[[], Iterable[tuple[str, Tensor]]], probe: Probe | None = None) -> float:
         """Takes the student's present weights, and with a probe checks that it has them.
 
-        Returns the largest difference of a logprob on the probe, in nats; 0 without one.
-
-        Raises RunError when the sampler's logprobs are not the student's.
+        Args:
+            named_weights: gives every weight under every name it has (opd.engine.Engine.named_weights).
+        Returns:
+            the largest difference of a logprob on the probe, in nats; 0 without one.
+        Raises:
+            RunError: when the sampler's logprobs are not the student's, or the sampler is lost.
         """
         ...
 

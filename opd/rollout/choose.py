@@ -40,11 +40,12 @@ def fixed_sampler(
 
     Args:
         section: where its weights lie.
-        prompts, longest_response: what will be asked of it; tokens.
+        prompts: all that it will be asked for.
+        longest_response: tokens of the longest response it will be asked for.
         before_start: called before vLLM starts; the trainer's own model is not used after it.
     Raises:
         InputError: as open_sampler.
-        RunError: vLLM's logprobs are not the model's.
+        RunError: the logprobs of vLLM are not those of the model.
     """
     if config.rollout.engine == "transformers":
         yield TransformersSampler(lm, config.rollout.batch_size)

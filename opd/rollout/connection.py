@@ -1,4 +1,4 @@
-"""The trainer's end of the line to one vLLM server."""
+"""The trainer's end of the line to one vLLM server: in a process of its own beside the trainer, or on another host."""
 
 import importlib.util
 import json
@@ -22,7 +22,8 @@ from opd.errors import InputError
 from opd.rollout.wire import KEY, SHUTDOWN, limit
 
 LOADING = 3600  # seconds that a server may take to load a model
-CONNECTING = 120  # seconds until a server that is told to be somewhere must be there
+CONNECTING = 120  # seconds until a server on another host must have time for this run
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
 class ServerLost(Exception):
@@ -30,78 +31,57 @@ class ServerLost(Exception):
 
 
 class ServerConnection:
-    """One vLLM: of this process's own, or somewhere else."""
+    """One vLLM server, as the trainer talks to it. `LocalServer` and `RemoteServer` are the two kinds.
 
-    def __init__(self, model: dict[str, Any], where: str | None, gpus: str | None, threads: int, timeout: int):
-        self.model, self.where, self.gpus, self.threads, self.timeout = model, where, gpus, threads, timeout
-        self.name = f"the vLLM server {where}" if where else "vLLM"
+    Args:
+        name: what messages call it.
+        model: the arguments of vllm.LLM that depend on the run.
+        threads: CPU threads that it may use.
+        timeout: seconds without a sign of life after which it counts as lost.
+    """
+
+    def __init__(self, name: str, model: dict[str, Any], threads: int, timeout: int):
+        self.name, self.model, self.threads, self.timeout = name, model, threads, timeout
         self.asleep = False
-        self.folder: tempfile.TemporaryDirectory | None = None  # of the socket of a process of ours
-        self.process: subprocess.Popen | None = None
         self.connection: Connection | None = None
 
     def start(self) -> None:
-        """Starts or connects to it and has it load the model; `receive(LOADING)` says how that went. Raises
-        ServerLost."""
-        address, key = self.where, os.environ.get(KEY, "")
-        if address is None:
-            self.folder = tempfile.TemporaryDirectory(prefix="opd-vllm-")  # nobody else may open it
-            address, key = f"{self.folder.name}/socket", secrets.token_hex()
-            self.process = subprocess.Popen(
-                [python_of_vllm(), "-m", "opd.vllm_server", "--listen", address, "--child-of", str(os.getpid())],
-                env=self._environment(key),
-                start_new_session=True,
-            )
-        self._connect(address_of(address), key.encode())
+        """Reaches the server and asks it to load the model, which `wait_until_loaded` waits for.
+
+        Raises:
+            InputError: the server has another key.
+            ServerLost: there is no server, or it is lost at once.
+        """
+        self._reach()
         self.asleep = False
         self.send(do="open", model=self.model, threads=self.threads)
 
-    def _environment(self, key: str) -> dict[str, str]:
-        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-        found = {
-            name: value for name, value in os.environ.items() if name not in launcher and "TORCHELASTIC" not in name
-        }
-        found |= {KEY: key, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-        if self.gpus is None:
-            found["OMP_NUM_THREADS"] = str(self.threads)
-        else:
-            found["CUDA_VISIBLE_DEVICES"] = self.gpus
-        return found
-
-    def _connect(self, address: tuple[str, int] | str, key: bytes) -> None:
-        until = time.monotonic() + (CONNECTING if self.process is None else LOADING)
-        while True:
-            try:
-                self.connection = Client(address)
-                limit(self.connection, self.timeout)
-                answer_challenge(self.connection, key)
-                return deliver_challenge(self.connection, key)
-            except AuthenticationError:
-                raise InputError(f"{self.name} does not accept the key: {KEY} is another one there.") from None
-            except (OSError, EOFError) as error:
-                if self.process is not None and self.process.poll() is not None:
-                    raise ServerLost(f"its process {self._ended()} before it was ready") from None
-                if time.monotonic() > until:
-                    raise ServerLost(f"nobody there has time for this run ({error})") from None
-                time.sleep(0.1)
-
-    def _ended(self) -> str:
-        code = self.process.wait(SHUTDOWN)
-        return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    def wait_until_loaded(self) -> None:
+        """Raises InputError when the server has no vLLM or its vLLM does not take the model, and ServerLost."""
+        answer = self.receive(LOADING)
+        if "missing" in answer:
+            raise InputError(
+                f"rollout.engine is 'vllm', which is not installed ({answer['missing']}). On a GPU it is part of "
+                "requirements.txt; on a CPU, bash scripts/setup.sh --vllm makes .venv-vllm. Or set "
+                "rollout.engine=transformers."
+            )
+        if "refused" in answer:
+            raise InputError(
+                f"rollout.engine is 'vllm', which does not take {self.model['model']!r}: {answer['refused']}"
+            )
 
     def send(self, **message: Any) -> None:
-        self._send(json.dumps(message).encode())
-
-    def _send(self, data: bytes) -> None:
-        try:
-            self.connection.send_bytes(data)
-        except OSError as error:
-            raise ServerLost(self._why(error)) from None
+        """Raises ServerLost when the server does not read for `timeout` seconds, or is gone."""
+        self._send_bytes(json.dumps(message).encode())
 
     def receive(self, patience: int | None = None, waiting: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """The next answer. Raises ServerLost when there is none within the time, or it is that something failed.
+        """The next answer.
 
-        `waiting` is called every second until it comes, and may raise.
+        Args:
+            patience: seconds to wait for it; None means `timeout`.
+            waiting: called every second until it comes, and may raise.
+        Raises:
+            ServerLost: no answer comes within the time, or the answer is that something has failed.
         """
         until = time.monotonic() + (patience or self.timeout)
         try:
@@ -112,57 +92,185 @@ class ServerConnection:
                     raise ServerLost(f"it gave no sign of life for {why}")
             answer = json.loads(self.connection.recv_bytes())
         except (OSError, EOFError) as error:
-            raise ServerLost(self._why(error)) from None
+            raise ServerLost(self._cause(error)) from None
         if "failed" in answer:
             raise ServerLost(f"it failed with {answer['failed']}")
         return answer
 
-    def _why(self, error: BaseException) -> str:
-        if self.process is None:
-            return f"the connection is lost ({type(error).__name__})"
-        with suppress(subprocess.TimeoutExpired):
-            return f"its process {self._ended()}"
-        return f"its process does not answer ({type(error).__name__})"
+    def has_answer(self) -> bool:
+        """Whether `receive` would return without waiting."""
+        return self.connection.poll()
 
     def give(self, folder: Path) -> None:
-        """Hands over the weights that lie in `folder`; wakes it."""
-        files = sorted(folder.glob("*.safetensors"))
-        here = self.where is None
-        size = sum(path.stat().st_size for path in files)
-        self.send(do="weights", folder=str(folder) if here else None, files=len(files), size=size)
-        for path in () if here else files:
-            self._send(path.read_bytes())
-            self.receive()
+        """Hands over the weights that lie in `folder`, and wakes the server. Raises ServerLost."""
+        raise NotImplementedError
+
+    def sleep(self) -> None:
+        """Frees the GPU memory of the server, weights included, until `give` wakes it. Raises ServerLost.
+
+        Only a local server sleeps, and only on a GPU: any other takes no memory that the update could use.
+        """
+
+    def stop(self) -> None:
+        """Breaks its responses off. The server stays usable; one that does not listen is ended, and started again by
+        the next request."""
+        try:
+            self.send(do="stop")
+            while "done" not in self.receive(SHUTDOWN):
+                pass
+        except ServerLost:
+            self.end()
+
+    def end(self) -> None:
+        """Ends the server at once, in whatever state it is: a server that loses its trainer ends itself."""
+        if self.connection is not None:
+            self.connection.close()
+
+    def close(self) -> None:
+        """Ends the server, and gives it time to put vLLM away."""
+        with suppress(ServerLost, OSError, EOFError):
+            self.send(do="close")
+            if self.connection.poll(SHUTDOWN):
+                self.connection.recv_bytes()  # raises EOFError when the server has ended
+        self.end()
+
+    def _reach(self) -> None:
+        """Makes the connection. Raises InputError and ServerLost as `start`."""
+        raise NotImplementedError
+
+    def _check_alive(self) -> None:
+        """Raises ServerLost when it is known that the server cannot be reached any more."""
+
+    def _connect(self, address: tuple[str, int] | str, key: bytes, patience: float) -> None:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                self.connection = Client(address)
+                limit(self.connection, self.timeout)
+                answer_challenge(self.connection, key)
+                deliver_challenge(self.connection, key)
+                return
+            except AuthenticationError:
+                raise InputError(f"{self.name} does not accept the key: {KEY} is another one there.") from None
+            except (OSError, EOFError) as error:
+                self._check_alive()
+                if time.monotonic() > until:
+                    raise ServerLost(f"nobody there has time for this run ({error})") from None
+                time.sleep(0.1)
+
+    def _send_bytes(self, data: bytes) -> None:
+        try:
+            self.connection.send_bytes(data)
+        except OSError as error:
+            raise ServerLost(self._cause(error)) from None
+
+    def _cause(self, error: BaseException) -> str:
+        """Why the connection has failed, for a message."""
+        return f"the connection is lost ({type(error).__name__})"
+
+
+class LocalServer(ServerConnection):
+    """A server in a process that this one starts. It reads weights from this machine's files.
+
+    Args:
+        gpus: its CUDA_VISIBLE_DEVICES; None means that it runs on the CPU.
+    """
+
+    def __init__(self, model: dict[str, Any], threads: int, timeout: int, gpus: str | None):
+        super().__init__("vLLM", model, threads, timeout)
+        self.gpus = gpus
+        self.process: subprocess.Popen | None = None
+        self.socket_folder: tempfile.TemporaryDirectory | None = None
+
+    def wait_until_loaded(self) -> None:
+        """As ServerConnection.wait_until_loaded."""
+        super().wait_until_loaded()
+        self.socket_folder.cleanup()  # nobody else connects, and a run that is killed later leaves nothing behind
+
+    def give(self, folder: Path) -> None:
+        """As ServerConnection.give."""
+        self.send(do="weights", folder=str(folder))
         self.receive()
         self.asleep = False
 
     def sleep(self) -> None:
-        """Frees its GPU's memory, weights included; `give` wakes it. A server somewhere else, or on a CPU, stays
-        awake."""
-        if self.where is None and not self.asleep:
+        """As ServerConnection.sleep."""
+        if not self.asleep:
             self.send(do="sleep")
             self.asleep = self.receive()["asleep"]
 
     def end(self) -> None:
-        """At once, in whatever state it is."""
-        if self.connection is not None:
-            self.connection.close()  # who sees that ends
+        """As ServerConnection.end."""
+        super().end()
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            self.folder.cleanup()
+            self.socket_folder.cleanup()
 
-    def close(self) -> None:
-        """With time to put vLLM away."""
-        with suppress(ServerLost, OSError, EOFError):
-            self.send(do="close")
-            if self.connection.poll(SHUTDOWN):
-                self.connection.recv_bytes()  # its end
-        self.end()
+    def _reach(self) -> None:
+        self.socket_folder = tempfile.TemporaryDirectory(prefix="opd-vllm-")  # only this user may open it
+        address, key = f"{self.socket_folder.name}/socket", secrets.token_hex()
+        self.process = subprocess.Popen(
+            [python_of_vllm(), "-m", "opd.vllm_server", "--listen", address, "--child-of", str(os.getpid())],
+            env=self._environment(key),
+            start_new_session=True,
+        )
+        self._connect(address, key.encode(), LOADING)
+
+    def _environment(self, key: str) -> dict[str, str]:
+        """The trainer's environment variables but for its launcher's, and with the server's own device."""
+        environment = {
+            name: value for name, value in os.environ.items() if name not in LAUNCHER and "TORCHELASTIC" not in name
+        }
+        environment[KEY] = key
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        if self.gpus is None:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
+        else:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus
+        return environment
+
+    def _check_alive(self) -> None:
+        if self.process.poll() is not None:
+            raise ServerLost(f"its process {self._ending()} before it was ready")
+
+    def _cause(self, error: BaseException) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            return f"its process {self._ending()}"
+        return f"its process does not answer ({type(error).__name__})"
+
+    def _ending(self) -> str:
+        """How the process has ended. Raises subprocess.TimeoutExpired when it goes on."""
+        code = self.process.wait(SHUTDOWN)
+        return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+
+
+class RemoteServer(ServerConnection):
+    """A server that runs already, as a rule on another host. Weights travel to it through the connection.
+
+    Args:
+        where: its address, an entry of rollout.servers.
+    """
+
+    def __init__(self, model: dict[str, Any], threads: int, timeout: int, where: str):
+        super().__init__(f"the vLLM server {where}", model, threads, timeout)
+        self.where = where
+
+    def give(self, folder: Path) -> None:
+        """As ServerConnection.give."""
+        files = sorted(folder.glob("*.safetensors"))
+        self.send(do="sent_weights", files=len(files), size=sum(path.stat().st_size for path in files))
+        for path in files:
+            self._send_bytes(path.read_bytes())
+            self.receive()
+        self.receive()
+
+    def _reach(self) -> None:
+        self._connect(address_of(self.where), os.environ.get(KEY, "").encode(), CONNECTING)
 
 
 def python_of_vllm() -> str:
-    """Where vLLM is: with the trainer, or in an environment of its own, as on a CPU."""
-    own = ROOT / ".venv-vllm" / "bin" / "python"
-    return str(own) if importlib.util.find_spec("vllm") is None and own.exists() else sys.executable
+    """The Python that has vLLM: the trainer's, or that of an environment of its own, as on a CPU."""
+    separate = ROOT / ".venv-vllm" / "bin" / "python"
+    return str(separate) if importlib.util.find_spec("vllm") is None and separate.exists() else sys.executable

@@ -1,4 +1,4 @@
-"""Sampling with transformers, in this process: prompts -> responses, as token ids that are never re-tokenised.
+"""Sampling with transformers, in this process. Responses are token ids, and they are never re-tokenised.
 
 Sampling is by inverse transform: token t of a response is the quantile of u_t in the student's distribution, and u
 comes from a generator that is seeded by what the response *is* (run seed, step, place), not by when it is computed.
@@ -25,7 +25,7 @@ NOT_FINITE = "the model's logits are not finite"
 
 
 class TransformersSampler:
-    """Samples a model of this process; it has the model's weights because it reads them.
+    """Samples a model of this process. It reads the model's own weights, so it need not take any.
 
     Args:
         batch_size: responses that a process generates together.
@@ -42,7 +42,7 @@ class TransformersSampler:
         seeds: Sequence[tuple[int | str, ...]],
         advance: Callable[[int, int], None] = lambda responses, tokens: None,
     ) -> list[Rollout]:
-        """As Sampler.sample. `advance` is called after each generated position and after each batch."""
+        """As Sampler.sample. `advance` is called after each generated position, and after each batch."""
         mine, idle_rounds = self._batches(prompts)
         responses: dict[int, tuple[int, ...]] = {}
         failed: FloatingPointError | None = None
@@ -76,23 +76,24 @@ class TransformersSampler:
         return mine, -(-len(batches) // ranks) - len(mine) if self.lm.sharded else 0
 
     def take(self, named_weights: Callable[[], Iterable[tuple[str, Tensor]]], probe: Probe | None = None) -> float:
+        """As Sampler.take; there is nothing to take, and nothing that could differ."""
         return 0.0
 
     def sleep(self) -> None:
-        pass
+        """As Sampler.sleep; its memory is the model's."""
 
     def close(self) -> None:
-        pass
+        """As Sampler.close; it holds nothing."""
 
 
 def _say_nothing(responses: int, tokens: int) -> None:
-    """Stands for `advance` in a round whose response nobody asked for."""
+    """Stands for `advance` in a round whose responses are dropped."""
 
 
 class _Batch:
     """Prompts that are generated together: their left-padded ids, and the random numbers of each response.
 
-    The pad id stands where the mask hides it, and behind a response's end.
+    The attention mask hides the padding.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ def _generate(lm: LanguageModel, batch: _Batch, advance: Callable[[int, int], No
                 attention_mask=mask_BT.to(lm.device),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([draw]),
-                synced_gpus=lm.sharded and distributed.world_size() > 1,  # until the last rank's responses have ended
+                synced_gpus=lm.sharded and distributed.world_size() > 1,  # each runs until the last has ended
             )
         )
     if not draw.finite:
@@ -206,7 +207,7 @@ def quantile_token(probs_BV: Tensor, uniform_B: Tensor, top_p: float) -> Tensor:
         probs_BV = probs_BV.masked_fill(outside_BV.gather(1, ids_BV.argsort(-1)), 0)
     cumulative_BV = probs_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
-    # strictly below the total, so that rounding never chooses an id of probability 0 behind the last possible one
+    # The target stays strictly below the total, so that rounding never chooses an id of probability 0 at the end.
     below_total_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     target_B1 = torch.minimum(uniform_B[:, None] * total_B1, below_total_B1)
     return torch.searchsorted(cumulative_BV, target_B1, right=True)

@@ -35,20 +35,20 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 class Server:
-    """Answers one trainer. Every message is a JSON object with `do`; every answer a JSON object."""
+    """Answers one trainer. Every message is a JSON object with `do`; every answer is a JSON object."""
 
     def __init__(self, connection: Connection):
         self.connection = connection
+        self.vllm: Any = None  # the module, once `open` has imported it
         self.llm: Any = None
+        self.can_sleep = False
         self.asleep = False
-        self.received: Scratch | None = None  # weights that came through the connection
 
     def say(self, **answer: Any) -> None:
         self.connection.send_bytes(json.dumps(answer).encode())
 
     def serve(self) -> None:
-        """Until the trainer closes. An error of vLLM is told, and ends the process: what state it is in nobody
-        knows."""
+        """Answers until the trainer closes. An error of vLLM ends it, since vLLM's state is not known after one."""
         try:
             while True:
                 message = json.loads(self.connection.recv_bytes())
@@ -57,6 +57,8 @@ class Server:
                         self.open(**message)
                     case "weights":
                         self.weights(**message)
+                    case "sent_weights":
+                        self.sent_weights(**message)
                     case "generate":
                         self.generate(**message)
                     case "logprobs":
@@ -64,16 +66,15 @@ class Server:
                     case "sleep":
                         self.sleep()
                     case "stop":
-                        pass  # of responses that have just ended by themselves
+                        pass  # the responses that it should have stopped had just ended by themselves
                     case "close":
                         return
         finally:
-            if self.received is not None:
-                self.received.remove()
             if self.llm is not None:
                 self.llm.llm_engine.engine_core.shutdown()
 
     def open(self, model: dict[str, Any], threads: int) -> None:
+        """Loads a model. Says `missing` where vLLM is not installed, and `refused` where it does not take the model."""
         import torch
 
         on_cpu = not torch.cuda.is_available()
@@ -89,48 +90,50 @@ class Server:
             import vllm
         except ImportError as error:
             return self.say(missing=f"{sys.executable}: {error}")
-        self.vllm = vllm
+        self.vllm, self.can_sleep = vllm, not on_cpu
         try:
             self.llm = vllm.LLM(
                 **model,
                 generation_config="vllm",
                 enforce_eager=on_cpu,
-                enable_sleep_mode=not on_cpu,
+                enable_sleep_mode=self.can_sleep,
                 seed=0,
                 disable_log_stats=True,
                 worker_extension_cls="opd.rollout.server.Weights",
             )
-        except Exception as error:  # what a model it does not know raises depends on the model
+        except Exception as error:  # what vLLM raises for a model that it does not know depends on the model
             return self.say(refused=f"{type(error).__name__}: {error}")
-        self.sleeps = not on_cpu
         return self.say(done=True)
 
     def sleep(self) -> None:
-        if self.sleeps:
-            self.llm.sleep(level=2)  # nothing is kept: the weights come back from the trainer
+        """Frees vLLM's GPU memory, and says whether it is free; a CPU's vLLM cannot sleep."""
+        if self.can_sleep:
+            self.llm.sleep(level=2)  # vLLM keeps nothing: the weights come back from the trainer
             self.asleep = True
         self.say(done=True, asleep=self.asleep)
 
-    def weights(self, folder: str | None, files: int, size: int) -> None:
-        """Wakes vLLM, if it sleeps, and gives it weights: from a folder of this machine, else sent as `files`
-        messages."""
-        if folder is None:
-            self.received = Scratch(size)
-            for number in range(files):
-                (self.received.path / f"{number:05}.safetensors").write_bytes(self.connection.recv_bytes())
-                self.say(received=number)
+    def weights(self, folder: str) -> None:
+        """Gives vLLM the weights in a folder of this machine, and wakes it."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("load_files", args=(folder or str(self.received.path),))
-        if self.asleep:  # the larger part of its memory, only when loading is over
+        self.llm.collective_rpc("load_files", args=(folder,))
+        if self.asleep:  # the cache, the larger part of its memory, comes only when loading is over
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache of the weights before is in use")
-        if self.received is not None:
-            self.received.remove()
-            self.received = None
         self.say(done=True)
+
+    def sent_weights(self, files: int, size: int) -> None:
+        """As `weights`, of weights that follow as so many messages of `size` bytes together; acknowledges each."""
+        scratch = Scratch(size)
+        try:
+            for number in range(files):
+                (scratch.path / f"{number:05}.safetensors").write_bytes(self.connection.recv_bytes())
+                self.say(received=number)
+            self.weights(str(scratch.path))
+        finally:
+            scratch.remove()
 
     def generate(self, requests: list[dict[str, Any]], sampling: dict[str, Any], never: list[int]) -> None:
         """Says after every step how many tokens it gave and which responses are finished; stops when a message comes.
@@ -147,9 +150,8 @@ class Server:
                 detokenize=False,
                 output_kind=self.vllm.sampling_params.RequestOutputKind.DELTA,
             )
-            engine.add_request(
-                str(request["id"]), self.vllm.TokensPrompt(prompt_token_ids=request["prompt"]), parameters
-            )
+            prompt = self.vllm.TokensPrompt(prompt_token_ids=request["prompt"])
+            engine.add_request(str(request["id"]), prompt, parameters)
         running: dict[str, list[int]] = {str(request["id"]): [] for request in requests}
         while engine.has_unfinished_requests() and not self.connection.poll():
             new, finished = 0, []
@@ -164,19 +166,63 @@ class Server:
         self.say(done=True)
 
     def logprobs(self, sequences: list[list[int]]) -> None:
-        """Of every token but the first of each sequence, given those before it; nats."""
+        """Says the logprobs of every token but the first of each sequence, given those before it; nats."""
         parameters = self.vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         prompts = [self.vllm.TokensPrompt(prompt_token_ids=ids) for ids in sequences]
         outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
-        found = [
+        logprobs = [
             [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for output, ids in zip(outputs, sequences, strict=True)
         ]
-        self.say(done=True, logprobs=found)
+        self.say(done=True, logprobs=logprobs)
 
 
-def end_with(connection: Connection) -> None:
-    """Ends this process and its workers when the other side is gone, whatever vLLM is doing at that moment."""
+def serve_one(address: tuple[str, int] | str, key: bytes, parent: int) -> None:
+    """Answers the first trainer that knows the key, and ends with it and with the process `parent`.
+
+    Raises InputError when the address cannot be had.
+    """
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # vLLM prints to what carries results alone
+    end_with_parent(parent)
+    connection = accept_trainer(address, key)
+    end_with_trainer(connection)
+    server = Server(connection)
+    try:
+        server.serve()
+    except (EOFError, ConnectionError):
+        os.killpg(0, signal.SIGKILL)
+    except Exception as error:
+        server.say(failed=f"{type(error).__name__}: {error}")
+        raise
+
+
+def accept_trainer(address: tuple[str, int] | str, key: bytes) -> Connection:
+    """The connection of the first trainer that knows the key; from then on no other can connect.
+
+    Raises InputError when the address cannot be had.
+    """
+    try:
+        listener = Listener(address)
+    except OSError as error:
+        raise InputError(
+            f"--listen {address}: cannot listen there ({error}). Give another address, or stop who has it."
+        ) from None
+    with listener:
+        while True:
+            connection = listener.accept()
+            try:
+                limit(connection, SHUTDOWN)  # a client that connects and says nothing does not keep others out
+                deliver_challenge(connection, key)
+                answer_challenge(connection, key)
+                limit(connection, 0)
+                return connection
+            except (AuthenticationError, OSError, EOFError) as error:
+                connection.close()
+                print(f"vLLM server: refused a connection ({error})", file=sys.stderr, flush=True)
+
+
+def end_with_trainer(connection: Connection) -> None:
+    """Ends this process and its workers when the trainer is gone, whatever vLLM is doing at that moment."""
     gone = select.poll()
     gone.register(connection.fileno(), select.POLLRDHUP | select.POLLHUP | select.POLLERR)
 
@@ -188,7 +234,7 @@ def end_with(connection: Connection) -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """The same for who started this process, also before anyone has connected."""
+    """Ends this process and its workers when the process that started it is gone, connected or not."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -196,40 +242,3 @@ def end_with_parent(parent: int) -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _accepted(address: tuple[str, int] | str, key: bytes) -> Connection:
-    """The first who knows the key; nobody else can connect then."""
-    try:
-        listener = Listener(address)
-    except OSError as error:
-        raise InputError(
-            f"--listen {address}: cannot listen there ({error}). Give another address, or stop who has it."
-        ) from None
-    with listener:
-        while True:
-            connection = listener.accept()
-            try:
-                limit(connection, SHUTDOWN)  # who connects and says nothing does not keep others out
-                deliver_challenge(connection, key)
-                answer_challenge(connection, key)
-                limit(connection, 0)
-                return connection
-            except (AuthenticationError, OSError, EOFError) as error:
-                connection.close()
-                print(f"vLLM server: refused a connection ({error})", file=sys.stderr, flush=True)
-
-
-def serve_one(address: tuple[str, int] | str, key: bytes, parent: int) -> None:
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # vLLM prints
-    end_with_parent(parent)
-    connection = _accepted(address, key)
-    end_with(connection)
-    server = Server(connection)
-    try:
-        server.serve()
-    except (EOFError, ConnectionError):
-        os.killpg(0, signal.SIGKILL)
-    except Exception as error:
-        server.say(failed=f"{type(error).__name__}: {error}")
-        raise

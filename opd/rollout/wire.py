@@ -17,21 +17,16 @@ SHUTDOWN = 20  # seconds that a server has to put vLLM away
 class Scratch:
     """A new folder for `size` bytes of weights, in shared memory where there is room; locked while its process lives.
 
-    What processes that were killed have left is removed: it would occupy memory until the machine restarts.
+    Making one removes the folders of processes that were killed, which would occupy memory until the machine restarts.
     """
 
     def __init__(self, size: int):
+        self.size = size
         roots = [Path("/dev/shm"), Path(tempfile.gettempdir())]
         with (roots[-1] / f"opd-weights-{os.getuid()}.lock").open("w") as one_at_a_time:
             fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
-            for left in (p for root in roots for p in root.glob("opd-weights-*") if p.is_dir()):
-                with suppress(FileNotFoundError, PermissionError, BlockingIOError):  # its owner was faster, or lives
-                    handle = os.open(left, os.O_RDONLY)
-                    try:
-                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        shutil.rmtree(left, ignore_errors=True)
-                    finally:
-                        os.close(handle)
+            for folder in (p for root in roots for p in root.glob("opd-weights-*") if p.is_dir()):
+                _remove_if_abandoned(folder)
             root = next((r for r in roots if r.is_dir() and shutil.disk_usage(r).free > 1.1 * size), roots[-1])
             self.path = Path(tempfile.mkdtemp(prefix="opd-weights-", dir=root))
             self.handle = os.open(self.path, os.O_RDONLY)
@@ -42,9 +37,22 @@ class Scratch:
         os.close(self.handle)
 
 
+def _remove_if_abandoned(folder: Path) -> None:
+    """Removes a folder unless the process that made it lives, belongs to another user, or removes it just now."""
+    with suppress(FileNotFoundError, PermissionError, BlockingIOError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
 def limit(connection: Connection, seconds: int) -> None:
-    """A read that has begun, and a write, fail with BlockingIOError after so long; 0: never. A host that vanished
-    without a word is noticed within two minutes."""
+    """Lets a read that has begun, and a write, fail with BlockingIOError after so many seconds; 0 lets them wait.
+
+    A host that vanishes without a word is noticed within two minutes.
+    """
     with socket.socket(fileno=os.dup(connection.fileno())) as raw:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             raw.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
