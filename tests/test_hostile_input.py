@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from runs import words
 from test_bad_input import edit, line, nothing, outcome, snapshot, write
 
 from data import contamination, prepare
@@ -460,7 +461,7 @@ def trained(tiny_pair, tmp_path_factory):
         f"output_dir={folder}",
         "rollout.prompts_per_step=4",
     ]
-    tip_train.command(["--config", "configs/tiny.json", *(part for text in settings for part in (S, text))])
+    tip_train.command(words(*settings))
     return folder / "tiny"
 
 

@@ -9,19 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import cli, progress
-from opd.config import load_config
 from opd.errors import InputError
-from opd.train import run
 from tip import report
 from tip import train as tip_train
-from tip.config import SECTIONS
-from tip.diagnostics import TipObserver
-from tip.weighter import TipWeighter
 
 SMALL = (
     "optim.steps=4",
@@ -35,12 +31,7 @@ SMALL = (
 
 
 def start(out, name, *overrides, tip=(), resume="auto"):
-    texts = [f"output_dir={out}", f"run_name={name}", *overrides]
-    if not tip:
-        return run(load_config("configs/tiny.json", texts)[0], resume=resume)
-    config, sections = load_config("configs/tiny.json", [*texts, *tip], SECTIONS)
-    weighter = TipWeighter(sections["tip"])
-    return run(config, weighter, sections, resume, TipObserver(weighter))
+    return runs.train(out, f"run_name={name}", *overrides, *tip, resume=resume, plain=not tip)
 
 
 def rows(folder):
@@ -242,22 +233,13 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
 
 
 def forked_command(arguments, log):
-    """Runs the training command in a forked child (which need not import torch again); returns its process id."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, 1), os.dup2(handle, 2)
-            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-            sys.argv = ["tip.train", *arguments]
-            cli.main(tip_train.command)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            os._exit(code)
-    return child
+    """Gives the training command in a forked child; returns its process id."""
+
+    def command():
+        sys.argv = ["tip.train", *arguments]
+        cli.main(tip_train.command)
+
+    return runs.forked(command, log)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
