@@ -249,7 +249,7 @@ def check_module(name, arguments, call):
     if getattr(options, "config", None):
         path = str(options.config)
         sections = SECTIONS if name.startswith("tip") else None
-        config, _ = load_config(path, options.overrides, sections, () if sections else ("tip",))
+        config, _ = load_config(path, options.overrides, sections, ignore_extensions=not sections)
         for benchmark in config.eval.benchmarks:
             assert (ROOT / f"configs/benchmarks/{benchmark}.json").exists(), call
     if name == "tip.reproduce":
