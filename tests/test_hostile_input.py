@@ -652,7 +652,7 @@ def test_reports_of_damaged_runs(name, run, monkeypatch, capsys):
 def test_a_report_of_a_whole_run_works(arguments, run, monkeypatch, capsys):
     arguments = [text.replace("{dir}", str(run.parent)) for text in arguments]
     code, out, err = outcome(report.command, [str(run), *arguments], monkeypatch, capsys)
-    assert code == 0 and "bench: accuracy in %" in out, err
+    assert code == 0 and "Accuracy in % over" in out and "problems of bench" in out, err
 
 
 def test_metrics_with_lines_missing_still_make_a_report(run, monkeypatch, capsys):

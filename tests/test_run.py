@@ -18,6 +18,8 @@ from opd import cli, progress
 from opd.errors import InputError
 from tip import report
 from tip import train as tip_train
+from tip.results.markdown import markdown
+from tip.results.runs import read_run
 
 SMALL = (
     "optim.steps=4",
@@ -77,7 +79,7 @@ def test_arms_start_alike_and_soft_or_keeps_half_of_the_tokens_and_most_of_the_d
 
 
 def test_the_report_compares_them(arms, tmp_path):
-    text = report.table([report.read_run(folder) for folder in arms])
+    text = markdown(report.results_of([read_run(folder) for folder in arms]))
     for word in (
         "step-0 student",
         "teacher",
@@ -91,9 +93,9 @@ def test_the_report_compares_them(arms, tmp_path):
         assert word in text
     other = start(tmp_path, "short", *SMALL)
     with pytest.raises(InputError, match="differ in benchmark tiny"):
-        report.table([report.read_run(arms[0]), report.read_run(other)])
+        report.results_of([read_run(arms[0]), read_run(other)])
     with pytest.raises(InputError, match="Expected what a run was started with"):
-        report.read_run(tmp_path)
+        read_run(tmp_path)
 
 
 def test_a_run_folder_holds_what_it_should(small):
@@ -335,11 +337,11 @@ def test_a_run_whose_benchmark_changed_is_another_run(tiny_pair, tmp_path):
 def test_runs_that_did_not_start_alike_are_not_compared(small, tmp_path):
     other = start(tmp_path, "other", *SMALL, "seed=1")
     with pytest.raises(InputError, match=r"differ in seed \(1 and 0\)"):
-        report.table([report.read_run(small), report.read_run(other)])
+        report.results_of([read_run(small), read_run(other)])
 
 
 def test_an_example_is_one_problem_before_and_after(small):
-    text = report.example([report.read_run(small)])
+    text = report.example([read_run(small)])
     assert text.startswith("problem test-") and text.count("greedy,") == 3 and "step-0 student, greedy" in text
     first = text[text.index("step-0 student") :].splitlines()[0]
     assert first.endswith("not right")
