@@ -8,7 +8,7 @@ import torch
 from helpers import naive_loss, relative
 
 from opd import divergence as reference
-from opd.loss import Head, divergence_sum, token_stats
+from opd.loss import Head, Objective, divergence_sum, token_stats
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
@@ -53,7 +53,7 @@ def gradients(total, *tensors):
 def test_value_and_gradient_equal_the_naive_formula(divergence, mixture, n, v, head):
     hs, student, ht, teacher, weights = case(n, v, **head)
     share = torch.rand(n, generator=torch.Generator().manual_seed(1)) if mixture else None
-    ours = divergence_sum(hs, student, ht, teacher, weights, share, divergence, 0.3, chunk_bytes=2**16)
+    ours = divergence_sum(hs, student, ht, teacher, weights, share, Objective(divergence, 0.3), chunk_bytes=2**16)
     naive = naive_total(hs, student, ht, teacher, weights, share, divergence, 0.3)
     assert ours.dtype == torch.float32
     assert abs(ours.item() - naive.item()) <= 2e-6 * max(1, abs(naive.item()))
@@ -82,7 +82,7 @@ def test_chunks_do_not_change_the_result(divergence, share):
     f = weights.flip(0) if share else None
     results = []
     for chunk_bytes in (1, 2**16, 2**20, 2**30):  # one row at a time ... everything at once
-        total = divergence_sum(hs, student, ht, teacher, weights, f, divergence, 0.5, chunk_bytes)
+        total = divergence_sum(hs, student, ht, teacher, weights, f, Objective(divergence), chunk_bytes)
         results.append((total, torch.cat([g.flatten() for g in gradients(total, hs, student.weight)])))
     for total, gradient in results[1:]:
         assert abs(total.item() / results[0][0].item() - 1) < 1e-6
@@ -131,7 +131,7 @@ def test_identical_models_have_divergence_and_gradient_zero_whatever_the_padding
     hs, student, _, _, weights = case(11, 67)
     student = Head(student.weight, vocab_size=61)
     padded = Head(torch.cat([student.weight.detach()[:61], torch.full((19, 5), 1e4)]), vocab_size=61)
-    total = divergence_sum(hs, student, hs.detach().clone(), padded, weights, divergence=divergence)
+    total = divergence_sum(hs, student, hs.detach().clone(), padded, weights, objective=Objective(divergence))
     gradient, weight_gradient = gradients(total, hs, student.weight)
     assert total.item() == 0 and gradient.abs().max() == 0 and weight_gradient.abs().max() == 0
     assert weight_gradient.shape == (67, 5) and weight_gradient[61:].abs().max() == 0
@@ -196,7 +196,7 @@ def test_bfloat16_inputs_keep_a_float32_projection(divergence, gap, kl):
     mean = naive_total(hs, student, ht, teacher, weights).item() / 48
     assert kl / 1.4 < mean < 1.4 * kl
     for chunk_bytes in (2**16, 2**26):  # in many vocabulary tiles, and in one
-        total = divergence_sum(hs, student, ht, teacher, weights, None, divergence, chunk_bytes=chunk_bytes)
+        total = divergence_sum(hs, student, ht, teacher, weights, None, Objective(divergence), chunk_bytes)
         naive = gradients(naive_total(hs, student, ht, teacher, weights, None, divergence), hs, ws)
         for a, b in zip(gradients(total, hs, ws), naive, strict=True):
             assert a.dtype == torch.bfloat16 and relative(a, b) < 0.005
@@ -217,7 +217,7 @@ def test_chunk_bytes_bounds_the_transient_memory():
     hs, student, ht, teacher, weights = case(256, 20_000, 8, 8)
     for divergence, share in (("reverse_kl", None), ("reverse_kl", weights), ("jsd", None), ("jsd", weights)):
         peak = transient_peak(
-            lambda d=divergence, f=share: divergence_sum(hs, student, ht, teacher, weights, f, d, 0.3, 2**23)
+            lambda d=divergence, f=share: divergence_sum(hs, student, ht, teacher, weights, f, Objective(d, 0.3), 2**23)
         )
         assert peak < 2**23 + 2**20 + 2 * student.weight.nbytes, (divergence, share is None, peak / 2**23)
 
@@ -353,7 +353,7 @@ def test_small_divergences_keep_their_digits(gap):
         ).float()
     )
     for divergence in ("jsd", "reverse_kl", "forward_kl"):
-        ours = divergence_sum(hs, student, hs.detach(), teacher, weights, divergence=divergence, jsd_beta=0.3)
+        ours = divergence_sum(hs, student, hs.detach(), teacher, weights, objective=Objective(divergence, 0.3))
         naive = naive_total(hs, student, hs.detach(), teacher, weights, None, divergence, 0.3)
         assert relative(gradients(ours, hs)[0], gradients(naive, hs)[0]) < 3e-3
 
@@ -395,9 +395,6 @@ def test_divergences_of_nearly_equal_models_are_never_negative(v, gap):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"divergence": "kl"}, "divergence is 'kl'"),
-        ({"jsd_beta": 0.0}, "beta is 0.0"),
-        ({"jsd_beta": 1.0}, "beta is 1.0"),
         ({"weights": torch.ones(3)}, r"weights has shape \(3,\), expected \(7,\)"),
         ({"forward_share": torch.ones(8)}, r"forward_share has shape \(8,\)"),
         ({"student_hidden": torch.ones(7, 6)}, r"expected \(N, 5\)"),
@@ -417,6 +414,15 @@ def test_malformed_input_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         divergence_sum(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [(("kl",), "divergence is 'kl'"), (("jsd", 0.0), "beta is 0.0"), (("reverse_kl", 1.0), "beta is 1.0")],
+)
+def test_a_meaningless_objective_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(*arguments)
 
 
 def test_unknown_statistics_are_refused():
