@@ -452,8 +452,8 @@ SHARED: dict[str, Formula] = {
 
 # The fields of TokenStats, (c,) or (c, 5). A new field needs an entry here and nothing else in this file. They are
 # computed in this order, which keeps buffers few: what reads log-probabilities comes first, and what reads the log
-# ratio comes before what reads the teacher's probabilities alone. The divergences are clamped, because rounding can
-# leave -1e-8 where they are 0, and that would become the minimum of a normalised axis.
+# ratio comes before what reads probabilities alone. The divergences are clamped, because rounding can leave -1e-8 where
+# they are 0, and that would become the minimum of a normalised axis.
 STATISTICS: dict[str, Formula] = {
     "student_logprob": Formula(_logprob, ("log_p", "token_ids")),
     "teacher_logprob": Formula(_logprob, ("log_q", "token_ids")),
@@ -466,9 +466,9 @@ STATISTICS: dict[str, Formula] = {
         lambda log_q, top: log_q.gather(1, top.indices).exp().sum(-1), ("log_q", "student_top")
     ),
     "overlap_kl": Formula(_overlap_kl, ("log_p", "log_q", "student_top", "teacher_top")),
-    "student_entropy": Formula(_entropy, ("p", "log_p")),
     "reverse_kl": Formula(lambda log_ratio, p: _dot(p, log_ratio).clamp_(min=0), ("log_ratio", "p")),
     "reverse_kl_energy": Formula(_reverse_kl_energy, ("p", "log_ratio", "reverse_kl")),
+    "student_entropy": Formula(_entropy, ("p", "log_p")),
     "forward_kl": Formula(lambda log_ratio, q: -_dot(q, log_ratio).clamp_(max=0), ("log_ratio", "q")),
     "teacher_entropy": Formula(_entropy, ("q", "log_q")),
     "forward_kl_energy": Formula(lambda p, q: _sum_of(lambda a, b: (a - b).square_(), p, q), ("p", "q")),
@@ -583,12 +583,10 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _sum_of(function: Callable[..., Tensor], *tensors_cV: Tensor) -> Tensor:
     """sum_v function(tensors), (c,); piece by piece, so that no (c, V) result of `function` stands in memory."""
-    first_cV = tensors_cV[0]
-    width = max(1, (2**18 if first_cV.device.type == "cpu" else 2**22) // max(len(first_cV), 1))
-    total_c = torch.zeros(len(first_cV), device=first_cV.device)
-    for pieces in zip(*(tensor_cV.split(width, dim=1) for tensor_cV in tensors_cV), strict=True):
-        total_c += function(*pieces).sum(-1)
-    return total_c
+    tokens, vocabulary = tensors_cV[0].shape
+    width = max(1, (2**18 if tensors_cV[0].device.type == "cpu" else 2**22) // max(tokens, 1))
+    parts = (slice(start, start + width) for start in range(0, vocabulary, width))
+    return sum(function(*(tensor_cV[:, part] for tensor_cV in tensors_cV)).sum(-1) for part in parts)
 
 
 def _dot(a_cV: Tensor, b_cV: Tensor) -> Tensor:

@@ -8,7 +8,17 @@ import torch
 from helpers import naive_loss, relative
 
 from opd import divergence as reference
-from opd.loss import Head, Objective, divergence_sum, token_stats
+from opd.hooks import STAT_FIELDS
+from opd.loss import (
+    INTERMEDIATES,
+    SHARED,
+    STATISTICS,
+    Formula,
+    Head,
+    Objective,
+    divergence_sum,
+    token_stats,
+)
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
@@ -222,6 +232,37 @@ def test_chunk_bytes_bounds_the_transient_memory():
         assert peak < 2**23 + 2**20 + 2 * student.weight.nbytes, (divergence, share is None, peak / 2**23)
 
 
+def test_chunk_bytes_bounds_the_transient_memory_of_a_soft_cap_and_of_the_statistics():
+    hs, student, ht, teacher, weights = case(256, 20_000, 8, 8, cap=5.0)
+    works = [lambda: divergence_sum(hs, student, ht, teacher, weights, weights, Objective("jsd"), 2**23)]
+    works += [
+        lambda needs=needs: token_stats(hs, student, ht, teacher, torch.arange(256), needs, 0.3, 2**23)
+        for needs in (STAT_FIELDS, frozenset({"jsd"}), frozenset({"student_entropy", "reverse_kl"}))
+    ]
+    for number, work in enumerate(works):
+        peak = transient_peak(work)
+        assert peak < 2**23 + 2**20 + 2 * student.weight.nbytes, (number, peak / 2**23)
+
+
+@pytest.mark.parametrize(
+    "needs,buffers",
+    [
+        ({"student_logprob"}, 2),  # logits and log-probabilities, of the student alone
+        ({"student_entropy"}, 2),
+        ({"student_entropy", "reverse_kl"}, 3),
+        ({"total_variation"}, 3),
+        ({"jsd"}, 5),
+        (STAT_FIELDS - {"jsd"}, 4),
+        (STAT_FIELDS, 5),
+    ],
+)
+def test_statistics_that_nobody_needs_take_no_memory(needs, buffers):
+    """Everything fits into one chunk, so the peak is a number of (N, V) buffers, and little beside them."""
+    hs, student, ht, teacher, _ = case(256, 20_000, 8, 8)
+    peak = transient_peak(lambda: token_stats(hs, student, ht, teacher, torch.arange(256), frozenset(needs)))
+    assert buffers <= peak / (4 * 256 * 20_000) < buffers + 0.2
+
+
 def transient_peak(work):
     """Highest total of live bytes allocated while `work` runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -324,6 +365,42 @@ def test_top_five_of_both_models(v):
         ):
             assert ids == sorted(range(v), key=lambda i, row=row: -row[i])[:5]
             assert logprobs == pytest.approx([math.log(row[i]) for i in ids], rel=1e-4, abs=1e-5)
+
+
+def test_every_field_has_an_entry_that_reads_what_exists():
+    assert STATISTICS.keys() == STAT_FIELDS
+    tables = (INTERMEDIATES, SHARED, STATISTICS)
+    names = {"student", "teacher", "token_ids", "jsd_beta"}.union(*tables)
+    assert len(names) == 4 + sum(len(entries) for entries in tables)  # a name means one thing
+    assert {read for entries in tables for formula in entries.values() for read in formula.reads} <= names
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**16, 2**26])
+def test_a_statistic_is_the_same_whatever_else_is_asked_for(chunk_bytes):
+    """So no formula reads a buffer that another one has written over."""
+    hs, student, ht, teacher, _ = case(21, 97, seed=5, bias=True, cap=4.0)
+    arguments = (hs, student, ht, teacher, torch.arange(21) * 3)
+    together = token_stats(*arguments, STAT_FIELDS, 0.3, chunk_bytes)
+    for name in STAT_FIELDS:
+        for other in STAT_FIELDS:
+            column = token_stats(*arguments, frozenset({name, other}), 0.3, chunk_bytes)[name]
+            torch.testing.assert_close(column, together[name], rtol=1e-5, atol=1e-6, msg=f"{name} beside {other}")
+
+
+@pytest.mark.parametrize("others", [frozenset(), STAT_FIELDS])
+def test_a_new_statistic_takes_one_entry(monkeypatch, others):
+    collision = Formula(lambda p_cV: p_cV.square().sum(-1), ("p",))
+    surprise = Formula(lambda logits_cV, collision_c: logits_cV.amax(-1) - collision_c, ("student_logits", "collision"))
+    monkeypatch.setitem(STATISTICS, "collision", collision)
+    monkeypatch.setitem(STATISTICS, "surprise", surprise)
+    hs, student, ht, teacher, _ = case(21, 97, seed=5)
+    needs = others | {"collision", "surprise"}
+    ours = token_stats(hs, student, ht, teacher, torch.arange(21), needs, chunk_bytes=2**14)
+    logits = naive_logits(hs, student)
+    assert ours.keys() == needs
+    naive = logits.softmax(-1).square().sum(-1)
+    torch.testing.assert_close(ours["collision"].double(), naive)
+    torch.testing.assert_close(ours["surprise"].double(), logits.amax(-1) - naive)
 
 
 def test_no_tokens_at_all():
