@@ -23,7 +23,7 @@ from opd.batch import MicroBatch, empty_micro_batch
 from opd.config import LossSection
 from opd.engine import Engine
 from opd.hooks import TokenStats, TokenWeighter, TokenWeights
-from opd.loss import divergence_sum, token_stats
+from opd.loss import Objective, divergence_sum, token_stats
 from opd.models import LanguageModel
 from opd.progress import Watch
 from opd.seeds import generator
@@ -87,8 +87,7 @@ class Pair:
             self.teacher.head(self.vocab_size),
             weights_K.to(device),
             None if share_K is None else share_K.to(device),
-            self.loss.divergence,
-            self.loss.jsd_beta,
+            Objective(self.loss.divergence, self.loss.jsd_beta),
             self.loss.chunk_bytes,
         )
 
