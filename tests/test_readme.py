@@ -44,7 +44,8 @@ each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(pa
 
 
 def blocks(readme, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", readme.read_text(), re.S | re.M)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", readme.read_text(), re.S | re.M)
+    return [text for kind, text in fenced if kind == language]
 
 
 def prose(readme):
@@ -57,7 +58,7 @@ def tree(readme):
     for block in blocks(readme, ""):
         parents = {}  # indentation -> folder
         for line in block.splitlines():
-            name = re.match(r"( *)([\w.]+/?)(?:  |$)", line)
+            name = re.match(r"( *)([\w./]+/?)(?:  |$)", line)
             if not name or not (parents or name[2].endswith("/") or (ROOT / name[2]).is_dir()):
                 continue
             indent = len(name[1])
@@ -97,7 +98,7 @@ def test_every_link_leads_somewhere(readme):
 
 @each_readme
 def test_every_file_it_names_exists(readme):
-    named = set(re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w/.*-]*\w)", readme.read_text()))
+    named = set(re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w/.*-]*\w)(?![\w$])", readme.read_text()))
     beside = set(re.findall(r"`([\w.-]+\.(?:json|py|sh|txt|toml|cff))`", prose(readme)))
     written_by_runs = {"manifest.json", "table.json", "report.json", "summary.json", "config.json", "metrics.json"}
     missing = {n for n in named if not list(ROOT.glob(n)) and not n.startswith(MADE_BY_COMMANDS)}
