@@ -61,7 +61,7 @@ class TokenWeights:
 
     weights: Tensor  # (N,) float, finite, >= 0
     forward_share: Tensor | None = None  # (N,) float in [0, 1]; None stands for 0 everywhere
-    metrics: dict[str, float] = field(default_factory=dict)  # the run logs them under these names
+    metrics: dict[str, float] = field(default_factory=dict)  # logged beside the update's own, under these names
 
     def check(self, stats: TokenStats) -> None:
         """Raises ValueError, with expected and got, when the answer is not usable."""
@@ -70,9 +70,10 @@ class TokenWeights:
             _check_column("forward_share", self.forward_share, stats, 1.0)
 
     def relative(self) -> tuple[Tensor, float]:
-        """The weights divided by the largest one, (N,) float32, and their sum, which is 0 if no weight is above 0.
+        """The weights divided by the largest one, (N,) float32, and the float64 sum of these quotients.
 
-        After this division the scale of the weights changes no bit of the update.
+        So the scale of the weights cancels: a factor that is a power of two changes no bit of the update, and neither
+        does any factor of equal weights. The sum is 0 if no weight is above 0.
         """
         largest = self.weights.max().item() if len(self.weights) else 0.0
         relative_N = self.weights.double() / (largest or 1.0)
@@ -99,20 +100,23 @@ class TokenWeighter(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The optional fields of TokenStats that it reads; for an empty set the step makes no scoring pass."""
+        """The optional fields of TokenStats that it reads.
+
+        Where this is empty and no diagnostic asks for a field either, the update makes no scoring pass.
+        """
         ...
 
     def __call__(self, stats: TokenStats, generator: torch.Generator) -> TokenWeights:
-        """Weighs the tokens of one update. Every process calls it with the same arguments and expects the same answer.
+        """Weighs the tokens of one update. Every process calls it with the same arguments, and it must answer the same.
 
-        Randomness comes from `generator` alone.
+        Nothing compares the answers, so randomness comes from `generator` alone, and a memory depends on `stats` alone.
         """
         ...
 
 
 @runtime_checkable
 class Remembering(Protocol):
-    """The further methods of a weighter that remembers earlier updates. Its memory is part of every checkpoint."""
+    """The additional methods of a weighter that remembers earlier updates. Its memory is part of every checkpoint."""
 
     def state(self) -> dict[str, Tensor]:
         """The memory, as CPU tensors by name."""

@@ -5,10 +5,10 @@ at V = 151,936 a response of 8,192 tokens costs 15 to 35 GB. A loop over chunks 
 every chunk. Here each chunk of tokens is projected once, its loss *and its gradient* are formed in place, and only
 the gradients with respect to hidden states and head leave the chunk. The arithmetic is the least possible,
 3 H_s + H_t multiply-adds per token and vocabulary entry: one projection of each model and the two gradient products.
-Tokens of weight 0 are never projected.
+The loss never projects tokens of weight 0; the statistics project all tokens.
 
-Left out on purpose: custom kernels (plain PyTorch runs on every device), targets and labels (there are none), and any
-division: a loss is a *sum*, and the training step divides once by one global number.
+Left out on purpose: custom kernels (plain PyTorch runs on CPUs and on CUDA), targets and labels (there are none), and
+any division: a loss is a *sum*, and the training step divides once by one global number.
 
 P is the student's distribution, Q the teacher's, and M = beta Q + (1 - beta) P their mixture. All numbers are in nats.
 Shape suffixes: N tokens, V vocabulary (the compared ids), H hidden size of the model at hand, R rows of its head
@@ -450,10 +450,10 @@ SHARED: dict[str, Formula] = {
     "kl_student_mixture": Formula(lambda p, log_m_over_p: -_dot(p, log_m_over_p), ("p", "log_m_over_p")),
 }
 
-# The fields of TokenStats, (c,) or (c, 5). A new field needs an entry here and nothing else in this file. They are
-# computed in this order, which keeps buffers few: what reads log-probabilities comes first, and what reads the log
-# ratio comes before what reads probabilities alone. The divergences are clamped, because rounding can leave -1e-8 where
-# they are 0, and that would become the minimum of a normalised axis.
+# The fields of TokenStats, (c,) or (c, 5). A new statistic needs an entry here and a field of opd.hooks.TokenStats; one
+# that is not a float column of shape (N,) also needs a line of opd.step._empty_column. The order affects how many
+# buffers stand at once and nothing else. The divergences are clamped: rounding can leave -1e-8 where they are 0, and a
+# weighter that scales a column by its minimum would take that as the minimum.
 STATISTICS: dict[str, Formula] = {
     "student_logprob": Formula(_logprob, ("log_p", "token_ids")),
     "teacher_logprob": Formula(_logprob, ("log_q", "token_ids")),
@@ -529,8 +529,8 @@ class _Workspace:
 
     Tokens of a chunk and vocabulary rows of a tile are chosen so that all (c, V) buffers and the tile stay inside the
     byte budget. A buffer is taken under the name of what it will hold. It is allocated once, and a released one is
-    taken again under another name. A tile is the part of a head that is cast at once; a head that needs no cast is used
-    whole.
+    taken again under another name. A tile is the slice of vocabulary rows that is multiplied at once. If either head
+    has to be cast, or either model computes in bfloat16, both heads are cut into tiles; else both are used whole.
     """
 
     def __init__(self, student: _States, teacher: _States, buffers: int, chunk_bytes: int):

@@ -95,7 +95,8 @@ class Pair:
     def _forward(self, batch: MicroBatch, keep_K: Tensor, work: Callable[[Tensor], object]) -> object:
         """Calls `work` with the student's (K, H) hidden states and returns its answer.
 
-        The call happens inside the engine's forward pass, because a split model is whole only there.
+        The call happens inside the engine's forward pass: ZeRO-3 gathers split parameters, the LM head among them, only
+        there.
         """
         return self.student.run(lambda: self.student.head_scope(self.student.hidden_states(batch, keep_K), work))
 
@@ -110,7 +111,7 @@ class Part:
 
 
 class TokenTable:
-    """The counted tokens of an update, one row a token: columns of numbers beside the micro-batches they come from."""
+    """Per-token columns of this process's micro-batches, and the way back to them from the gathered rows."""
 
     def __init__(self, batches: Sequence[MicroBatch], teacher_hidden: Sequence[Tensor]):
         self.batches, self.teacher_hidden = batches, teacher_hidden
@@ -135,7 +136,10 @@ class TokenTable:
         return TokenStats(vocab_size=vocab_size, step=step, **sorted_columns)
 
     def deal(self, weights_N: Tensor, share_N: Tensor | None) -> Iterator[tuple[MicroBatch, Tensor, Part]]:
-        """Deals the weights of all gathered rows back to the micro-batches: (micro-batch, teacher's states, part)."""
+        """Deals the weights of this process's rows back to its micro-batches: (micro-batch, teacher's states, part).
+
+        Both arguments have a row for every gathered token, so `gather` comes first.
+        """
         rows_by_batch = self.rows_here.split([len(batch.token_ids) for batch in self.batches])
         for batch, hidden_NH, rows in zip(self.batches, self.teacher_hidden, rows_by_batch, strict=True):
             keep_K = weights_N[rows].nonzero().squeeze(1)
@@ -147,7 +151,7 @@ class TokenTable:
 class Update:
     """The result of an update."""
 
-    loss: float  # nats per unit of weight
+    loss: float  # the weighted mean of the token losses, in nats
     metrics: dict[str, float]
     weights: TokenWeights
     stats: TokenStats
@@ -168,7 +172,7 @@ def train_step(
 
     Args:
         batches: the micro-batches of this process; their sequence ids are unique over all processes.
-        step: number of the update, from 1.
+        step: number of the update, from 1; with `seed`, which is the same on all processes, it seeds the weighter.
         measure: fields of TokenStats that diagnostics read, besides those that the weighter needs.
     Raises:
         ValueError: the weighter's answer is malformed.
@@ -208,13 +212,15 @@ def train_step(
 def _finish(engine: Engine, loss: float, total: float, step: int) -> float:
     """Applies the gradient and returns its L2 norm; an update whose weights are all 0 changes nothing."""
     if total == 0:
-        warnings.warn(f"step {step}: no token has weight above 0; weights and optimizer stay unchanged", stacklevel=3)
+        warnings.warn(
+            f"step {step}: no token has weight above 0; parameters and optimizer stay unchanged", stacklevel=3
+        )
     try:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
         return engine.finish(apply=total > 0)
     except FloatingPointError as error:
-        engine.finish(apply=False)  # a look into the cause needs the memory that the gradients take
+        engine.finish(apply=False)  # drops the gradients, so that there is memory to look for the cause
         raise FloatingPointError(f"step {step}: {error}") from None
 
 
@@ -261,7 +267,7 @@ def score_update(
 
     `advance` is called after each micro-batch with 1 and its number of tokens, and `enter` as stats_by_batch does.
     """
-    table = TokenTable(batches, [torch.zeros(0)] * len(batches))
+    table = TokenTable(batches, [torch.zeros(0)] * len(batches))  # stats_by_batch makes the hidden states itself
     for (batch, _, columns), scored in zip(table, stats_by_batch(pair, batches, needs, enter), strict=True):
         columns |= scored
         advance(1, len(batch.token_ids))

@@ -27,16 +27,18 @@ Score = Callable[[TokenStats, Axes], Tensor]
 class Rule:
     """An entry of RULES: what a rule reads, and how its scores become token weights.
 
-    The mechanic "top" keeps the tokens of highest score. The mechanic "sample" draws tokens without replacement, each
-    with probability proportional to its score. With the mechanic "weights" the scores are the token weights themselves,
-    and the retention changes nothing.
+    The mechanic "top" keeps the tokens of highest score. The mechanic "sample" draws tokens one after another
+    without replacement, each time with probability proportional to the score among those left. With the mechanic
+    "weights" the scores are the token weights themselves, and the retention changes nothing.
     """
 
-    needs: frozenset[str]  # fields of TokenStats that the functions read
+    needs: frozenset[str]  # fields of TokenStats that the functions read, directly or through `axes`
     mechanic: Literal["top", "sample", "weights"]
     score: Score
     forward_share: Score | None = None  # share of forward KL in the loss of a token, in [0, 1]; None means 0
-    budget: Literal["per_rollout", "per_update"] = "per_rollout"  # where the retention counts, unless tip.budget says
+    budget: Literal["per_rollout", "per_update"] = (
+        "per_rollout"  # of what the retention is a share; tip.budget overrides it
+    )
 
 
 def equal(stats: TokenStats, axes: Axes) -> Tensor:
@@ -86,7 +88,10 @@ def uncertain_teacher(stats: TokenStats) -> Tensor:
 
 
 def eopd_weight(stats: TokenStats, axes: Axes) -> Tensor:
-    """EOPD adds forward KL to reverse KL where the teacher is uncertain: weight 2 there, half of it forward KL."""
+    """EOPD adds forward KL to the divergence where the teacher is uncertain: weight 2 there, half of it forward KL.
+
+    The denominator of the update counts 2 there as well.
+    """
     return 1 + uncertain_teacher(stats)
 
 
@@ -95,7 +100,10 @@ def eopd_share(stats: TokenStats, axes: Axes) -> Tensor:
 
 
 def aopd_share(stats: TokenStats, axes: Axes) -> Tensor:
-    """AOPD takes forward KL where the teacher finds the sampled token no likelier than the student does."""
+    """AOPD takes forward KL where the teacher finds the sampled token no likelier than the student does.
+
+    Where the loss is forward KL already, it changes nothing.
+    """
     return (stats.teacher_logprob <= stats.student_logprob).float()
 
 
