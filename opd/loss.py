@@ -103,7 +103,7 @@ def divergence_sum(
     beta = objective.jsd_beta if objective.divergence == "jsd" else None
     summands = _Summands(student_head, teacher, weights.detach(), forward_share, beta, chunk_bytes)
     sources = (student_hidden, student_head.weight, student_head.bias)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():  # a Function is told what requires a gradient even where none is recorded
         sources = tuple(None if source is None else source.detach() for source in sources)
     with torch.autocast(student_hidden.device.type, enabled=False):  # it would round the row sums to bf16
         return _DivergenceSum.apply(*sources, summands)
