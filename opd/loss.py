@@ -308,7 +308,8 @@ class Formula:
     """How something of a chunk is computed: `function` of what `reads` names, in that order.
 
     `reads` may name keys of INTERMEDIATES, SHARED and STATISTICS, and what a chunk is given: "student" and "teacher"
-    (`_Chunk`), "token_ids" (c,) int64 and "jsd_beta" (float).
+    (`_Chunk`), "token_ids" (c,) int64 and "jsd_beta" (float). The result must not be a view of an intermediate, whose
+    buffer is overwritten later.
     """
 
     function: Callable[..., Tensor]
