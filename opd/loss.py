@@ -103,7 +103,7 @@ def divergence_sum(
     beta = objective.jsd_beta if objective.divergence == "jsd" else None
     summands = _Summands(student_head, teacher, weights.detach(), forward_share, beta, chunk_bytes)
     sources = (student_hidden, student_head.weight, student_head.bias)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():  # a Function is told what requires a gradient even where none is recorded
         sources = tuple(None if source is None else source.detach() for source in sources)
     with torch.autocast(student_hidden.device.type, enabled=False):  # it would round the row sums to bf16
         return _DivergenceSum.apply(*sources, summands)
@@ -308,7 +308,8 @@ class Formula:
     """How something of a chunk is computed: `function` of what `reads` names, in that order.
 
     `reads` may name keys of INTERMEDIATES, SHARED and STATISTICS, and what a chunk is given: "student" and "teacher"
-    (`_Chunk`), "token_ids" (c,) int64 and "jsd_beta" (float).
+    (`_Chunk`), "token_ids" (c,) int64 and "jsd_beta" (float). The result must not be a view of an intermediate, whose
+    buffer is overwritten later.
     """
 
     function: Callable[..., Tensor]

@@ -169,6 +169,17 @@ def test_only_what_requires_a_gradient_gets_one():
     assert not divergence_sum(hs.detach(), frozen, ht, teacher, weights).requires_grad
 
 
+def test_without_autograd_no_gradient_is_formed():
+    hs, student, ht, teacher, weights = case(8, 20_000, 64)
+
+    def peak():
+        return transient_peak(lambda: divergence_sum(hs, student, ht, teacher, weights, chunk_bytes=2**20))
+
+    with torch.no_grad():
+        assert peak() < 2**20 + 2**18
+    assert peak() > student.weight.nbytes > 2**22
+
+
 def test_tied_weights_and_accumulation():
     """One matrix as embedding and head, two backward passes: the gradients of both uses and both passes add up."""
     g = torch.Generator().manual_seed(0)
