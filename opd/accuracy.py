@@ -23,6 +23,11 @@ class Interval:
     by_seed: tuple[float, ...]  # every seed's mean over the same problems
     problems: int
 
+    @property
+    def wins(self) -> int:
+        """On how many seeds the arm is better."""
+        return sum(mean > 0 for mean in self.by_seed)
+
 
 def paired_interval(differences: Sequence[Mapping[str, float]]) -> Interval:
     """The 95 % interval of a mean paired difference (an arm minus its baseline) over the problems that all seeds have.

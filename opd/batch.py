@@ -1,7 +1,10 @@
-"""Rollouts -> micro-batches. The only file that makes masks and shifts.
+"""Rollouts -> micro-batches. No other file makes masks or shifts.
 
-A causal model's state at input index i predicts the token at i + 1, so response token t of a prompt of P tokens is
-predicted at index P + t - 1: from the prompt's last token for the first one, and nothing is predicted from the last.
+The hidden state of a causal model at input index i predicts the token at index i + 1. So token t of a response to a
+prompt of P tokens is predicted at index P + t - 1. The prompt's last token predicts the first response token, and
+nothing is predicted from the last response token.
+
+Shapes: B rollouts of a micro-batch, T positions of the longest one, N counted response tokens.
 """
 
 from collections.abc import Sequence
@@ -10,24 +13,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd import distributed
 from opd.data import Rollout
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What goes through a model at once: B right-padded sequences of T tokens, with N counted response tokens."""
+    """Sequences that go through a model together, padded on the right."""
 
     input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64, 1 on prompt and response; the pad id itself means nothing
-    rows: Tensor  # (N,) int64: where in (B, T) the state stands that predicts the token
-    columns: Tensor  # (N,) int64
+    attention_mask: Tensor  # (B, T) int64, 1 on prompt and response; it alone says what is padding
+    rows: Tensor  # (N,) int64, first index in (B, T) of the hidden state that predicts the token
+    columns: Tensor  # (N,) int64, second index in (B, T) of that hidden state
     token_ids: Tensor  # (N,) int64, the predicted response tokens
-    sequence_id: Tensor  # (N,) int64
-    position: Tensor  # (N,) int64, 0-based in the response
+    sequence_id: Tensor  # (N,) int64, the rollout that the token belongs to
+    position: Tensor  # (N,) int64, place of the token in its response, from 0
 
 
 def counted_tokens(rollout: Rollout, truncated: str) -> int:
-    """How many of a response's tokens, from its first, take part in the loss (config rollout.truncated)."""
+    """How many tokens of a response, from its first one, take part in the loss.
+
+    `truncated` is the configuration's rollout.truncated and decides about responses that were cut at the length limit.
+    """
     length = len(rollout.response_ids)
     if rollout.finish_reason == "stop" or truncated == "keep":
         return length
@@ -35,14 +42,17 @@ def counted_tokens(rollout: Rollout, truncated: str) -> int:
 
 
 def repeated_tail(ids: Sequence[int]) -> int:
-    """Tokens at the end that only repeat what stands before them: a loop of at least three rounds, less its first.
+    """How many tokens at the end only repeat what stands before them.
 
-    `a b c x y x y x y` has the loop `x y` three times, so 4. Found by the Z-function of the reversed text: the last z
-    tokens equal those p earlier, so the last z + p tokens have period p; the longest z counts. Linear time.
+    A repetition counts from three rounds on, and its first round is not part of the result: `a b c x y x y x y` ends
+    with three rounds of `x y`, so the result is 4.
+
+    The Z-function of the reversed text finds the repetition in linear time. If the last z tokens equal the z tokens
+    that end p places earlier, then the last z + p tokens have period p. The result is the largest z with z >= 2 p.
     """
-    text = list(reversed(ids))
+    text = ids[::-1]
     z = [0] * len(text)
-    left = right = best = 0
+    left = right = longest = 0
     for p in range(1, len(text)):
         if p < right:
             z[p] = min(right - p, z[p - left])
@@ -51,24 +61,19 @@ def repeated_tail(ids: Sequence[int]) -> int:
         if p + z[p] > right:
             left, right = p, p + z[p]
         if z[p] >= 2 * p:
-            best = max(best, z[p])
-    return best
+            longest = max(longest, z[p])
+    return longest
 
 
 def make_micro_batches(rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, truncated: str) -> list[MicroBatch]:
     """Packs rollouts, longest first, so that B * T stays within `max_tokens`; a longer rollout goes alone.
 
-    Rollouts with no counted token are left out. How they are packed does not change loss or gradient.
+    Rollouts without a counted token are left out. The packing changes neither loss nor gradient.
     """
-    counted = {r.sequence_id: counted_tokens(r, truncated) for r in rollouts}
-    order = sorted(
-        (r for r in rollouts if counted[r.sequence_id]),
-        key=lambda r: (-len(r.prompt.token_ids) - len(r.response_ids), r.sequence_id),
-    )
+    counted = {rollout.sequence_id: counted_tokens(rollout, truncated) for rollout in rollouts}
     groups: list[list[Rollout]] = []
-    for rollout in order:
-        longest = len(groups[-1][0].prompt.token_ids) + len(groups[-1][0].response_ids) if groups else 0
-        if groups and (len(groups[-1]) + 1) * longest <= max_tokens:
+    for rollout in _longest_first([r for r in rollouts if counted[r.sequence_id]]):
+        if groups and (len(groups[-1]) + 1) * _length(groups[-1][0]) <= max_tokens:
             groups[-1].append(rollout)
         else:
             groups.append([rollout])
@@ -76,41 +81,61 @@ def make_micro_batches(rollouts: Sequence[Rollout], max_tokens: int, pad_id: int
 
 
 def share_of_rank(rollouts: Sequence[Rollout], rank: int, ranks: int) -> list[Rollout]:
-    """This rank's part of an update: every rank gets as many rollouts and about as many tokens, whoever sampled them.
+    """The rollouts that one of several processes trains on: equally many, and about equally many tokens, for each.
 
-    Dealt longest first, forwards and then backwards (0 1 2 2 1 0 0 ...), so that micro-batches of the same number,
-    which wait for each other, are also of about the same length.
+    The rollouts are dealt longest first, forwards and then backwards: 0 1 2 2 1 0 0 1 2. So the micro-batches that
+    processes run at the same time are of about the same length, and the processes wait little for each other.
     """
-    order = sorted(rollouts, key=lambda r: (-len(r.prompt.token_ids) - len(r.response_ids), r.sequence_id))
-    rounds = range(-(-len(order) // ranks))
+    rounds = range(-(-len(rollouts) // ranks))
     places = (n * ranks + (rank if n % 2 == 0 else ranks - 1 - rank) for n in rounds)
+    order = _longest_first(rollouts)
     return [order[place] for place in places if place < len(order)]
 
 
+def equally_many(batches: Sequence[MicroBatch], pad_id: int) -> list[MicroBatch]:
+    """The micro-batches of this process, filled up with empty ones until every process has equally many.
+
+    A model that is split over the processes runs on all of them or on none.
+    """
+    missing = int(distributed.largest(len(batches))) - len(batches)
+    return [*batches, *[empty_micro_batch(pad_id)] * missing]
+
+
 def empty_micro_batch(pad_id: int) -> MicroBatch:
-    """One padded token and nothing to predict, for a rank that has to run a model although it has no tokens left."""
+    """A micro-batch of one padded token that predicts nothing."""
     none = torch.zeros(0, dtype=torch.long)
     return MicroBatch(torch.full((1, 1), pad_id), torch.ones(1, 1, dtype=torch.long), none, none, none, none, none)
 
 
+def _length(rollout: Rollout) -> int:
+    """Tokens of prompt and response."""
+    return len(rollout.prompt.token_ids) + len(rollout.response_ids)
+
+
+def _longest_first(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    return sorted(rollouts, key=lambda rollout: (-_length(rollout), rollout.sequence_id))
+
+
 def _collate(group: Sequence[Rollout], counted: dict[int, int], pad_id: int) -> MicroBatch:
-    sequences = [r.prompt.token_ids + r.response_ids for r in group]
-    input_ids = torch.full((len(group), max(map(len, sequences))), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
+    """One micro-batch of a group of rollouts; `counted` maps a sequence id to the number of its counted tokens."""
+    sequences = [rollout.prompt.token_ids + rollout.response_ids for rollout in group]
+    input_ids_BT = torch.full((len(group), max(map(len, sequences))), pad_id)
+    attention_mask_BT = torch.zeros_like(input_ids_BT)
     for row, ids in enumerate(sequences):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-    lengths = torch.tensor([counted[r.sequence_id] for r in group])
-    prompt_lengths = torch.tensor([len(r.prompt.token_ids) for r in group])
-    rows = torch.arange(len(group)).repeat_interleave(lengths)
-    position = torch.cat([torch.arange(n) for n in lengths.tolist()])
-    columns = prompt_lengths[rows] + position - 1
+        input_ids_BT[row, : len(ids)] = torch.tensor(ids)
+        attention_mask_BT[row, : len(ids)] = 1
+    counted_B = torch.tensor([counted[rollout.sequence_id] for rollout in group])
+    prompt_lengths_B = torch.tensor([len(rollout.prompt.token_ids) for rollout in group])
+    sequence_ids_B = torch.tensor([rollout.sequence_id for rollout in group])
+    rows_N = torch.arange(len(group)).repeat_interleave(counted_B)
+    position_N = torch.cat([torch.arange(count) for count in counted_B.tolist()])
+    columns_N = prompt_lengths_B[rows_N] + position_N - 1
     return MicroBatch(
-        input_ids,
-        attention_mask,
-        rows,
-        columns,
-        input_ids[rows, columns + 1],
-        torch.tensor([r.sequence_id for r in group])[rows],
-        position,
+        input_ids=input_ids_BT,
+        attention_mask=attention_mask_BT,
+        rows=rows_N,
+        columns=columns_N,
+        token_ids=input_ids_BT[rows_N, columns_N + 1],
+        sequence_id=sequence_ids_B[rows_N],
+        position=position_N,
     )

@@ -17,7 +17,7 @@ from opd.evaluate import read_responses, read_summary
 from opd.files import step_number
 
 SAME_WAY = ("benchmark", "grader", "seed")  # figures that say how a benchmark was measured
-MEASURED = {"greedy": "greedy", "mean_at_k": "mean@k"}
+METRICS = {"greedy": "greedy", "mean_at_k": "mean@k"}  # figure of an evaluation -> how it is written
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,22 @@ def compare(a: Path, b: Path, name: str, greedy: bool = False) -> Difference:
         what = "greedy response" if greedy else "sampled response"
         raise InputError(f"{a} and {b} have no problem of {name} with a {what} in both.")
     difference = {key: theirs[key] - ours[key] for key in common}
-    found = paired_interval([difference])
+    interval = paired_interval([difference])
     return Difference(
         problems=len(common),
         a=fmean(ours[key] for key in common),
         b=fmean(theirs[key] for key in common),
-        low=found.low,
-        high=found.high,
+        low=interval.low,
+        high=interval.high,
         better=sum(d > 0 for d in difference.values()),
         worse=sum(d < 0 for d in difference.values()),
     )
+
+
+def finished_evaluations(run_dir: Path) -> dict[int, Path]:
+    """Step -> folder of a run's finished evaluations of its student, in the order of steps."""
+    folders = [summary.parent for summary in (run_dir / "eval").glob("step_*/summary.json")]
+    return dict(sorted((step, folder) for folder in folders if (step := step_number(folder)) is not None))
 
 
 def evaluation_folder(path: Path) -> Path:
@@ -78,8 +84,7 @@ def evaluation_folder(path: Path) -> Path:
     """
     if (path / "summary.json").exists() and not (path / "eval").is_dir():
         return path
-    folders = (summary.parent for summary in (path / "eval").glob("step_*/summary.json"))
-    finished = {step_number(folder): folder for folder in folders if step_number(folder) is not None}
+    finished = finished_evaluations(path)
     if not finished:
         raise InputError(
             f"{path}: no finished evaluation in it. Expected a run folder, or the folder of an evaluation."
@@ -109,7 +114,7 @@ def command(arguments: list[str]) -> None:
         "B - A in points with a 95 % interval over problems only: it says nothing about another training\n"
     )
     for name in shared:
-        for metric, label in MEASURED.items():
+        for metric, label in METRICS.items():
             if ours[name][metric] is not None and theirs[name][metric] is not None:
                 d = compare(*folders, name, greedy=metric == "greedy")
                 gap = f"{100 * (d.b - d.a):+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"

@@ -1,7 +1,8 @@
 """The patch point of the training step: statistics of all response tokens in, one weight per token out.
 
-The step calls a `TokenWeighter` once per update, between scoring and the weighted backward pass. A weighter never sees
-logits: they would cost [tokens, vocabulary] memory, and hide which tokens a mean divides by.
+The step calls a `TokenWeighter` once per update, between the scoring pass and the weighted backward pass. A weighter
+never sees logits: a tensor of tokens times vocabulary would not fit in memory. It returns weights and no loss, so that
+the step alone decides what the loss is divided by.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -13,16 +14,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStats:
-    """One row per response token of the update, of all ranks, on the CPU, sorted by (sequence_id, position).
+    """One row per response token of the update, on the CPU, sorted by sequence id and then by position.
 
-    So a weighter computes the same on every rank, whatever the micro-batches. Detached; float32 and nats unless said.
-    A field that nobody needed is None.
+    The rows of all processes are here, so a weighter computes the same on every process and for every packing into
+    micro-batches. Tensors are detached, (N,), float32 and in nats where the field says nothing else. A field is None
+    when neither the weighter nor a diagnostic asked for it.
     """
 
-    sequence_id: Tensor  # (N,) int64; which rollout of the update
-    position: Tensor  # (N,) int64; 0-based, in the response
-    vocab_size: int  # ids compared: those both models have
-    step: int  # update number, from 1
+    sequence_id: Tensor  # int64: which rollout of the update
+    position: Tensor  # int64: place in the response, from 0
+    vocab_size: int  # number of token ids that both models have and that are compared
+    step: int  # number of the update, from 1
     student_entropy: Tensor | None = None  # H(P_S)
     teacher_entropy: Tensor | None = None  # H(P_T)
     reverse_kl: Tensor | None = None  # KL(P_S || P_T)
@@ -32,7 +34,7 @@ class TokenStats:
     student_logprob: Tensor | None = None  # log P_S of the sampled token
     teacher_logprob: Tensor | None = None  # log P_T of the sampled token
     top1_agree: Tensor | None = None  # 1 where both models' likeliest tokens are the same, else 0
-    overlap_kl: Tensor | None = None  # KL(P_T || P_S), both renormalised on the union of their top 16 (TA-OPD)
+    overlap_kl: Tensor | None = None  # KL(P_T || P_S), both renormalised on the union of their top 16; from TA-OPD
     teacher_topk_mass: Tensor | None = None  # P_T of the student's top 16
     student_top5_ids: Tensor | None = None  # (N, 5) int64, likeliest first; fewer columns when V < 5
     student_top5_logprobs: Tensor | None = None  # (N, 5)
@@ -42,9 +44,9 @@ class TokenStats:
     forward_kl_energy: Tensor | None = None  # the same of KL(P_T || P_S): |P_S - P_T|^2
 
     def rows(self, index: Tensor) -> "TokenStats":
-        """Some of the rows: `index` is (K,) int64 or (N,) bool."""
-        tensors = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        """The rows that `index` picks; it is (K,) int64 or (N,) bool."""
+        columns = {name: column[index] for name, column in vars(self).items() if isinstance(column, Tensor)}
+        return replace(self, **columns)
 
 
 STAT_FIELDS = frozenset(f.name for f in fields(TokenStats) if f.default is None)
@@ -52,14 +54,14 @@ STAT_FIELDS = frozenset(f.name for f in fields(TokenStats) if f.default is None)
 
 @dataclass(frozen=True, kw_only=True)
 class TokenWeights:
-    """What a weighter answers. Only relative weights matter; weight 0 removes a token from numerator and denominator.
+    """The answer of a weighter. Only relative weights matter; weight 0 removes a token from numerator and denominator.
 
     The loss of token t is (1 - forward_share_t) D_t + forward_share_t KL(P_T || P_S), with D the configured divergence.
     """
 
     weights: Tensor  # (N,) float, finite, >= 0
-    forward_share: Tensor | None = None  # (N,) float in [0, 1]; None: 0 everywhere
-    metrics: dict[str, float] = field(default_factory=dict)  # logged under these names
+    forward_share: Tensor | None = None  # (N,) float in [0, 1]; None stands for 0 everywhere
+    metrics: dict[str, float] = field(default_factory=dict)  # logged beside the update's own, under these names
 
     def check(self, stats: TokenStats) -> None:
         """Raises ValueError, with expected and got, when the answer is not usable."""
@@ -68,13 +70,14 @@ class TokenWeights:
             _check_column("forward_share", self.forward_share, stats, 1.0)
 
     def relative(self) -> tuple[Tensor, float]:
-        """Weights divided by the largest, (N,) float32, and their sum.
+        """The weights divided by the largest one, (N,) float32, and the float64 sum of these quotients.
 
-        So the scale of the weights changes nothing, bit for bit. Where no weight is above 0, the sum is 0.
+        So the scale of the weights cancels: a factor that is a power of two changes no bit of the update, and neither
+        does any factor of equal weights. The sum is 0 if no weight is above 0.
         """
         largest = self.weights.max().item() if len(self.weights) else 0.0
-        relative = self.weights.double() / largest if largest > 0 else self.weights.double()
-        return relative.float(), relative.sum().item()
+        relative_N = self.weights.double() / (largest or 1.0)
+        return relative_N.float(), relative_N.sum().item()
 
 
 def _check_column(name: str, column: Tensor, stats: TokenStats, maximum: float) -> None:
@@ -97,38 +100,44 @@ class TokenWeighter(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Optional `TokenStats` fields it reads; when empty, no scoring pass is made for it."""
+        """The optional fields of TokenStats that it reads.
+
+        Where this is empty and no diagnostic asks for a field either, the update makes no scoring pass.
+        """
         ...
 
     def __call__(self, stats: TokenStats, generator: torch.Generator) -> TokenWeights:
-        """Called once per update on every rank with the same arguments; draws randomness from `generator` alone."""
+        """Weighs the tokens of one update. Every process calls it with the same arguments, and it must answer the same.
+
+        Nothing compares the answers, so randomness comes from `generator` alone, and a memory depends on `stats` alone.
+        """
         ...
 
 
 @runtime_checkable
 class Remembering(Protocol):
-    """What a weighter has besides, if it remembers earlier updates: its memory is part of every checkpoint."""
+    """The additional methods of a weighter that remembers earlier updates. Its memory is part of every checkpoint."""
 
     def state(self) -> dict[str, Tensor]:
-        """What it remembers; CPU tensors."""
+        """The memory, as CPU tensors by name."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes back what `state` returned; an empty one means that it remembers nothing."""
+        """Restores a memory that `state` returned; an empty dictionary stands for no memory."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What an observer says about an update."""
+    """The findings of an observer about one update."""
 
     scalars: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, Tensor] = field(default_factory=dict)
-    warnings: dict[str, str] = field(default_factory=dict)  # kind -> message; each kind is shown once a run
+    warnings: dict[str, str] = field(default_factory=dict)  # kind -> message; a run shows each kind once
 
 
 class Observer(Protocol):
-    """Looks at updates and changes nothing: extra metrics on diagnostics steps, extra columns in token dumps."""
+    """Adds metrics on diagnostics steps and columns to token dumps. It changes nothing in the training."""
 
     needs: frozenset[str]  # TokenStats fields that `diagnose` reads
     column_needs: frozenset[str]  # TokenStats fields that `columns` reads
@@ -136,7 +145,7 @@ class Observer(Protocol):
     def diagnose(self, stats: TokenStats, weights: TokenWeights) -> Diagnosis: ...
 
     def columns(self, stats: TokenStats, weights: TokenWeights, generator: torch.Generator) -> dict[str, Tensor]:
-        """Name -> (N,) tensor, written beside the statistics of each dumped token."""
+        """Further (N,) columns by name, which a token dump holds beside the statistics of its tokens."""
         ...
 
 

@@ -1,26 +1,28 @@
 """Divergences and token statistics from hidden states, fused with the LM heads, a chunk of tokens at a time.
 
 The textbook computes logits (N, V), calls autograd, and keeps 12 to 28 bytes per token and vocabulary entry alive:
-at V = 151,936 a response of 8,192 tokens costs 15 to 35 GB. Looping over chunks does not help, because autograd saves
+at V = 151,936 a response of 8,192 tokens costs 15 to 35 GB. A loop over chunks does not help, because autograd saves
 every chunk. Here each chunk of tokens is projected once, its loss *and its gradient* are formed in place, and only
 the gradients with respect to hidden states and head leave the chunk. The arithmetic is the least possible,
 3 H_s + H_t multiply-adds per token and vocabulary entry: one projection of each model and the two gradient products.
-Tokens of weight 0 are never projected.
+The loss never projects tokens of weight 0; the statistics project all tokens.
 
-Left out on purpose: custom kernels (plain PyTorch runs on every device), targets and labels (there are none), and any
-division: a loss is a *sum*, and the training step divides once by one global number.
+Left out on purpose: custom kernels (plain PyTorch runs on CPUs and on CUDA), targets and labels (there are none), and
+any division: a loss is a *sum*, and the training step divides once by one global number.
 
-Shapes: N tokens, V compared vocabulary, H_s and H_t hidden sizes, c tokens of a chunk. All numbers in nats.
+P is the student's distribution, Q the teacher's, and M = beta Q + (1 - beta) P their mixture. All numbers are in nats.
+Shape suffixes: N tokens, V vocabulary (the compared ids), H hidden size of the model at hand, R rows of its head
+(R >= V), c tokens of a chunk, K likeliest ids. So `log_p_cV` is (c, V).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from opd.divergence import check_beta
-from opd.hooks import STAT_FIELDS
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
 TOP_K = 16  # of overlap_kl and teacher_topk_mass: TA-OPD, arXiv 2605.26844
@@ -33,8 +35,8 @@ class Head:
     Only the first `vocab_size` rows take part, so that padded vocabulary rows get no probability and no gradient.
     """
 
-    weight: Tensor  # (rows, H), the parameter itself
-    bias: Tensor | None = None  # (rows,)
+    weight: Tensor  # (R, H), the parameter itself
+    bias: Tensor | None = None  # (R,)
     scale: float = 1.0
     soft_cap: float | None = None
     vocab_size: int | None = None  # None: all rows
@@ -44,6 +46,27 @@ class Head:
         return self.vocab_size or self.weight.shape[0]
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The divergence D of a token: "reverse_kl" = KL(P || Q), "forward_kl" = KL(Q || P), or "jsd" (opd.divergence.jsd).
+
+    Raises:
+        ValueError: another name, or a beta outside (0, 1).
+    """
+
+    divergence: str = "reverse_kl"
+    jsd_beta: float = 0.5  # read by "jsd" alone
+
+    def __post_init__(self) -> None:
+        if self.divergence not in ("reverse_kl", "forward_kl", "jsd"):
+            raise ValueError(f"divergence is {self.divergence!r}, expected 'reverse_kl', 'forward_kl' or 'jsd'")
+        check_beta(self.jsd_beta)
+
+
+REVERSE_KL = Objective()
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
 def divergence_sum(
     student_hidden: Tensor,
     student_head: Head,
@@ -51,11 +74,10 @@ def divergence_sum(
     teacher_head: Head,
     weights: Tensor,
     forward_share: Tensor | None = None,
-    divergence: str = "reverse_kl",
-    jsd_beta: float = 0.5,
+    objective: Objective = REVERSE_KL,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> Tensor:
-    """Sum over tokens of w_t * loss_t, loss_t = (1 - f_t) D_t + f_t KL(P_T || P_S); not divided by anything.
+    """Sum over tokens of w_t * loss_t, loss_t = (1 - f_t) D_t + f_t KL(Q || P); not divided by anything.
 
     The gradient reaches `student_hidden`, and weight and bias of `student_head`; whatever does not require it costs
     nothing. It is formed in the forward pass and is handed out once (a second backward raises RuntimeError).
@@ -67,131 +89,178 @@ def divergence_sum(
         teacher_hidden: (N, H_t), the same of the teacher.
         weights: (N,), >= 0. Rows of weight 0 are ignored even if they are not finite.
         forward_share: f, (N,) in [0, 1]; None is 0.
-        divergence: "reverse_kl" = KL(P_S || P_T), "forward_kl" = KL(P_T || P_S), or "jsd" (see opd.divergence.jsd).
+        objective: which divergence D is.
         chunk_bytes: transient memory; the result does not depend on it beyond rounding.
     Returns:
-        float32 scalar.
+        float32 scalar, in nats.
     Raises:
-        ValueError: shapes, vocabulary sizes, divergence or beta that do not fit.
+        ValueError: shapes or vocabulary sizes that do not fit.
     """
-    if divergence not in ("reverse_kl", "forward_kl", "jsd"):
-        raise ValueError(f"divergence is {divergence!r}, expected 'reverse_kl', 'forward_kl' or 'jsd'")
-    check_beta(jsd_beta)
-    _check_shapes(
-        student_hidden, student_head, teacher_hidden, teacher_head, {"weights": weights, "forward_share": forward_share}
-    )
-    if divergence == "forward_kl":
+    student, teacher = _States(student_hidden, student_head), _States(teacher_hidden.detach(), teacher_head)
+    _check_shapes(student, teacher, {"weights": weights, "forward_share": forward_share})
+    if objective.divergence == "forward_kl":
         forward_share = torch.ones_like(weights)
-    beta = jsd_beta if divergence == "jsd" else None
-    grads = [
-        torch.is_grad_enabled() and x is not None and x.requires_grad
-        for x in (student_hidden, student_head.weight, student_head.bias)
-    ]
+    beta = objective.jsd_beta if objective.divergence == "jsd" else None
+    summands = _Summands(student_head, teacher, weights.detach(), forward_share, beta, chunk_bytes)
+    sources = (student_hidden, student_head.weight, student_head.bias)
+    if not torch.is_grad_enabled():
+        sources = tuple(None if source is None else source.detach() for source in sources)
     with torch.autocast(student_hidden.device.type, enabled=False):  # it would round the row sums to bf16
-        return _DivergenceSum.apply(
-            student_hidden,
-            student_head.weight,
-            student_head.bias,
-            student_head,
-            teacher_hidden.detach(),
-            teacher_head,
-            weights.detach(),
-            forward_share,
-            beta,
-            chunk_bytes,
-            grads,
-        )
+        return _DivergenceSum.apply(*sources, summands)
+
+
+@dataclass(frozen=True)
+class _Summands:
+    """What the sum is made of, except for the three tensors that autograd has to see."""
+
+    student_head: Head
+    teacher: "_States"
+    weights_N: Tensor
+    forward_share_N: Tensor | None
+    beta: float | None  # None: D is the reverse KL
+    chunk_bytes: int
+
+    @property
+    def buffers(self) -> int:
+        """How many (c, V) buffers stand at once: three, two more for the JSD, one more for the slope of a soft cap."""
+        return 3 + 2 * (self.beta is not None) + (self.student_head.soft_cap is not None)
 
 
 class _DivergenceSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, head, teacher_hidden, teacher_head, weights, forward_share, beta, chunk_bytes, grads
-    ):
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if grads[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if grads[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if grads[2] else None
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        buffers = 3 + 2 * (beta is not None) + (head.soft_cap is not None)
-        work = _Workspace(hidden, head, teacher_hidden, teacher_head, buffers, chunk_bytes)
-        for rows in work.chunks(weights.nonzero().squeeze(1)):
-            chunk_hidden = hidden[rows].to(work.student_dtype)
-            log_s, cap_slope = work.log_softmax(1, chunk_hidden, head, slope=any(grads))
-            log_t, _ = work.log_softmax(2, teacher_hidden[rows].to(work.teacher_dtype), teacher_head)
-            row_weights = weights[rows].float()
-            share = None if forward_share is None else forward_share[rows].float()
-            loss, grad = _loss_and_logit_grad(log_s, log_t, share, beta, work, wanted=any(grads))
-            total += (row_weights.double() * loss.double()).sum()
-            if grad is None:
-                continue
-            if cap_slope is not None:
-                grad.mul_(cap_slope)
-            # weight and scale belong to rows, so they multiply (c, H) factors of the products and not (c, V) gradients
-            row_factor = row_weights * head.scale
-            if grad_bias is not None:
-                grad_bias[: head.size] += row_factor @ grad
-            work.backpropagate(grad, row_factor, rows, chunk_hidden, head, grad_hidden, grad_weight)
-        ctx.grads = [
-            None if g is None else g.to(x.dtype)
-            for g, x in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
-        ]
+    def forward(ctx, hidden_NH: Tensor, weight_RH: Tensor, bias_R: Tensor | None, summands: _Summands) -> Tensor:
+        with_gradient = any(ctx.needs_input_grad)
+        gradients = _Gradients((hidden_NH, weight_RH, bias_R), ctx.needs_input_grad[:3])
+        student, soft_cap = _States(hidden_NH, summands.student_head), summands.student_head.soft_cap
+        work = _Workspace(student, summands.teacher, summands.buffers, summands.chunk_bytes)
+        total = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
+        for rows_c in work.chunks(summands.weights_N.nonzero().squeeze(1)):
+            chunk = student.chunk(rows_c, work.tile)
+            slope_cV = work.take("cap_slope") if with_gradient and soft_cap is not None else None
+            log_p_cV = _log_probabilities("log_p", chunk, work, slope_cV)
+            log_q_cV = _log_probabilities("log_q", summands.teacher.chunk(rows_c, work.tile), work)
+            weights_c = summands.weights_N[rows_c].float()
+            share_c = None if summands.forward_share_N is None else summands.forward_share_N[rows_c].float()
+            loss = _chunk_loss(log_p_cV, log_q_cV, share_c, summands.beta, work)
+            total += (weights_c.double() * loss.value_c.double()).sum()
+            if with_gradient:
+                grad_cV = _logit_gradient(loss, share_c)
+                gradients.add(grad_cV if slope_cV is None else grad_cV.mul_(slope_cV), weights_c, rows_c, chunk)
+        ctx.gradients = gradients.in_dtypes_of(hidden_NH, weight_RH, bias_R)
         return total.float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        if ctx.grads is None:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
             raise RuntimeError("the gradient of divergence_sum was already taken; call divergence_sum again")
-        grads, ctx.grads = ctx.grads, None  # scaled in place: a copy would be a second gradient of the head's size
-        return *(None if g is None else g.mul_(grad_output) for g in grads), *(None,) * 8
+        # scaled in place, because a copy would be as large as the head
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if gradient is None else gradient.mul_(grad_output) for gradient in gradients), None
 
 
-def _loss_and_logit_grad(
-    log_s: Tensor, log_t: Tensor, share: Tensor | None, beta: float | None, work: "_Workspace", wanted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Loss (c,) and its gradient in the student's logits (c, V); overwrites both arguments, and buffers 0, 3 and 4.
+def _log_probabilities(name: str, chunk: "_Chunk", work: "_Workspace", slope_cV: Tensor | None = None) -> Tensor:
+    """(c, V) in the buffer `name`; the buffer of the logits is free again."""
+    logits_cV = chunk.logits(out=work.take("logits"), slope_cV=slope_cV)
+    log_probabilities_cV = torch.log_softmax(logits_cV, -1, out=work.take(name))
+    work.release("logits")
+    return log_probabilities_cV
 
-    With P, Q for student and teacher, and f for share:
-      D = reverse KL  sum P r, r = log P - log Q          gradient P r - D P
-      D = JSD_beta                                        gradient P s - (sum P s) P, s = (1 - beta) (log P - log M)
-      forward KL  -sum Q r                                gradient P - Q
-      together    (1 - f) D + f forward KL
+
+@dataclass(frozen=True)
+class _ChunkLoss:
+    """The loss of a chunk's tokens, and what its gradient is made of. The buffers are overwritten by the gradient."""
+
+    value_c: Tensor
+    p_cV: Tensor
+    q_cV: Tensor | None  # None: only p is needed
+    scored_p_cV: Tensor  # P s, with the score s of `_chunk_loss`
+    centre_c: Tensor  # sum_v P s
+
+
+def _chunk_loss(
+    log_p_cV: Tensor, log_q_cV: Tensor, share_c: Tensor | None, beta: float | None, work: "_Workspace"
+) -> _ChunkLoss:
+    """(1 - f) D + f forward KL of each token; overwrites both log-probabilities.
+
+    D is sum_v P s plus a part that weighs the teacher's probabilities alone, with a score s of each vocabulary entry:
+      reverse KL  s = r, r = log P - log Q
+      JSD_beta    s = (1 - beta) (log P - log M), and beta KL(Q || M) is added
+    The forward KL is -sum Q r.
     """
-    rows = len(log_s)
-    q = None if share is None and beta is None else torch.exp(log_t, out=work.buffer(0, rows))
-    log_ratio = torch.sub(log_s, log_t, out=log_t)
-    forward = None if share is None else -_rowdot(q, log_ratio)
-    p = log_s.exp_()
-    teacher_part = 0.0
-    if beta is not None:
-        common = _log_m_over_larger(log_ratio, beta, work.buffer(3, rows), work.buffer(4, rows))
-        over_q = torch.clamp(log_ratio, min=0, out=work.buffer(4, rows)).add_(common)
-        teacher_part = -beta * _rowdot(q, over_q)
-        log_ratio.neg_().clamp_(min=0).add_(common).mul_(beta - 1)  # now s
-    grad = log_ratio.mul_(p)
-    centre = grad.sum(-1)
-    loss = centre + teacher_part
-    if share is not None:
-        loss = (1 - share) * loss + share * forward
-    if not wanted:
-        return loss, None
-    if share is None:
-        return loss, grad.addcmul_(p, -centre[:, None])
-    grad.mul_(1 - share[:, None]).addcmul_(p, (share - (1 - share) * centre)[:, None])
-    return loss, grad.addcmul_(q, -share[:, None])
+    q_cV = None if share_c is None and beta is None else torch.exp(log_q_cV, out=work.take("q"))
+    log_ratio_cV = torch.sub(log_p_cV, log_q_cV, out=log_q_cV)
+    forward_kl_c = None if share_c is None else -_dot(q_cV, log_ratio_cV)
+    p_cV = log_p_cV.exp_()
+    teacher_part_c = 0.0 if beta is None else _jsd_scores(log_ratio_cV, q_cV, beta, work)
+    scored_p_cV = log_ratio_cV.mul_(p_cV)
+    centre_c = scored_p_cV.sum(-1)
+    value_c = centre_c + teacher_part_c
+    if share_c is not None:
+        value_c = (1 - share_c) * value_c + share_c * forward_kl_c
+    return _ChunkLoss(value_c, p_cV, q_cV, scored_p_cV, centre_c)
 
 
-def _log_m_over_larger(log_ratio: Tensor, beta: float, out: Tensor, scratch: Tensor) -> Tensor:
-    """log M - log max(P, Q) from r = log P - log Q, with M = beta Q + (1 - beta) P, as log1p(c expm1(-|r|)).
+def _jsd_scores(log_ratio_cV: Tensor, q_cV: Tensor, beta: float, work: "_Workspace") -> Tensor:
+    """Overwrites the log ratio by the scores (1 - beta) (log P - log M) of the JSD; returns beta KL(Q || M), (c,)."""
+    share_cV = _smaller_share(log_ratio_cV, beta, out=work.take("smaller_share"))
+    larger_cV = _log_m_over_larger(log_ratio_cV, share_cV, out=work.take("log_m_over_larger"))
+    work.release("smaller_share")
+    teacher_part_c = -beta * _dot(q_cV, _log_m_over_q(log_ratio_cV, larger_cV, out=work.take("log_m_over_q")))
+    _log_m_over_p(log_ratio_cV, larger_cV, out=log_ratio_cV).mul_(beta - 1)
+    return teacher_part_c
 
-    c is beta where P > Q, else 1 - beta. Then log M - log Q is that + max(r, 0) and log M - log P is that + max(-r, 0),
-    each exact where its model has mass. It does not overflow, does not round a small difference away, and is exactly 0
-    where P = Q.
+
+def _logit_gradient(loss: _ChunkLoss, share_c: Tensor | None) -> Tensor:
+    """Gradient of each token's loss in the student's logits, (c, V), written over P s.
+
+    That of D is P s - (sum P s) P, for both kinds of scores; that of the forward KL is P - Q.
     """
-    factor = torch.gt(log_ratio, 0, out=scratch).mul_(2 * beta - 1).add_(1 - beta)
-    return torch.abs(log_ratio, out=out).neg_().expm1_().mul_(factor).log1p_()
+    if share_c is None:
+        return loss.scored_p_cV.addcmul_(loss.p_cV, -loss.centre_c[:, None])
+    rest_c = 1 - share_c
+    grad_cV = loss.scored_p_cV.mul_(rest_c[:, None])
+    grad_cV.addcmul_(loss.p_cV, (share_c - rest_c * loss.centre_c)[:, None])
+    return grad_cV.addcmul_(loss.q_cV, -share_c[:, None])
 
 
+class _Gradients:
+    """Gradients of the sum in hidden states (N, H), weight (R, H) and bias (R,) of the student, in float32.
+
+    A gradient that is not wanted is None and costs nothing.
+    """
+
+    def __init__(self, sources: tuple[Tensor | None, ...], wanted: tuple[bool, ...]):
+        self.hidden_NH, self.weight_RH, self.bias_R = (
+            torch.zeros_like(source, dtype=torch.float32) if want else None
+            for source, want in zip(sources, wanted, strict=True)
+        )
+
+    def add(self, grad_cV: Tensor, weights_c: Tensor, rows_c: Tensor, chunk: "_Chunk") -> None:
+        """Adds the products of a chunk; `grad_cV` is its gradient in (h W^T + b) * scale, before the token weights."""
+        # weight and scale belong to rows, so they multiply (c, H) factors of the products and not (c, V) gradients
+        factor_c = weights_c * chunk.head.scale
+        if self.bias_R is not None:
+            self.bias_R[: chunk.head.size] += factor_c @ grad_cV
+        hidden_cH = chunk.hidden_cH
+        grad_cH = torch.zeros(hidden_cH.shape, device=hidden_cH.device)
+        scaled_cH = (hidden_cH * factor_c[:, None]).to(hidden_cH.dtype)
+        for part, weight_tile in chunk.tiles():
+            grad_tile = grad_cV[:, part].to(hidden_cH.dtype)
+            if self.hidden_NH is not None:
+                _add_product(grad_tile, weight_tile, out=grad_cH)
+            if self.weight_RH is not None:
+                _add_product(grad_tile.T, scaled_cH, out=self.weight_RH[part])
+        if self.hidden_NH is not None:
+            self.hidden_NH[rows_c] = grad_cH.mul_(factor_c[:, None])
+
+    def in_dtypes_of(self, *sources: Tensor | None) -> list[Tensor | None]:
+        gradients = (self.hidden_NH, self.weight_RH, self.bias_R)
+        pairs = zip(gradients, sources, strict=True)
+        return [None if gradient is None else gradient.to(source.dtype) for gradient, source in pairs]
+
+
+# --- the statistics ---------------------------------------------------------------------------------------------------
 def token_stats(
     student_hidden: Tensor,
     student_head: Head,
@@ -207,242 +276,345 @@ def token_stats(
     Args:
         student_hidden, teacher_hidden: (N, H_s) and (N, H_t), as in `divergence_sum`.
         token_ids: (N,) int64, the sampled tokens.
+        needs: keys of STATISTICS.
+        jsd_beta: the beta of the field `jsd`.
+        chunk_bytes: transient memory; the result does not depend on it beyond rounding.
     Returns:
         name -> (N,) float32 on the device of the hidden states; the top-5 fields are (N, 5), ids int64.
     Raises:
-        ValueError: an unknown name, or shapes that do not fit.
+        ValueError: an unknown name, a beta outside (0, 1), or shapes that do not fit.
     """
-    if unknown := needs - STAT_FIELDS:
-        raise ValueError(f"needs names {sorted(unknown)}, expected names out of {sorted(STAT_FIELDS)}")
+    if unknown := needs - STATISTICS.keys():
+        raise ValueError(f"needs names {sorted(unknown)}, expected names out of {sorted(STATISTICS)}")
     check_beta(jsd_beta)
-    _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head, {"token_ids": token_ids})
+    student, teacher = _States(student_hidden, student_head), _States(teacher_hidden, teacher_head)
+    _check_shapes(student, teacher, {"token_ids": token_ids})
     if not needs:
         return {}
-    found: dict[str, list[Tensor]] = {name: [] for name in needs}
-    work = _Workspace(student_hidden, student_head, teacher_hidden, teacher_head, 4 + 2 * ("jsd" in needs), chunk_bytes)
+    columns: dict[str, list[Tensor]] = {name: [] for name in needs}
+    plan = _Plan(needs)
+    work = _Workspace(student, teacher, plan.buffers, chunk_bytes)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
-        for rows in work.chunks(torch.arange(len(token_ids), device=student_hidden.device)):
-            log_s, _ = work.log_softmax(1, student_hidden[rows].to(work.student_dtype), student_head)
-            log_t, _ = work.log_softmax(2, teacher_hidden[rows].to(work.teacher_dtype), teacher_head)
-            for name, column in _stats_of(log_s, log_t, token_ids[rows], needs, jsd_beta, work).items():
-                found[name].append(column)
-    return {name: torch.cat(columns) for name, columns in found.items()}
+        for rows_c in work.chunks(torch.arange(len(token_ids), device=student_hidden.device)):
+            models = {"student": student.chunk(rows_c, work.tile), "teacher": teacher.chunk(rows_c, work.tile)}
+            results = plan.compute(models | {"token_ids": token_ids[rows_c], "jsd_beta": jsd_beta}, work)
+            for name, column in columns.items():
+                column.append(results[name])
+    return {name: torch.cat(column) for name, column in columns.items()}
 
 
-def _stats_of(
-    log_s: Tensor, log_t: Tensor, token_ids: Tensor, needs: frozenset[str], beta: float, work: "_Workspace"
-) -> dict[str, Tensor]:
-    """The statistics of a chunk; overwrites buffer 0 and those from 3 on, and computes only what `needs` asks for."""
-    rows, found = len(log_s), {}
-    if "student_logprob" in needs:
-        found["student_logprob"] = log_s.gather(1, token_ids[:, None])[:, 0]
-    if "teacher_logprob" in needs:
-        found["teacher_logprob"] = log_t.gather(1, token_ids[:, None])[:, 0]
-    if "top1_agree" in needs:
-        found["top1_agree"] = (log_s.argmax(-1) == log_t.argmax(-1)).float()
-    for who, log_p in (("student", log_s), ("teacher", log_t)):
-        if f"{who}_top5_ids" in needs or f"{who}_top5_logprobs" in needs:
-            top = log_p.topk(min(5, log_p.shape[-1]))
-            found[f"{who}_top5_ids"], found[f"{who}_top5_logprobs"] = top.indices, top.values
-    if "overlap_kl" in needs or "teacher_topk_mass" in needs:
-        found.update(_overlap(log_s, log_t))
+@dataclass(frozen=True)
+class Formula:
+    """How something of a chunk is computed: `function` of what `reads` names, in that order.
 
-    log_ratio = None
-    if needs & {"reverse_kl", "forward_kl", "jsd", "reverse_kl_energy"}:
-        log_ratio = torch.sub(log_s, log_t, out=work.buffer(3, rows))
-    # both KLs are >= 0; rounding can leave -1e-8, which would become the minimum of a normalised axis
-    if needs & {"student_entropy", "reverse_kl", "jsd", "total_variation", "reverse_kl_energy", "forward_kl_energy"}:
-        p = torch.exp(log_s, out=work.buffer(0, rows))
-        if "student_entropy" in needs:
-            found["student_entropy"] = -_rowdot(p, log_s)
-        if "reverse_kl" in needs or "reverse_kl_energy" in needs:
-            found["reverse_kl"] = _rowdot(p, log_ratio).clamp_(min=0)
-        if "reverse_kl_energy" in needs:
-            found["reverse_kl_energy"] = _energy(p, log_ratio, found["reverse_kl"])
-    if needs & {"teacher_entropy", "forward_kl", "jsd", "total_variation", "forward_kl_energy"}:
-        if "teacher_entropy" in needs or "forward_kl" in needs or "jsd" in needs:
-            q = torch.exp(log_t, out=log_s)  # log P is not needed any more
-            if "teacher_entropy" in needs:
-                found["teacher_entropy"] = -_rowdot(q, log_t)
-            if "forward_kl" in needs:
-                found["forward_kl"] = -_rowdot(q, log_ratio).clamp_(max=0)
-            log_t.copy_(q)
-        else:
-            log_t.exp_()
-        q = log_t
-        if "forward_kl_energy" in needs:
-            found["forward_kl_energy"] = _energy(None, p, q)
-        if "total_variation" in needs:
-            found["total_variation"] = torch.sub(p, q, out=log_s).abs_().sum(-1).mul_(0.5)
-        if "jsd" in needs:
-            common = _log_m_over_larger(log_ratio, beta, work.buffer(4, rows), work.buffer(5, rows))
-            over_q = torch.clamp(log_ratio, min=0, out=work.buffer(5, rows)).add_(common)
-            over_p = log_ratio.neg_().clamp_(min=0).add_(common)
-            found["jsd"] = (-beta * _rowdot(q, over_q) - (1 - beta) * _rowdot(p, over_p)).clamp_(min=0)
-    return {name: found[name] for name in needs}
+    `reads` may name keys of INTERMEDIATES, SHARED and STATISTICS, and what a chunk is given: "student" and "teacher"
+    (`_Chunk`), "token_ids" (c,) int64 and "jsd_beta" (float).
+    """
+
+    function: Callable[..., Tensor]
+    reads: tuple[str, ...]
 
 
-def _overlap(log_s: Tensor, log_t: Tensor) -> dict[str, Tensor]:
-    """overlap_kl and teacher_topk_mass of TA-OPD: on the union of both models' likeliest tokens."""
-    k = min(TOP_K, log_s.shape[-1])
-    top_s, top_t = log_s.topk(k).indices, log_t.topk(k).indices
-    both = torch.cat([top_s, top_t], -1)
+class _Plan:
+    """The formulas that some statistics need, in the order of their computation, each once.
+
+    An intermediate gives its buffer back as soon as no later formula reads it. So the number of buffers, and with it
+    the number of tokens that are projected at once, follows from the tables and from what is asked for.
+    """
+
+    def __init__(self, needs: frozenset[str]):
+        self.formulas: dict[str, Formula] = {}
+        known = INTERMEDIATES | SHARED | STATISTICS
+        for name in STATISTICS:
+            if name in needs:
+                self._append(name, known)
+        # a later reader replaces an earlier one, so the last one stays
+        last_reader = {read: name for name, formula in self.formulas.items() for read in formula.reads}
+        self.spent = {name: [read for read in INTERMEDIATES if last_reader.get(read) == name] for name in self.formulas}
+
+    def _append(self, name: str, known: dict[str, Formula]) -> None:
+        if name in self.formulas or name not in known:
+            return  # it is there already, or it is given with the chunk
+        for read in known[name].reads:
+            self._append(read, known)
+        self.formulas[name] = known[name]
+
+    @property
+    def buffers(self) -> int:
+        """How many intermediates stand at once."""
+        held, most = set(), 1  # a chunk needs a size even if no intermediate is read
+        for name in self.formulas:
+            held |= {name} & INTERMEDIATES.keys()
+            most = max(most, len(held))
+            held -= set(self.spent[name])
+        return most
+
+    def compute(self, given: dict[str, object], work: "_Workspace") -> dict[str, Tensor]:
+        """All formulas on one chunk: name -> value. What lies in a buffer is overwritten later."""
+        values = dict(given)
+        for name, formula in self.formulas.items():
+            inputs = [values[read] for read in formula.reads]
+            if name in INTERMEDIATES:
+                values[name] = formula.function(*inputs, out=work.take(name))
+            else:
+                values[name] = formula.function(*inputs)
+            for read in self.spent[name]:
+                work.release(read)
+        return values
+
+
+def _smaller_share(log_ratio_cV: Tensor, beta: float, out: Tensor) -> Tensor:
+    """Share in M of the model that gives an entry less: beta where P > Q, else 1 - beta."""
+    return torch.gt(log_ratio_cV, 0, out=out).mul_(2 * beta - 1).add_(1 - beta)
+
+
+def _log_m_over_larger(log_ratio_cV: Tensor, smaller_share_cV: Tensor, out: Tensor) -> Tensor:
+    """log M - log max(P, Q) from r = log P - log Q, as log1p(c expm1(-|r|)) with c of `_smaller_share`.
+
+    This does not overflow, does not round a small difference away, and is exactly 0 where P = Q.
+    """
+    return torch.abs(log_ratio_cV, out=out).neg_().expm1_().mul_(smaller_share_cV).log1p_()
+
+
+def _log_m_over_q(log_ratio_cV: Tensor, log_m_over_larger_cV: Tensor, out: Tensor) -> Tensor:
+    """log M - log Q, exact where Q has mass."""
+    return torch.clamp(log_ratio_cV, min=0, out=out).add_(log_m_over_larger_cV)
+
+
+def _log_m_over_p(log_ratio_cV: Tensor, log_m_over_larger_cV: Tensor, out: Tensor) -> Tensor:
+    """log M - log P, exact where P has mass; `out` may be the log ratio itself."""
+    return torch.neg(log_ratio_cV, out=out).clamp_(min=0).add_(log_m_over_larger_cV)
+
+
+def _likeliest(log_p_cV: Tensor) -> torch.return_types.topk:
+    """Values and indices of the top 16, (c, K), likeliest first; all of them when V < 16."""
+    return log_p_cV.topk(min(TOP_K, log_p_cV.shape[-1]))
+
+
+def _overlap_kl(
+    log_p_cV: Tensor, log_q_cV: Tensor, student_top: torch.return_types.topk, teacher_top: torch.return_types.topk
+) -> Tensor:
+    """KL(Q || P), both renormalised on the union of both models' likeliest ids: TA-OPD, arXiv 2605.26844."""
+    top_p_cK, top_q_cK = student_top.indices, teacher_top.indices
+    union_cK = torch.cat([top_p_cK, top_q_cK], -1)
     # an id in both top lists counts once: its second copy gets no mass
-    again = torch.cat([torch.zeros_like(top_s, dtype=torch.bool), (top_t[:, :, None] == top_s[:, None, :]).any(-1)], -1)
-    on_s = log_s.gather(1, both).masked_fill(again, -torch.inf).log_softmax(-1)
-    on_t = log_t.gather(1, both).masked_fill(again, -torch.inf).log_softmax(-1)
-    return {
-        "overlap_kl": (on_t.exp() * (on_t - on_s).masked_fill(again, 0)).sum(-1).clamp_(min=0),
-        "teacher_topk_mass": log_t.gather(1, top_s).exp().sum(-1),
-    }
+    in_both_cK = (top_q_cK[:, :, None] == top_p_cK[:, None, :]).any(-1)
+    again_cK = torch.cat([torch.zeros_like(top_p_cK, dtype=torch.bool), in_both_cK], -1)
+    on_p_cK, on_q_cK = (
+        log_cV.gather(1, union_cK).masked_fill(again_cK, -torch.inf).log_softmax(-1) for log_cV in (log_p_cV, log_q_cV)
+    )
+    return (on_q_cK.exp() * (on_q_cK - on_p_cK).masked_fill(again_cK, 0)).sum(-1).clamp_(min=0)
+
+
+def _logprob(log_p_cV: Tensor, ids_c: Tensor) -> Tensor:
+    return log_p_cV.gather(1, ids_c[:, None])[:, 0]
+
+
+def _entropy(p_cV: Tensor, log_p_cV: Tensor) -> Tensor:
+    return -_dot(p_cV, log_p_cV)
+
+
+def _reverse_kl_energy(p_cV: Tensor, log_ratio_cV: Tensor, reverse_kl_c: Tensor) -> Tensor:
+    """sum_v (P (r - D))^2: the gradient of D = KL(P || Q) in the student's logits is P (r - D)."""
+
+    def squares(p: Tensor, log_ratio: Tensor) -> Tensor:
+        return (log_ratio - reverse_kl_c[:, None]).mul_(p).square_()
+
+    return _sum_of(squares, p_cV, log_ratio_cV)
+
+
+def _jsd(kl_teacher_mixture_c: Tensor, kl_student_mixture_c: Tensor, beta: float) -> Tensor:
+    return (beta * kl_teacher_mixture_c + (1 - beta) * kl_student_mixture_c).clamp_(min=0)
+
+
+# (c, V) float32, each in a buffer of the workspace while it is read; the function writes into `out`.
+INTERMEDIATES: dict[str, Formula] = {
+    "student_logits": Formula(lambda student, out: student.logits(out), ("student",)),
+    "teacher_logits": Formula(lambda teacher, out: teacher.logits(out), ("teacher",)),
+    "log_p": Formula(partial(torch.log_softmax, dim=-1), ("student_logits",)),
+    "log_q": Formula(partial(torch.log_softmax, dim=-1), ("teacher_logits",)),
+    "p": Formula(torch.exp, ("log_p",)),
+    "q": Formula(torch.exp, ("log_q",)),
+    "log_ratio": Formula(torch.sub, ("log_p", "log_q")),
+    "smaller_share": Formula(_smaller_share, ("log_ratio", "jsd_beta")),
+    "log_m_over_larger": Formula(_log_m_over_larger, ("log_ratio", "smaller_share")),
+    "log_m_over_q": Formula(_log_m_over_q, ("log_ratio", "log_m_over_larger")),
+    "log_m_over_p": Formula(_log_m_over_p, ("log_ratio", "log_m_over_larger")),
+}
+
+# Small values, (c,) or (c, K), that several statistics read, or that let a buffer go earlier.
+SHARED: dict[str, Formula] = {
+    "student_top": Formula(_likeliest, ("log_p",)),
+    "teacher_top": Formula(_likeliest, ("log_q",)),
+    "kl_teacher_mixture": Formula(lambda q, log_m_over_q: -_dot(q, log_m_over_q), ("q", "log_m_over_q")),
+    "kl_student_mixture": Formula(lambda p, log_m_over_p: -_dot(p, log_m_over_p), ("p", "log_m_over_p")),
+}
+
+# The fields of TokenStats, (c,) or (c, 5). A new statistic needs an entry here and a field of opd.hooks.TokenStats; one
+# that is not a float column of shape (N,) also needs a line of opd.step._empty_column. The order affects how many
+# buffers stand at once and nothing else. The divergences are clamped: rounding can leave -1e-8 where they are 0, and a
+# weighter that scales a column by its minimum would take that as the minimum.
+STATISTICS: dict[str, Formula] = {
+    "student_logprob": Formula(_logprob, ("log_p", "token_ids")),
+    "teacher_logprob": Formula(_logprob, ("log_q", "token_ids")),
+    "top1_agree": Formula(lambda log_p, log_q: (log_p.argmax(-1) == log_q.argmax(-1)).float(), ("log_p", "log_q")),
+    "student_top5_ids": Formula(lambda top: top.indices[:, :5], ("student_top",)),
+    "student_top5_logprobs": Formula(lambda top: top.values[:, :5], ("student_top",)),
+    "teacher_top5_ids": Formula(lambda top: top.indices[:, :5], ("teacher_top",)),
+    "teacher_top5_logprobs": Formula(lambda top: top.values[:, :5], ("teacher_top",)),
+    "teacher_topk_mass": Formula(
+        lambda log_q, top: log_q.gather(1, top.indices).exp().sum(-1), ("log_q", "student_top")
+    ),
+    "overlap_kl": Formula(_overlap_kl, ("log_p", "log_q", "student_top", "teacher_top")),
+    "reverse_kl": Formula(lambda log_ratio, p: _dot(p, log_ratio).clamp_(min=0), ("log_ratio", "p")),
+    "reverse_kl_energy": Formula(_reverse_kl_energy, ("p", "log_ratio", "reverse_kl")),
+    "student_entropy": Formula(_entropy, ("p", "log_p")),
+    "forward_kl": Formula(lambda log_ratio, q: -_dot(q, log_ratio).clamp_(max=0), ("log_ratio", "q")),
+    "teacher_entropy": Formula(_entropy, ("q", "log_q")),
+    "forward_kl_energy": Formula(lambda p, q: _sum_of(lambda a, b: (a - b).square_(), p, q), ("p", "q")),
+    "total_variation": Formula(lambda p, q: _sum_of(lambda a, b: (a - b).abs_(), p, q).mul_(0.5), ("p", "q")),
+    "jsd": Formula(_jsd, ("kl_teacher_mixture", "kl_student_mixture", "jsd_beta")),
+}
+
+
+# --- chunks and memory ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _States:
+    """The hidden states of a model and the head that projects them."""
+
+    hidden_NH: Tensor
+    head: Head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the products are made in: a CPU has no product of a lower dtype with float32 output."""
+        return torch.float32 if self.hidden_NH.device.type == "cpu" else self.hidden_NH.dtype
+
+    def chunk(self, rows_c: Tensor, tile: int) -> "_Chunk":
+        return _Chunk(self.hidden_NH[rows_c].to(self.dtype), self.head, tile)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The hidden states of some tokens, in the dtype of the products, and the head with the width of its tiles."""
+
+    hidden_cH: Tensor
+    head: Head
+    tile: int
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of the vocabulary, and the rows of the head there, in the dtype of the hidden states."""
+        for start in range(0, self.head.size, self.tile):
+            part = slice(start, min(start + self.tile, self.head.size))
+            yield part, self.head.weight[part].to(self.hidden_cH.dtype)
+
+    def logits(self, out: Tensor, slope_cV: Tensor | None = None) -> Tensor:
+        """Writes the logits, (c, V) float32, into `out`, and the derivative of a soft cap into `slope_cV`, if given."""
+        for part, weight_tile in self.tiles():
+            _set_product(self.hidden_cH, weight_tile.T, out=out[:, part])
+        if self.head.bias is not None:
+            out += self.head.bias[: self.head.size]
+        if self.head.scale != 1:
+            out *= self.head.scale
+        if self.head.soft_cap is not None:
+            out.div_(self.head.soft_cap).tanh_()
+            if slope_cV is not None:
+                torch.square(out, out=slope_cV).neg_().add_(1)
+            out.mul_(self.head.soft_cap)
+        return out
 
 
 class _Workspace:
     """How the work is cut, and the memory it is done in.
 
     Tokens of a chunk and vocabulary rows of a tile are chosen so that all (c, V) buffers and the tile stay inside the
-    byte budget. The buffers are allocated once and used for every chunk. A tile is the part of a head that is cast at
-    once; a head that needs no cast is used whole.
+    byte budget. A buffer is taken under the name of what it will hold. It is allocated once, and a released one is
+    taken again under another name. A tile is the slice of vocabulary rows that is multiplied at once. If either head
+    has to be cast, or either model computes in bfloat16, both heads are cut into tiles; else both are used whole.
     """
 
-    def __init__(
-        self,
-        student_hidden: Tensor,
-        student_head: Head,
-        teacher_hidden: Tensor,
-        teacher_head: Head,
-        buffers: int,
-        chunk_bytes: int,
-    ):
-        on_cpu = student_hidden.device.type == "cpu"
-        self.student_dtype = torch.float32 if on_cpu else student_hidden.dtype
-        self.teacher_dtype = torch.float32 if on_cpu else teacher_hidden.dtype
-        self.device = student_hidden.device
-        self.vocab = student_head.size
-        casts = (self.student_dtype, self.teacher_dtype) != (student_head.weight.dtype, teacher_head.weight.dtype)
-        lower = torch.bfloat16 in (self.student_dtype, self.teacher_dtype)
-        self.tile = self.vocab
-        if casts or lower:
-            width = max(student_hidden.shape[1], teacher_hidden.shape[1])
-            self.tile = max(1, min(self.vocab, chunk_bytes // 8 // (4 * width)))  # two may stand at once
+    def __init__(self, student: _States, teacher: _States, buffers: int, chunk_bytes: int):
+        self.device = student.hidden_NH.device
+        self.vocabulary = self.tile = student.head.size
+        models = (student, teacher)
+        if any(m.dtype != m.head.weight.dtype or m.dtype == torch.bfloat16 for m in models):
+            width = max(m.hidden_NH.shape[1] for m in models)
+            self.tile = max(1, min(self.vocabulary, chunk_bytes // 8 // (4 * width)))  # two may stand at once
             chunk_bytes = chunk_bytes * 3 // 4
-        self.rows = max(1, min(chunk_bytes // (4 * self.vocab * buffers), len(student_hidden)))
-        self.buffers: list[Tensor | None] = [None] * buffers
+        self.rows = max(1, min(chunk_bytes // (4 * self.vocabulary * buffers), len(student.hidden_NH)))
+        self.tokens = 0  # of the chunk at hand
+        self.taken: dict[str, Tensor] = {}
+        self.free: list[Tensor] = []
 
-    def chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self.rows)
+    def chunks(self, rows_N: Tensor) -> Iterator[Tensor]:
+        """The row numbers in parts of as many as fit, (c,); every part begins with all buffers free."""
+        for rows_c in rows_N.split(self.rows):
+            for name in list(self.taken):
+                self.release(name)
+            self.tokens = len(rows_c)
+            yield rows_c
 
-    def buffer(self, number: int, rows: int) -> Tensor:
-        """(rows, V) float32 of the chunk's memory."""
-        if self.buffers[number] is None:
-            self.buffers[number] = torch.empty(self.rows, self.vocab, device=self.device)
-        return self.buffers[number][:rows]
+    def take(self, name: str) -> Tensor:
+        """(c, V) float32, with whatever was there before."""
+        if not self.free:
+            self.free.append(torch.empty(self.rows, self.vocabulary, device=self.device))
+        self.taken[name] = self.free.pop()
+        return self.taken[name][: self.tokens]
 
-    def log_softmax(self, number: int, hidden: Tensor, head: Head, slope: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of (c, H) states into buffer `number`, by way of buffer 0; with `slope` also the derivative
-        of the soft cap, in the last buffer."""
-        logits = self.buffer(0, len(hidden))
-        for part, weight in self._tiles(head, hidden.dtype):
-            _matmul(logits[:, part], hidden, weight.T, add=False)
-        if head.bias is not None:
-            logits += head.bias[: head.size]
-        if head.scale != 1:
-            logits *= head.scale
-        cap_slope = None
-        if head.soft_cap is not None:
-            logits.div_(head.soft_cap).tanh_()
-            if slope:
-                cap_slope = torch.square(logits, out=self.buffer(len(self.buffers) - 1, len(hidden))).neg_().add_(1)
-            logits.mul_(head.soft_cap)
-        return torch.log_softmax(logits, -1, out=self.buffer(number, len(hidden))), cap_slope
-
-    def backpropagate(
-        self,
-        grad: Tensor,
-        row_factor: Tensor,
-        rows: Tensor,
-        hidden: Tensor,
-        head: Head,
-        grad_hidden: Tensor | None,
-        grad_weight: Tensor | None,
-    ) -> None:
-        """Adds the two gradient products of a chunk: of diag(row_factor) grad, (c, V), in h W^T + b."""
-        chunk_grad = torch.zeros(hidden.shape, device=hidden.device)
-        scaled_hidden = (hidden * row_factor[:, None]).to(hidden.dtype)
-        for part, weight in self._tiles(head, hidden.dtype):
-            tile_grad = grad[:, part].to(hidden.dtype)
-            if grad_hidden is not None:
-                _matmul(chunk_grad, tile_grad, weight, add=True)
-            if grad_weight is not None:
-                _matmul(grad_weight[part], tile_grad.T, scaled_hidden, add=True)
-        if grad_hidden is not None:
-            grad_hidden[rows] = chunk_grad.mul_(row_factor[:, None])
-
-    def _tiles(self, head: Head, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, head.size, self.tile):
-            part = slice(start, min(start + self.tile, head.size))
-            yield part, head.weight[part].to(dtype)
+    def release(self, name: str) -> None:
+        self.free.append(self.taken.pop(name))
 
 
-def _matmul(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """out (float32) = or += a @ b, accumulated in float32 whatever the dtype of a and b."""
+def _set_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out (float32) = a @ b, accumulated in float32 whatever the dtype of a and b."""
     if a.dtype == torch.float32:
-        torch.addmm(out, a, b, beta=1 if add else 0, out=out)
-    elif add:
-        out += torch.mm(a, b, out_dtype=torch.float32)
+        torch.mm(a, b, out=out)
     else:
         out.copy_(torch.mm(a, b, out_dtype=torch.float32))
 
 
-def _rowdot(a: Tensor, b: Tensor) -> Tensor:
-    """sum_v a b of two (c, V) tensors, (c,); piece by piece, so that no (c, V) product stands in memory.
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out (float32) += a @ b, accumulated in float32 whatever the dtype of a and b."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        out += torch.mm(a, b, out_dtype=torch.float32)
 
-    torch.linalg.vecdot makes that product, and a batched matrix product sums less exactly (1.8e-5 at V = 151,936).
+
+def _sum_of(function: Callable[..., Tensor], *tensors_cV: Tensor) -> Tensor:
+    """sum_v function(tensors), (c,); piece by piece, so that no (c, V) result of `function` stands in memory."""
+    tokens, vocabulary = tensors_cV[0].shape
+    width = max(1, (2**18 if tensors_cV[0].device.type == "cpu" else 2**22) // max(tokens, 1))
+    parts = (slice(start, start + width) for start in range(0, vocabulary, width))
+    return sum(function(*(tensor_cV[:, part] for tensor_cV in tensors_cV)).sum(-1) for part in parts)
+
+
+def _dot(a_cV: Tensor, b_cV: Tensor) -> Tensor:
+    """sum_v a b, (c,).
+
+    torch.linalg.vecdot makes a (c, V) product, and a batched matrix product sums less exactly (1.8e-5 at V = 151,936).
     """
-    width = max(1, (2**18 if a.device.type == "cpu" else 2**22) // max(len(a), 1))
-    total = torch.zeros(len(a), device=a.device)
-    for start in range(0, a.shape[1], width):
-        total += (a[:, start : start + width] * b[:, start : start + width]).sum(-1)
-    return total
+    return _sum_of(torch.mul, a_cV, b_cV)
 
 
-def _energy(factor: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """sum_v (factor (a - b))^2 of (c, V) tensors, (c,); b may be (c,); piece by piece like `_rowdot`."""
-    width = max(1, (2**18 if a.device.type == "cpu" else 2**22) // max(len(a), 1))
-    total = torch.zeros(len(a), device=a.device)
-    for start in range(0, a.shape[1], width):
-        part = slice(start, start + width)
-        piece = a[:, part] - (b[:, part] if b.ndim == 2 else b[:, None])
-        if factor is not None:
-            piece.mul_(factor[:, part])
-        total += piece.square_().sum(-1)
-    return total
-
-
-def _check_shapes(
-    student_hidden: Tensor,
-    student_head: Head,
-    teacher_hidden: Tensor,
-    teacher_head: Head,
-    columns: dict[str, Tensor | None],
-) -> None:
-    for who, hidden, head in (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head)):
-        if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
+def _check_shapes(student: _States, teacher: _States, columns: dict[str, Tensor | None]) -> None:
+    for who, model in (("student", student), ("teacher", teacher)):
+        shape, weight_shape = tuple(model.hidden_NH.shape), model.head.weight.shape
+        if len(shape) != 2 or shape[1] != weight_shape[1]:
             raise ValueError(
-                f"{who} hidden states have shape {tuple(hidden.shape)}, expected (N, {head.weight.shape[1]}): "
+                f"{who} hidden states have shape {shape}, expected (N, {weight_shape[1]}): "
                 "one row per response token, as wide as the head"
             )
-        if head.size > head.weight.shape[0]:
-            raise ValueError(f"{who} head has {head.weight.shape[0]} rows, expected at least vocab_size = {head.size}")
-    if student_head.size != teacher_head.size:
+        if model.head.size > weight_shape[0]:
+            raise ValueError(f"{who} head has {weight_shape[0]} rows, expected at least vocab_size = {model.head.size}")
+    if student.head.size != teacher.head.size:
         raise ValueError(
-            f"student head compares {student_head.size} ids and teacher head {teacher_head.size}, expected the same: "
+            f"student head compares {student.head.size} ids and teacher head {teacher.head.size}, expected the same: "
             "set Head.vocab_size to the ids both tokenizers have"
         )
-    if len(student_hidden) != len(teacher_hidden):
-        raise ValueError(
-            f"{len(student_hidden)} student rows and {len(teacher_hidden)} teacher rows, expected the same"
-        )
+    rows, teacher_rows = len(student.hidden_NH), len(teacher.hidden_NH)
+    if rows != teacher_rows:
+        raise ValueError(f"{rows} student rows and {teacher_rows} teacher rows, expected the same")
     for name, column in columns.items():
-        if column is not None and tuple(column.shape) != (len(student_hidden),):
-            raise ValueError(f"{name} has shape {tuple(column.shape)}, expected ({len(student_hidden)},)")
+        if column is not None and tuple(column.shape) != (rows,):
+            raise ValueError(f"{name} has shape {tuple(column.shape)}, expected ({rows},)")

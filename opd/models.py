@@ -1,7 +1,9 @@
 """Causal language models as this trainer sees them: a body that gives hidden states, and a head.
 
-Any Hugging Face causal LM will do whose logits are soft_cap * tanh(scale * (h W^T + b) / soft_cap). That is not taken
-on trust: on loading, the head found here is compared with the model's own logits, and a model that differs is refused.
+The trainer takes every Hugging Face causal LM whose logits are soft_cap * tanh(scale * (h W^T + b) / soft_cap). After
+loading it compares such logits with the model's own logits and refuses a model where they differ.
+
+Shapes: N tokens, V vocabulary, H hidden size, K kept tokens, T positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,10 +40,10 @@ DROPOUT_KEYS = (
 
 
 class HeadScope(torch.nn.Module):
-    """Owns the LM head's parameters beside the model, so that work on them can be called like a module.
+    """A module that owns the LM head's parameters beside the model and calls whatever works on them.
 
-    Under ZeRO-3 a parameter is whole only while a module that owns it runs, forward and backward; the fused loss runs
-    outside of the model's own output layer, so it needs a module of its own. Elsewhere this only calls.
+    Under ZeRO-3 a parameter is whole only while a module that owns it runs, forward and backward. The fused loss runs
+    outside of the model's own output layer, so it needs this module. Without ZeRO-3 the module only makes the call.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -57,35 +59,33 @@ def _call(work: Callable[[], Any]) -> Any:
     return work()
 
 
-LARGEST = 1e30  # scale or soft cap of a head
+LARGEST = 1e30  # the largest scale or soft cap of a head that this trainer takes
 HEAD_KEYS = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # multiplier, divisor, soft cap of logits
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A loaded model with what the trainer asks of it."""
+    """A loaded model with its tokenizer, and how this trainer calls it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]  # every id that ends a response
-    compute_dtype: torch.dtype  # autocast when it is not the weights' dtype
+    compute_dtype: torch.dtype  # where the parameters have another dtype, autocast computes in this one
     name: str  # "student" or "teacher", for messages
-    run: Callable[[Callable[[], Any]], Any] = _call  # whatever calls the model goes through it: DeepSpeed's forward
-    sharded: bool = False  # ZeRO-3: every forward is a collective, so all ranks make the same number of them
-    whole_head: Head | None = None  # of a sharded teacher: its LM head, kept whole
-    head_scope: HeadScope = field(default=None)  # of the model; the one that DeepSpeed knows stays the same
+    run: Callable[[Callable[[], Any]], Any] = _call  # every call of the model goes through it; an engine sets its own
+    sharded: bool = False  # True under ZeRO-3: every forward is a collective, so all processes make equally many
+    whole_head: Head | None = None  # the LM head of a sharded teacher, which stays whole on every process
+    head_scope: HeadScope = field(default=None)  # made once, because DeepSpeed knows this object
 
     def __post_init__(self) -> None:
         if self.head_scope is None:
             object.__setattr__(self, "head_scope", HeadScope(self.model))
 
     def head(self, vocab_size: int) -> Head:
-        """Its head, cut to the first ids. Of a sharded student only within a call of `head_scope`."""
-        return (
-            head_of(self.model, vocab_size)
-            if self.whole_head is None
-            else replace(self.whole_head, vocab_size=vocab_size)
-        )
+        """The head, cut to the first `vocab_size` ids. A sharded student has it only within a call of `head_scope`."""
+        if self.whole_head is not None:
+            return replace(self.whole_head, vocab_size=vocab_size)
+        return head_of(self.model, vocab_size)
 
     @property
     def device(self) -> torch.device:
@@ -93,57 +93,60 @@ class LanguageModel:
 
     @property
     def context(self) -> int | None:
-        """Positions the model was made for, in tokens; None: unlimited."""
-        return _text_values(self.model).get("max_position_embeddings")
+        """How many positions the model was made for, in tokens; None stands for no limit."""
+        return _text_config(self.model).get("max_position_embeddings")
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """Autocast to the compute dtype where the weights are kept in another one."""
-        lower = self.compute_dtype != self.model.dtype
-        with torch.autocast(self.device.type, self.compute_dtype, enabled=lower):
+        """Autocast to the compute dtype, where the parameters have another one."""
+        differs = self.compute_dtype != self.model.dtype
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=differs):
             yield
 
     def hidden_states(self, batch: MicroBatch, keep: Tensor) -> Tensor:
-        """(K, H) states after the final norm that predict the kept response tokens; `keep` indexes the batch's N."""
+        """The (K, H) hidden states after the final norm that predict the kept tokens, in the compute dtype.
+
+        `keep` is (K,) int64 and picks from the micro-batch's N counted tokens.
+        """
         with self.precision():
-            body = self.model.base_model(
+            hidden_BTH = self.model.base_model(
                 input_ids=batch.input_ids.to(self.device),
                 attention_mask=batch.attention_mask.to(self.device),
                 use_cache=False,
             ).last_hidden_state
-        rows, columns = batch.rows[keep].to(self.device), batch.columns[keep].to(self.device)
-        return body[rows, columns].to(self.compute_dtype)
+        rows_K, columns_K = batch.rows[keep].to(self.device), batch.columns[keep].to(self.device)
+        return hidden_BTH[rows_K, columns_K].to(self.compute_dtype)
 
 
-def _text_values(model: PreTrainedModel) -> dict:
-    """config.json of the language model, as a dictionary: which keys there are depends on the architecture."""
+def _text_config(model: PreTrainedModel) -> dict:
+    """The language model's part of config.json. It is a dictionary, because its keys depend on the architecture."""
     return model.config.get_text_config().to_dict()
 
 
 def head_of(model: PreTrainedModel, vocab_size: int) -> Head:
     """The head of a model, cut to the first `vocab_size` ids. Its tensors are the parameters themselves."""
     layer = model.get_output_embeddings()
-    values = _text_values(model)
-    multiplier, divisor, soft_cap = (values.get(name) for name in HEAD_KEYS)
+    config = _text_config(model)
+    multiplier, divisor, soft_cap = (config.get(key) for key in HEAD_KEYS)
     return Head(layer.weight, layer.bias, (multiplier or 1.0) / (divisor or 1.0), soft_cap, vocab_size)
 
 
 def _check_head_keys(model: PreTrainedModel, where: str) -> None:
     """Refuses a scale or soft cap of the head that is no number. Raises InputError."""
-    values = _text_values(model)
-    for name in HEAD_KEYS:
-        value = values.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
-        if value is not None and not number:
+    config = _text_config(model)
+    for key in HEAD_KEYS:
+        value = config.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+        if value is not None and not is_number:
             raise InputError(
-                f"{where}: config.json has {name} = {repr(value)[:80]}, expected a number. Restore the file."
+                f"{where}: config.json has {key} = {repr(value)[:80]}, expected a number. Restore the file."
             )
 
 
 def check_paths(config: Config) -> None:
-    """What can be known of the two models without loading them. Raises InputError."""
-    for name, section in (("student", config.student), ("teacher", config.teacher)):
-        _check_folder(section, name)
+    """Checks what the folders of both models show without loading them. Raises InputError."""
+    _check_folder(config.student, "student")
+    _check_folder(config.teacher, "teacher")
 
 
 def load(
@@ -152,11 +155,16 @@ def load(
     name: str,
     sharding: AbstractContextManager | None = None,
 ) -> LanguageModel:
-    """Loads model and tokenizer of a config section: safetensors only, no remote code.
+    """Loads the model and the tokenizer of a config section. It reads safetensors only and runs no remote code.
 
-    The student's weights are float32 whatever its compute dtype; the teacher's are in its dtype and frozen. With
-    `sharding` (of opd.engine) each process gets its part of the weights, which cannot run before an engine has them.
-    Raises InputError when folder, weights, tokenizer or architecture are not usable.
+    The student's parameters are float32 for every compute dtype. The teacher's are in its own dtype and frozen.
+
+    Args:
+        name: "student" or "teacher", for messages.
+        sharding: context of opd.engine.deepspeed in which each process loads its part of the parameters. Such a model
+            cannot run before an engine takes it over.
+    Raises:
+        InputError: the folder, the parameters, the tokenizer or the architecture cannot be used.
     """
     where = f"{name}.path {section.path!r}"
     _check_folder(section, name)
@@ -165,7 +173,7 @@ def load(
         model = _read_model(section, device, sharding)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # what a broken checkpoint raises depends on what is broken, and on its architecture
+    except Exception as error:  # a broken checkpoint can raise anything, depending on the fault and the architecture
         if isinstance(error, RuntimeError) and distributed.is_lost_connection(error):
             raise
         raise InputError(
@@ -188,7 +196,7 @@ def load(
 def _read_model(
     section: StudentSection | TeacherSection, device: torch.device, sharding: AbstractContextManager | None
 ) -> PreTrainedModel:
-    """The weights of a section on the device, or with `sharding` this process's part of them."""
+    """The model of a section on the device, or with `sharding` this process's part of it."""
     with sharding or nullcontext():
         model = AutoModelForCausalLM.from_pretrained(
             section.path,
@@ -209,14 +217,14 @@ def _check_model(
     section: StudentSection | TeacherSection,
     name: str,
 ) -> None:
-    """Refuses what loads and cannot be trained or scored here. Raises InputError."""
+    """Refuses a model that loads and that this trainer cannot use. Raises InputError."""
     where = f"{name}.path {section.path!r}"
     if not tokenizer.chat_template:
         raise InputError(
             f"{where}: the tokenizer has no chat template, so a prompt cannot be formed. Use an instruction-tuned "
             "checkpoint, or put a chat_template.jinja beside its tokenizer."
         )
-    if section.attn_implementation == "sdpa" and _text_values(model).get("attn_logit_softcapping"):
+    if section.attn_implementation == "sdpa" and _text_config(model).get("attn_logit_softcapping"):
         raise InputError(
             f"{where}: its attention has a soft cap (attn_logit_softcapping), which sdpa leaves out without a word. "
             f"Set {name}.attn_implementation to 'eager' or 'flash_attention_2'."
@@ -229,13 +237,13 @@ def _check_model(
 
 
 def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Float32 buffers of a model that was made while DeepSpeed split it: it rounds them to the weights' dtype.
+    """Computes float32 buffers anew, because DeepSpeed rounds them to the parameters' dtype while it splits a model.
 
-    In bfloat16 the frequencies of rotary positions are off by radians after some thousand tokens, without a word.
-    Raises ValueError for another kind of buffer.
+    With bfloat16 frequencies the angles of rotary positions would be off by radians after some thousand tokens.
+    Raises ValueError for a buffer of another kind.
     """
     for name, module in model.named_modules():
-        floats = [n for n, b in module.named_buffers(recurse=False) if b.is_floating_point()]
+        floats = [n for n, buffer in module.named_buffers(recurse=False) if buffer.is_floating_point()]
         if not floats:
             continue
         if "inv_freq" not in floats:
@@ -248,69 +256,76 @@ def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
-    """How many ids both models compare: those both tokenizers have; padded vocabulary rows beyond them are cut.
+    """How many ids both models compare, from 0 on: those that both tokenizers have.
 
-    Raises InputError where an id means different strings; extra ids at the end of one are said aloud.
+    Padded rows of a head beyond them are cut, and ids that only one tokenizer has at its end get a note on the console.
+    Raises InputError where an id means different strings in the two tokenizers.
     """
-    ours, theirs = (_strings(m.tokenizer) for m in (student, teacher))
-    size = min(len(ours), len(theirs))
+    student_tokens, teacher_tokens = _strings(student.tokenizer), _strings(teacher.tokenizer)
+    size = min(len(student_tokens), len(teacher_tokens))
     if min(student.eos_ids) >= size:
         raise InputError(
             f"the student's EOS ids {list(student.eos_ids)} are all beyond the {size} ids that both tokenizers have, "
             "so no response could end. Use the teacher's tokenizer for the student."
         )
-    for i in range(size):
-        if ours[i] != theirs[i]:
+    for i, (ours, theirs) in enumerate(zip(student_tokens, teacher_tokens, strict=False)):
+        if ours != theirs:
             raise InputError(
-                f"student and teacher tokenizers differ: id {i} is {ours[i]!r} for the student and {theirs[i]!r} for "
+                f"student and teacher tokenizers differ: id {i} is {ours!r} for the student and {theirs!r} for "
                 "the teacher. A token-level divergence needs one vocabulary; choose a pair of the same family."
             )
-    if len(ours) != len(theirs):
-        more = student if len(ours) > size else teacher
+    if extra := abs(len(student_tokens) - len(teacher_tokens)):
+        longer = student if len(student_tokens) > size else teacher
         say(
-            f"note: the {more.name}'s tokenizer has {max(len(ours), len(theirs)) - size} ids more at its end; "
+            f"note: the {longer.name}'s tokenizer has {extra} ids more at its end; "
             f"they take no part in the divergence ({size} shared ids)"
         )
-    for model in (student, teacher):
-        rows = model.model.get_output_embeddings().out_features
+    for lm in (student, teacher):
+        rows = lm.model.get_output_embeddings().out_features
         if rows < size:
-            raise InputError(f"the {model.name}'s head has {rows} rows, fewer than the {size} ids of its tokenizer.")
+            raise InputError(f"the {lm.name}'s head has {rows} rows, fewer than the {size} ids of its tokenizer.")
     return size
 
 
-def embeddable(lm: LanguageModel) -> int:
+def _embeddable(lm: LanguageModel) -> int:
     """How many ids the model can read."""
     return lm.model.get_input_embeddings().num_embeddings
 
 
 def sampled_vocabulary(lm: LanguageModel, reader: LanguageModel) -> int:
-    """How many ids are sampled in an evaluation: all of the model's own, so that its accuracy does not depend on its
-    partner, but for ids that the model which reads the responses could not embed."""
-    return min(len(lm.tokenizer), embeddable(reader))
+    """How many ids a model samples from in an evaluation: all of its own that `reader` can embed as well.
+
+    All of its own, so that the accuracy of a model does not depend on its partner. The reader is the model that scores
+    the responses.
+    """
+    return min(len(lm.tokenizer), _embeddable(reader))
 
 
 def check_prompt_ids(prompts: Sequence[Prompt], teacher: LanguageModel) -> None:
     """Refuses prompts with ids that only the student's tokenizer has. Raises InputError."""
+    readable = _embeddable(teacher)
     for prompt in prompts:
-        if max(prompt.token_ids) >= embeddable(teacher):
+        if max(prompt.token_ids) >= readable:
             raise InputError(
-                f"prompt {prompt.id} holds id {max(prompt.token_ids)}, beyond the {embeddable(teacher)} ids the "
-                "teacher "
-                "can read. The student's tokenizer or chat template uses tokens the teacher lacks; give both the same."
+                f"prompt {prompt.id} holds id {max(prompt.token_ids)}, beyond the {readable} ids the teacher can read. "
+                "The student's tokenizer or chat template uses tokens the teacher lacks; give both the same."
             )
 
 
 def _strings(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """The string of every id; None for an id that has none."""
     by_id = {i: text for text, i in tokenizer.get_vocab().items()}
     return [by_id.get(i) for i in range(max(by_id) + 1)]
 
 
 def _check_generation_config(model: PreTrainedModel, where: str) -> None:
-    """Refuses what transformers reads and does not save: the run would end at its first checkpoint. Raises
-    InputError."""
+    """Refuses settings that transformers reads and does not save, because they end a run at its first checkpoint.
+
+    Raises InputError.
+    """
     try:
         model.generation_config.validate(strict=True)
-    except (ValueError, TypeError) as error:  # TypeError: a value of another type, which it compares with a number
+    except (ValueError, TypeError) as error:  # TypeError: transformers compares a value of a wrong type with a number
         fault = (str(error).splitlines()[1:2] or [str(error)])[0].removeprefix("- ")[:300]
         raise InputError(
             f"{where}: its generation_config.json cannot be saved again with a checkpoint ({fault}). Mend the file; "
@@ -319,14 +334,14 @@ def _check_generation_config(model: PreTrainedModel, where: str) -> None:
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[int, ...]:
-    """Every id that ends a response. Raises InputError for what is no id, and when there is none."""
+    """Every id that ends a response. Raises InputError for a value that is no id, and when there is no id at all."""
     eos_ids: set[int] = set()
     for value in (
         tokenizer.eos_token_id,
         model.config.get_text_config().eos_token_id,
         model.generation_config.eos_token_id,
     ):
-        ids = [] if value is None else value if isinstance(value, list) else [value]
+        ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(i) is not int or i < 0 for i in ids):
             raise InputError(f"{where}: eos_token_id is {repr(value)[:80]}, expected a token id or a list of them.")
         eos_ids.update(ids)
@@ -336,6 +351,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: 
 
 
 def _check_folder(section: StudentSection | TeacherSection, name: str) -> None:
+    """Refuses a path that is neither a checkpoint folder in safetensors format nor a hub name. Raises InputError."""
     path, where = section.path, f"{name}.path {section.path!r}"
     folder = Path(path)
     if not folder.is_dir():
@@ -349,26 +365,24 @@ def _check_folder(section: StudentSection | TeacherSection, name: str) -> None:
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{where}: the folder has no config.json. Expected a Hugging Face checkpoint.")
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for kind in ("bin", "pt", "pth") for file in folder.glob(f"*.{kind}"))
+    if pickles:
         raise InputError(
-            f"{where}: no safetensors weights"
-            + (
-                f", only {pickles[0]}, a pickle, which can run code when read and is refused. Convert it with "
-                "save_pretrained in an environment you trust."
-                if pickles
-                else ". Expected model.safetensors."
-            )
+            f"{where}: no safetensors weights, only {pickles[0]}, a pickle, which can run code when read and is "
+            "refused. Convert it with save_pretrained in an environment you trust."
         )
+    raise InputError(f"{where}: no safetensors weights. Expected model.safetensors.")
 
 
 def _refuse_dropout(model: PreTrainedModel, where: str) -> None:
-    """Scoring and the gradient must see the same student."""
-    values = _text_values(model)
+    """Refuses dropout, because the scoring pass and the gradient must see the same student. Raises InputError."""
+    config = _text_config(model)
     for key in DROPOUT_KEYS:
-        if values.get(key):
+        if config.get(key):
             raise InputError(
-                f"{where}: config.json has {key} = {values[key]}, expected 0: with dropout the scored "
+                f"{where}: config.json has {key} = {config[key]}, expected 0: with dropout the scored "
                 "student is not the trained one. Set it to 0 in a copy of the checkpoint."
             )
     for module_name, module in model.named_modules():
@@ -378,18 +392,18 @@ def _refuse_dropout(model: PreTrainedModel, where: str) -> None:
 
 @torch.no_grad()
 def check_head(lm: LanguageModel) -> None:
-    """Compares the head found here with the model's own logits. Raises InputError when they differ."""
-    vocab = min(lm.model.get_output_embeddings().out_features, len(lm.tokenizer))
-    ids = (torch.arange(8) * 7919 % vocab)[None].to(lm.device)
+    """Compares the logits of `head_of` with the model's own logits. Raises InputError when they differ."""
+    vocab_size = min(lm.model.get_output_embeddings().out_features, len(lm.tokenizer))
+    ids_1T = (torch.arange(8) * 7919 % vocab_size)[None].to(lm.device)
 
-    def both() -> tuple[Tensor, Tensor]:
+    def both_logits() -> tuple[Tensor, Tensor]:
         with lm.precision():
-            own = lm.model(input_ids=ids, use_cache=False).logits[0, :, :vocab].float()
-            states = lm.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
-        return own, lm.head_scope(states, lambda states: _logits(states, lm.head(vocab)))
+            expected_TV = lm.model(input_ids=ids_1T, use_cache=False).logits[0, :, :vocab_size].float()
+            hidden_TH = lm.model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0].float()
+        return expected_TV, lm.head_scope(hidden_TH, lambda hidden_TH: _logits(hidden_TH, lm.head(vocab_size)))
 
-    own, logits = lm.run(both)
-    error = ((logits - own).norm() / own.norm()).item()
+    expected_TV, logits_TV = lm.run(both_logits)
+    error = ((logits_TV - expected_TV).norm() / expected_TV.norm()).item()
     if not error < (1e-4 if lm.compute_dtype == torch.float32 else 2e-2):
         raise InputError(
             f"{lm.name}.path {lm.model.name_or_path!r}: the logits of {type(lm.model).__name__} are not its final "
@@ -400,26 +414,27 @@ def check_head(lm: LanguageModel) -> None:
 
 @torch.no_grad()
 def sequence_logprobs(lm: LanguageModel, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """The model's logprobs of every token but the first of each sequence, given those before it.
+    """The model's logprobs of every token but the first of each sequence, given the tokens before it.
 
-    One sequence after the other, on the CPU, in nats. Every process calls it.
+    The result is (N,) float32 in nats on the CPU, one sequence after the other. Every process calls it.
     """
 
-    def logits_of(ids: Tensor) -> Tensor:
+    def logits_of(ids_T: Tensor) -> Tensor:
         with lm.precision():
-            return lm.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            return lm.model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float()
 
     parts = []
     for sequence in sequences:
-        ids = torch.tensor(sequence, device=lm.device)
-        logits_NV = lm.run(partial(logits_of, ids))
-        parts.append(logits_NV.log_softmax(-1).gather(1, ids[1:, None])[:, 0].cpu())
+        ids_T = torch.tensor(sequence, device=lm.device)
+        logits_NV = lm.run(partial(logits_of, ids_T))
+        parts.append(logits_NV.log_softmax(-1).gather(1, ids_T[1:, None])[:, 0].cpu())
     return torch.cat(parts)
 
 
-def _logits(states: Tensor, head: Head) -> Tensor:
-    logits = states @ head.weight[: head.size].float().T
+def _logits(hidden_NH: Tensor, head: Head) -> Tensor:
+    """The (N, V) float32 logits of hidden states, written as in the docstring of opd.loss.Head."""
+    logits_NV = hidden_NH @ head.weight[: head.size].float().T
     if head.bias is not None:
-        logits += head.bias[: head.size].float()
-    logits *= head.scale
-    return logits if head.soft_cap is None else head.soft_cap * (logits / head.soft_cap).tanh()
+        logits_NV += head.bias[: head.size].float()
+    logits_NV *= head.scale
+    return logits_NV if head.soft_cap is None else head.soft_cap * (logits_NV / head.soft_cap).tanh()

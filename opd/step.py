@@ -1,4 +1,4 @@
-"""One update, from rollouts to the optimizer's step, with the patch point. Read this file first.
+"""One update, from micro-batches to the optimizer's step, with the patch point. Read this file first.
 
     micro-batches -> the teacher's hidden states -> statistics of every token -> weights of the tokens (the patch point)
     -> the sum of all weights, once -> the student's gradient of sum of weight * divergence / that sum -> one step
@@ -7,7 +7,8 @@ The loss of an update is one fraction over all micro-batches and processes: sum 
 It is never a mean of means. So the gradient does not depend on how the update is cut into micro-batches, split over
 processes, padded or ordered.
 
-Shapes: N counted tokens of a micro-batch, or of the whole update where that is said; H hidden size.
+Shapes: N counted tokens of a micro-batch, or of the whole update where the text says so; K kept tokens, which are those
+of weight above 0; H hidden size.
 """
 
 import math
@@ -19,33 +20,33 @@ import torch
 from torch import Tensor
 
 from opd import distributed
-from opd.batch import MicroBatch, empty_micro_batch
+from opd.batch import MicroBatch, equally_many
 from opd.config import LossSection
 from opd.engine import Engine
 from opd.hooks import TokenStats, TokenWeighter, TokenWeights
-from opd.loss import divergence_sum, token_stats
+from opd.loss import Objective, divergence_sum, token_stats
 from opd.models import LanguageModel
 from opd.progress import Watch
 from opd.seeds import generator
 from opd.teacher import Teacher
 
-GROUP = 32  # micro-batches whose teacher states are held at once outside of an update
+GROUP = 32  # outside of an update, the teacher's hidden states of this many micro-batches are held at once
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A student, its teacher, and what is compared between them."""
+    """A student, its teacher, and how the two are compared."""
 
     student: LanguageModel
     teacher: Teacher
-    vocab_size: int  # the ids below it are compared: those that both tokenizers have
+    vocab_size: int  # token ids below it are compared, because both tokenizers have them
     loss: LossSection
 
     @torch.no_grad()
     def stats(self, batch: MicroBatch, teacher_hidden_NH: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
-        """The scoring pass of one micro-batch: the columns of TokenStats that `needs` names, on the CPU."""
+        """The scoring pass of one micro-batch: the (N,) columns of TokenStats that `needs` names, on the CPU."""
 
-        def score(student_hidden_NH: Tensor) -> dict[str, Tensor]:
+        def scored(student_hidden_NH: Tensor) -> dict[str, Tensor]:
             device = student_hidden_NH.device
             columns = token_stats(
                 student_hidden_NH,
@@ -59,26 +60,26 @@ class Pair:
             )
             return {name: column.cpu() for name, column in columns.items()}
 
-        return self._forward(batch, torch.arange(len(batch.token_ids)), score)
+        return self._forward(batch, torch.arange(len(batch.token_ids)), scored)
 
     def divergence(self, batch: MicroBatch, teacher_hidden_NH: Tensor, part: "Part") -> Tensor:
-        """Sum over the kept tokens of weight * loss, with its gradient in the student; float32 scalar.
+        """Sum over the kept tokens of weight * loss in nats, a float32 scalar with a gradient in the student.
 
-        The head is projected only for the kept tokens.
+        The LM heads project only the kept tokens.
         """
 
-        def loss(student_hidden_KH: Tensor) -> Tensor:
+        def weighted_loss(student_hidden_KH: Tensor) -> Tensor:
             device = student_hidden_KH.device
-            # moved as a whole and then indexed: rows picked on the CPU would not lie in pinned memory
+            # All rows move before some are picked: rows picked on the CPU would not lie in pinned memory.
             teacher_hidden_KH = teacher_hidden_NH.to(device, non_blocking=True)[part.keep.to(device)]
             return self.loss_sum(student_hidden_KH, teacher_hidden_KH, part.weights, part.forward_share)
 
-        return self._forward(batch, part.keep, loss)
+        return self._forward(batch, part.keep, weighted_loss)
 
     def loss_sum(
         self, student_hidden_KH: Tensor, teacher_hidden_KH: Tensor, weights_K: Tensor, share_K: Tensor | None
     ) -> Tensor:
-        """Sum of weight * loss over tokens whose hidden states are known; float32 scalar. See opd.loss."""
+        """Sum of weight * loss in nats over K tokens, from their hidden states; a float32 scalar. See opd.loss."""
         device = student_hidden_KH.device
         return divergence_sum(
             student_hidden_KH,
@@ -87,43 +88,42 @@ class Pair:
             self.teacher.head(self.vocab_size),
             weights_K.to(device),
             None if share_K is None else share_K.to(device),
-            self.loss.divergence,
-            self.loss.jsd_beta,
+            Objective(self.loss.divergence, self.loss.jsd_beta),
             self.loss.chunk_bytes,
         )
 
-    def _forward(self, batch: MicroBatch, keep: Tensor, work: Callable[[Tensor], object]) -> object:
-        """`work` on the student's hidden states of the kept tokens, inside of the model's own forward pass."""
+    def _forward(self, batch: MicroBatch, keep_K: Tensor, work: Callable[[Tensor], object]) -> object:
+        """Calls `work` with the student's (K, H) hidden states and returns its answer.
 
-        def forward() -> object:
-            return self.student.head_scope(self.student.hidden_states(batch, keep), work)
-
-        return self.student.run(forward)
+        The call happens inside the engine's forward pass: ZeRO-3 gathers split parameters, the LM head among them, only
+        there.
+        """
+        return self.student.run(lambda: self.student.head_scope(self.student.hidden_states(batch, keep_K), work))
 
 
 @dataclass(frozen=True)
 class Part:
-    """What the weights of an update leave of one micro-batch: K kept tokens."""
+    """The kept tokens of one micro-batch with their weights."""
 
-    keep: Tensor  # (K,) int64, the tokens of weight above 0
+    keep: Tensor  # (K,) int64: which of the micro-batch's N tokens have a weight above 0
     weights: Tensor  # (K,) float32, at most 1
-    forward_share: Tensor | None  # (K,) in [0, 1]; None: 0 everywhere
+    forward_share: Tensor | None  # (K,) float in [0, 1]; None stands for 0 everywhere
 
 
 class TokenTable:
-    """The tokens of an update: a row each, as columns beside their micro-batches and the teacher's hidden states."""
+    """Per-token columns of this process's micro-batches, and the way back to them from the gathered rows."""
 
     def __init__(self, batches: Sequence[MicroBatch], teacher_hidden: Sequence[Tensor]):
         self.batches, self.teacher_hidden = batches, teacher_hidden
         self.columns = [{"sequence_id": batch.sequence_id, "position": batch.position} for batch in batches]
-        self.rows_here = torch.zeros(0, dtype=torch.long)  # where this process's rows stand in what `gather` returns
+        self.rows_here = torch.zeros(0, dtype=torch.long)  # `gather` sets it: where this process's rows stand
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, Tensor, dict[str, Tensor]]]:
-        """(micro-batch, teacher's hidden states, columns), which can be added to."""
+        """Per micro-batch: itself, the teacher's (N, H) hidden states, and its columns, which the caller may extend."""
         return zip(self.batches, self.teacher_hidden, self.columns, strict=True)
 
     def gather(self, needs: frozenset[str], vocab_size: int, step: int) -> TokenStats:
-        """The rows of all processes, sorted by (sequence_id, position)."""
+        """The rows of all processes, sorted by sequence id and then by position, with the columns in `needs`."""
         columns = {
             name: torch.cat([c[name] for c in self.columns]) if self.columns else _empty_column(name)
             for name in ("sequence_id", "position", *sorted(needs))
@@ -136,19 +136,22 @@ class TokenTable:
         return TokenStats(vocab_size=vocab_size, step=step, **sorted_columns)
 
     def deal(self, weights_N: Tensor, share_N: Tensor | None) -> Iterator[tuple[MicroBatch, Tensor, Part]]:
-        """The weights of the gathered rows, dealt back to this process's micro-batches."""
-        rows = self.rows_here.split([len(batch.token_ids) for batch in self.batches])
-        for batch, hidden, mine in zip(self.batches, self.teacher_hidden, rows, strict=True):
-            keep = weights_N[mine].nonzero().squeeze(1)
-            kept = mine[keep]
-            yield batch, hidden, Part(keep, weights_N[kept], None if share_N is None else share_N[kept])
+        """Deals the weights of this process's rows back to its micro-batches: (micro-batch, teacher's states, part).
+
+        Both arguments have a row for every gathered token, so `gather` comes first.
+        """
+        rows_by_batch = self.rows_here.split([len(batch.token_ids) for batch in self.batches])
+        for batch, hidden_NH, rows in zip(self.batches, self.teacher_hidden, rows_by_batch, strict=True):
+            keep_K = weights_N[rows].nonzero().squeeze(1)
+            rows_K = rows[keep_K]
+            yield batch, hidden_NH, Part(keep_K, weights_N[rows_K], None if share_N is None else share_N[rows_K])
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an update was."""
+    """The result of an update."""
 
-    loss: float  # nats per unit of weight
+    loss: float  # the weighted mean of the token losses, in nats
     metrics: dict[str, float]
     weights: TokenWeights
     stats: TokenStats
@@ -167,33 +170,36 @@ def train_step(
 ) -> Update:
     """One update: teacher -> statistics -> weights -> gradient -> optimizer.
 
-    `batches` are this process's micro-batches; their sequence ids are unique over all processes. `step` counts from 1.
-    `measure` names fields of TokenStats that diagnostics want besides what the weighter needs. Raises ValueError when
-    the weighter's answer is malformed, and FloatingPointError, with weights and optimizer unchanged, when loss or
-    gradient is not finite.
+    Args:
+        batches: the micro-batches of this process; their sequence ids are unique over all processes.
+        step: number of the update, from 1; with `seed`, which is the same on all processes, it seeds the weighter.
+        measure: fields of TokenStats that diagnostics read, besides those that the weighter needs.
+    Raises:
+        ValueError: the weighter's answer is malformed.
+        FloatingPointError: loss or gradient is not finite; parameters and optimizer are unchanged.
     """
     watch = watch or Watch(pair.student.device)
     needs = weighter.needs | measure
-    batches = _as_many_everywhere(batches, pair.student)
+    batches = equally_many(batches, pair.student.eos_ids[0])
     with watch("teacher"):
         table = TokenTable(batches, pair.teacher.hidden_states(batches, watch.advance))
 
     with watch("score"):
-        for batch, teacher_hidden, columns in table if needs else ():
-            columns |= pair.stats(batch, teacher_hidden, needs)
+        for batch, teacher_hidden_NH, columns in table if needs else ():
+            columns |= pair.stats(batch, teacher_hidden_NH, needs)
             watch.advance(1, len(batch.token_ids))
         stats = table.gather(needs, pair.vocab_size, step)
         weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
         weights.check(stats)
-        relative, total = weights.relative()  # the one denominator: all micro-batches, all processes
+        relative_N, total = weights.relative()  # the one denominator: all micro-batches, all processes
 
     with watch("update"):
         rate = engine.start(step)
         weighted_sum = 0.0
-        for batch, teacher_hidden, part in table.deal(relative, weights.forward_share):
-            # of a micro-batch without kept tokens neither the head nor the body is run
+        for batch, teacher_hidden_NH, part in table.deal(relative_N, weights.forward_share):
+            # A micro-batch without kept tokens needs no forward pass, unless other processes wait for one.
             if len(part.keep) or (engine.lockstep and total > 0):
-                divergence = pair.divergence(batch, teacher_hidden, part)
+                divergence = pair.divergence(batch, teacher_hidden_NH, part)
                 engine.backward(divergence / total)
                 weighted_sum += divergence.item()
             watch.advance(1, len(part.keep))
@@ -204,15 +210,17 @@ def train_step(
 
 
 def _finish(engine: Engine, loss: float, total: float, step: int) -> float:
-    """Applies the gradient and returns its norm; an update without any weight changes nothing."""
+    """Applies the gradient and returns its L2 norm; an update whose weights are all 0 changes nothing."""
     if total == 0:
-        warnings.warn(f"step {step}: no token has weight above 0; weights and optimizer stay unchanged", stacklevel=3)
+        warnings.warn(
+            f"step {step}: no token has weight above 0; parameters and optimizer stay unchanged", stacklevel=3
+        )
     try:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
         return engine.finish(apply=total > 0)
     except FloatingPointError as error:
-        engine.finish(apply=False)  # whoever looks into the cause needs the memory of the gradients
+        engine.finish(apply=False)  # drops the gradients, so that there is memory to look for the cause
         raise FloatingPointError(f"step {step}: {error}") from None
 
 
@@ -233,17 +241,18 @@ def stats_by_batch(
     needs: frozenset[str],
     enter: Callable[[str], None] = lambda phase: None,
 ) -> Iterator[dict[str, Tensor]]:
-    """TokenStats columns of each micro-batch outside of an update, in the batch's own order; on the CPU.
+    """Per micro-batch its (N,) columns of TokenStats, outside of an update; on the CPU, in the batch's own order.
 
-    The teacher scores GROUP micro-batches, then the student does; `enter` is called before each (opd.phases).
+    The teacher reads GROUP micro-batches, and then the student does. `enter` is called with the name of a phase of
+    opd.phases before each of the two, so that the models can take turns on the device.
     """
-    for start in range(0, len(batches), GROUP):
-        group = batches[start : start + GROUP]
+    for first in range(0, len(batches), GROUP):
+        group = batches[first : first + GROUP]
         enter("teacher")
         teacher_hidden = pair.teacher.hidden_states(group)
         enter("update")
-        for batch, hidden in zip(group, teacher_hidden, strict=True):
-            yield pair.stats(batch, hidden, needs)
+        for batch, hidden_NH in zip(group, teacher_hidden, strict=True):
+            yield pair.stats(batch, hidden_NH, needs)
 
 
 def score_update(
@@ -252,26 +261,21 @@ def score_update(
     needs: frozenset[str],
     step: int,
     advance: Callable[[int, int], None] = lambda batches, tokens: None,
+    enter: Callable[[str], None] = lambda phase: None,
 ) -> TokenStats:
-    """What a weighter would see of these micro-batches; nothing is trained."""
-    table = TokenTable(batches, [torch.zeros(0)] * len(batches))
-    for (batch, _, columns), scored in zip(table, stats_by_batch(pair, batches, needs), strict=True):
+    """The statistics that a weighter would see of these micro-batches; nothing is trained.
+
+    `advance` is called after each micro-batch with 1 and its number of tokens, and `enter` as stats_by_batch does.
+    """
+    table = TokenTable(batches, [torch.zeros(0)] * len(batches))  # stats_by_batch makes the hidden states itself
+    for (batch, _, columns), scored in zip(table, stats_by_batch(pair, batches, needs, enter), strict=True):
         columns |= scored
         advance(1, len(batch.token_ids))
     return table.gather(needs, pair.vocab_size, step)
 
 
-def _as_many_everywhere(batches: Sequence[MicroBatch], student: LanguageModel) -> list[MicroBatch]:
-    """The micro-batches, and empty ones until every process has equally many.
-
-    A model that is split over the processes runs on all of them or on none.
-    """
-    missing = int(distributed.largest(len(batches))) - len(batches)
-    return [*batches, *[empty_micro_batch(student.eos_ids[0])] * missing]
-
-
 def _empty_column(name: str) -> Tensor:
-    """The column of a process without any micro-batch, with the dtype and width that the others have."""
+    """The column of a process without any micro-batch, with the dtype and width of the other processes' columns."""
     if name in ("sequence_id", "position"):
         return torch.zeros(0, dtype=torch.long)
     column = torch.zeros(0, 5) if "top5" in name else torch.zeros(0)

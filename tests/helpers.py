@@ -72,20 +72,6 @@ def one_each(rollouts, pad_id=0, truncated="keep"):
     return make_micro_batches(rollouts, 1, pad_id, truncated)
 
 
-def interrupted_before(update, monkeypatch):
-    """A run of this process ends like a killed one when it comes to that update; undone with the monkeypatch."""
-    from opd import train  # here: processes that only need small models start faster without it
-
-    original = train.update
-
-    def interrupted(run):
-        if run.step + 1 == update:
-            raise KeyboardInterrupt
-        original(run)
-
-    monkeypatch.setattr(train, "update", interrupted)
-
-
 def engine_for(lm, *overrides):
     return TorchEngine(lm, tiny_config(*overrides), 10)
 

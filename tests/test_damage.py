@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from runs import forked, status, words
 from safetensors.torch import load_file
 
 from opd import cli, evaluate, train
@@ -43,23 +43,13 @@ EVALUATIONS = ("step_000000", "step_000002", "step_000004", "step_000006", "teac
 
 def command(out, log=None, prepare=lambda: None):
     """Gives the training command in a forked child; returns its exit code. What it says goes to the file `log`."""
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            handle = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, 1), os.dup2(handle, 2)
-            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-            torch.set_num_threads(1)
-            prepare()
-            settings = (f"output_dir={out}", "run_name=run", *SETTINGS)
-            sys.argv = ["opd.train", "--config", "configs/tiny.json", *(w for s in settings for w in ("--set", s))]
-            cli.main(train.command)
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def work():
+        prepare()
+        sys.argv = ["opd.train", *words(f"output_dir={out}", "run_name=run", *SETTINGS)]
+        cli.main(train.command)
+
+    return status(forked(work, log or os.devnull))
 
 
 def killed_before(update):

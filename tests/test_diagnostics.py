@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from runs import words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd import cli
@@ -120,7 +121,7 @@ def run_folder(tiny_pair, tmp_path_factory):
         f"output_dir={out}",
         "optim.micro_batch_tokens=500",
     ]
-    tip_train.command(["--config", "configs/tiny.json", *(x for s in settings for x in ("--set", s))])
+    tip_train.command(words(*settings))
     return out / "run"
 
 
@@ -237,7 +238,7 @@ def test_a_dump_shows_scores_and_quadrants_as_the_update_was_weighed(settings, t
         "optim.micro_batch_tokens=500",
         *settings,
     ]
-    tip_train.command(["--config", "configs/tiny.json", *(x for s in texts for x in ("--set", s))])
+    tip_train.command(words(*texts))
     dumped = [json.loads(line) for line in (tmp_path / "run" / "tokens" / "step_000004.jsonl").read_text().splitlines()]
     for row in dumped:
         kept = [i for i, w in enumerate(row["weight"]) if w]

@@ -10,38 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from runs import configured, forked, status
 
 from data import prepare
 from data.tiny import build
 from opd import evaluate, files
-from opd.config import load_config
 from opd.errors import InputError, Interrupted
 from opd.train import run
 from tip import analyze, report, reproduce
 
 OWNER = rf"is being written by process {os.getpid()} on {socket.gethostname()}\. Two writers"
-
-
-def forked(work):
-    """Does the work in a forked child; returns its process id. The child's exit code is 0, or 2 for an InputError."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            work()
-            code = 0
-        except InputError as error:
-            print(f"error: {error}", flush=True)
-            code = 2
-        finally:
-            os._exit(code)
-    return child
-
-
-def status(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def until(holds):
@@ -159,7 +137,7 @@ SMALL = (
 
 
 def small(out, *more):
-    return load_config("configs/tiny.json", [f"output_dir={out}", "run_name=run", *SMALL, *more])[0]
+    return configured(out, *SMALL, *more)[0]
 
 
 @pytest.mark.parametrize("later", [0.0, 0.3, 1.0])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from runs import words
 from test_bad_input import edit, line, nothing, outcome, snapshot, write
 
 from data import contamination, prepare
@@ -460,7 +461,7 @@ def trained(tiny_pair, tmp_path_factory):
         f"output_dir={folder}",
         "rollout.prompts_per_step=4",
     ]
-    tip_train.command(["--config", "configs/tiny.json", *(part for text in settings for part in (S, text))])
+    tip_train.command(words(*settings))
     return folder / "tiny"
 
 
@@ -651,7 +652,7 @@ def test_reports_of_damaged_runs(name, run, monkeypatch, capsys):
 def test_a_report_of_a_whole_run_works(arguments, run, monkeypatch, capsys):
     arguments = [text.replace("{dir}", str(run.parent)) for text in arguments]
     code, out, err = outcome(report.command, [str(run), *arguments], monkeypatch, capsys)
-    assert code == 0 and "bench: accuracy in %" in out, err
+    assert code == 0 and "Accuracy in % over" in out and "problems of bench" in out, err
 
 
 def test_metrics_with_lines_missing_still_make_a_report(run, monkeypatch, capsys):

@@ -8,7 +8,17 @@ import torch
 from helpers import naive_loss, relative
 
 from opd import divergence as reference
-from opd.loss import Head, divergence_sum, token_stats
+from opd.hooks import STAT_FIELDS
+from opd.loss import (
+    INTERMEDIATES,
+    SHARED,
+    STATISTICS,
+    Formula,
+    Head,
+    Objective,
+    divergence_sum,
+    token_stats,
+)
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
@@ -53,7 +63,7 @@ def gradients(total, *tensors):
 def test_value_and_gradient_equal_the_naive_formula(divergence, mixture, n, v, head):
     hs, student, ht, teacher, weights = case(n, v, **head)
     share = torch.rand(n, generator=torch.Generator().manual_seed(1)) if mixture else None
-    ours = divergence_sum(hs, student, ht, teacher, weights, share, divergence, 0.3, chunk_bytes=2**16)
+    ours = divergence_sum(hs, student, ht, teacher, weights, share, Objective(divergence, 0.3), chunk_bytes=2**16)
     naive = naive_total(hs, student, ht, teacher, weights, share, divergence, 0.3)
     assert ours.dtype == torch.float32
     assert abs(ours.item() - naive.item()) <= 2e-6 * max(1, abs(naive.item()))
@@ -82,7 +92,7 @@ def test_chunks_do_not_change_the_result(divergence, share):
     f = weights.flip(0) if share else None
     results = []
     for chunk_bytes in (1, 2**16, 2**20, 2**30):  # one row at a time ... everything at once
-        total = divergence_sum(hs, student, ht, teacher, weights, f, divergence, 0.5, chunk_bytes)
+        total = divergence_sum(hs, student, ht, teacher, weights, f, Objective(divergence), chunk_bytes)
         results.append((total, torch.cat([g.flatten() for g in gradients(total, hs, student.weight)])))
     for total, gradient in results[1:]:
         assert abs(total.item() / results[0][0].item() - 1) < 1e-6
@@ -131,7 +141,7 @@ def test_identical_models_have_divergence_and_gradient_zero_whatever_the_padding
     hs, student, _, _, weights = case(11, 67)
     student = Head(student.weight, vocab_size=61)
     padded = Head(torch.cat([student.weight.detach()[:61], torch.full((19, 5), 1e4)]), vocab_size=61)
-    total = divergence_sum(hs, student, hs.detach().clone(), padded, weights, divergence=divergence)
+    total = divergence_sum(hs, student, hs.detach().clone(), padded, weights, objective=Objective(divergence))
     gradient, weight_gradient = gradients(total, hs, student.weight)
     assert total.item() == 0 and gradient.abs().max() == 0 and weight_gradient.abs().max() == 0
     assert weight_gradient.shape == (67, 5) and weight_gradient[61:].abs().max() == 0
@@ -196,7 +206,7 @@ def test_bfloat16_inputs_keep_a_float32_projection(divergence, gap, kl):
     mean = naive_total(hs, student, ht, teacher, weights).item() / 48
     assert kl / 1.4 < mean < 1.4 * kl
     for chunk_bytes in (2**16, 2**26):  # in many vocabulary tiles, and in one
-        total = divergence_sum(hs, student, ht, teacher, weights, None, divergence, chunk_bytes=chunk_bytes)
+        total = divergence_sum(hs, student, ht, teacher, weights, None, Objective(divergence), chunk_bytes)
         naive = gradients(naive_total(hs, student, ht, teacher, weights, None, divergence), hs, ws)
         for a, b in zip(gradients(total, hs, ws), naive, strict=True):
             assert a.dtype == torch.bfloat16 and relative(a, b) < 0.005
@@ -217,9 +227,40 @@ def test_chunk_bytes_bounds_the_transient_memory():
     hs, student, ht, teacher, weights = case(256, 20_000, 8, 8)
     for divergence, share in (("reverse_kl", None), ("reverse_kl", weights), ("jsd", None), ("jsd", weights)):
         peak = transient_peak(
-            lambda d=divergence, f=share: divergence_sum(hs, student, ht, teacher, weights, f, d, 0.3, 2**23)
+            lambda d=divergence, f=share: divergence_sum(hs, student, ht, teacher, weights, f, Objective(d, 0.3), 2**23)
         )
         assert peak < 2**23 + 2**20 + 2 * student.weight.nbytes, (divergence, share is None, peak / 2**23)
+
+
+def test_chunk_bytes_bounds_the_transient_memory_of_a_soft_cap_and_of_the_statistics():
+    hs, student, ht, teacher, weights = case(256, 20_000, 8, 8, cap=5.0)
+    works = [lambda: divergence_sum(hs, student, ht, teacher, weights, weights, Objective("jsd"), 2**23)]
+    works += [
+        lambda needs=needs: token_stats(hs, student, ht, teacher, torch.arange(256), needs, 0.3, 2**23)
+        for needs in (STAT_FIELDS, frozenset({"jsd"}), frozenset({"student_entropy", "reverse_kl"}))
+    ]
+    for number, work in enumerate(works):
+        peak = transient_peak(work)
+        assert peak < 2**23 + 2**20 + 2 * student.weight.nbytes, (number, peak / 2**23)
+
+
+@pytest.mark.parametrize(
+    "needs,buffers",
+    [
+        ({"student_logprob"}, 2),  # logits and log-probabilities, of the student alone
+        ({"student_entropy"}, 2),
+        ({"student_entropy", "reverse_kl"}, 3),
+        ({"total_variation"}, 3),
+        ({"jsd"}, 5),
+        (STAT_FIELDS - {"jsd"}, 4),
+        (STAT_FIELDS, 5),
+    ],
+)
+def test_statistics_that_nobody_needs_take_no_memory(needs, buffers):
+    """Everything fits into one chunk, so the peak is a number of (N, V) buffers, and little beside them."""
+    hs, student, ht, teacher, _ = case(256, 20_000, 8, 8)
+    peak = transient_peak(lambda: token_stats(hs, student, ht, teacher, torch.arange(256), frozenset(needs)))
+    assert buffers <= peak / (4 * 256 * 20_000) < buffers + 0.2
 
 
 def transient_peak(work):
@@ -326,6 +367,42 @@ def test_top_five_of_both_models(v):
             assert logprobs == pytest.approx([math.log(row[i]) for i in ids], rel=1e-4, abs=1e-5)
 
 
+def test_every_field_has_an_entry_that_reads_what_exists():
+    assert STATISTICS.keys() == STAT_FIELDS
+    tables = (INTERMEDIATES, SHARED, STATISTICS)
+    names = {"student", "teacher", "token_ids", "jsd_beta"}.union(*tables)
+    assert len(names) == 4 + sum(len(entries) for entries in tables)  # a name means one thing
+    assert {read for entries in tables for formula in entries.values() for read in formula.reads} <= names
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**16, 2**26])
+def test_a_statistic_is_the_same_whatever_else_is_asked_for(chunk_bytes):
+    """So no formula reads a buffer that another one has written over."""
+    hs, student, ht, teacher, _ = case(21, 97, seed=5, bias=True, cap=4.0)
+    arguments = (hs, student, ht, teacher, torch.arange(21) * 3)
+    together = token_stats(*arguments, STAT_FIELDS, 0.3, chunk_bytes)
+    for name in STAT_FIELDS:
+        for other in STAT_FIELDS:
+            column = token_stats(*arguments, frozenset({name, other}), 0.3, chunk_bytes)[name]
+            torch.testing.assert_close(column, together[name], rtol=1e-5, atol=1e-6, msg=f"{name} beside {other}")
+
+
+@pytest.mark.parametrize("others", [frozenset(), STAT_FIELDS])
+def test_a_new_statistic_takes_one_entry(monkeypatch, others):
+    collision = Formula(lambda p_cV: p_cV.square().sum(-1), ("p",))
+    surprise = Formula(lambda logits_cV, collision_c: logits_cV.amax(-1) - collision_c, ("student_logits", "collision"))
+    monkeypatch.setitem(STATISTICS, "collision", collision)
+    monkeypatch.setitem(STATISTICS, "surprise", surprise)
+    hs, student, ht, teacher, _ = case(21, 97, seed=5)
+    needs = others | {"collision", "surprise"}
+    ours = token_stats(hs, student, ht, teacher, torch.arange(21), needs, chunk_bytes=2**14)
+    logits = naive_logits(hs, student)
+    assert ours.keys() == needs
+    naive = logits.softmax(-1).square().sum(-1)
+    torch.testing.assert_close(ours["collision"].double(), naive)
+    torch.testing.assert_close(ours["surprise"].double(), logits.amax(-1) - naive)
+
+
 def test_no_tokens_at_all():
     hs, student, ht, teacher, _ = case(1, 11)
     none = token_stats(hs[:0], student, ht[:0], teacher, torch.zeros(0, dtype=torch.int64), frozenset({"reverse_kl"}))
@@ -353,7 +430,7 @@ def test_small_divergences_keep_their_digits(gap):
         ).float()
     )
     for divergence in ("jsd", "reverse_kl", "forward_kl"):
-        ours = divergence_sum(hs, student, hs.detach(), teacher, weights, divergence=divergence, jsd_beta=0.3)
+        ours = divergence_sum(hs, student, hs.detach(), teacher, weights, objective=Objective(divergence, 0.3))
         naive = naive_total(hs, student, hs.detach(), teacher, weights, None, divergence, 0.3)
         assert relative(gradients(ours, hs)[0], gradients(naive, hs)[0]) < 3e-3
 
@@ -395,9 +472,6 @@ def test_divergences_of_nearly_equal_models_are_never_negative(v, gap):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"divergence": "kl"}, "divergence is 'kl'"),
-        ({"jsd_beta": 0.0}, "beta is 0.0"),
-        ({"jsd_beta": 1.0}, "beta is 1.0"),
         ({"weights": torch.ones(3)}, r"weights has shape \(3,\), expected \(7,\)"),
         ({"forward_share": torch.ones(8)}, r"forward_share has shape \(8,\)"),
         ({"student_hidden": torch.ones(7, 6)}, r"expected \(N, 5\)"),
@@ -417,6 +491,15 @@ def test_malformed_input_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         divergence_sum(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [(("kl",), "divergence is 'kl'"), (("jsd", 0.0), "beta is 0.0"), (("reverse_kl", 1.0), "beta is 1.0")],
+)
+def test_a_meaningless_objective_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(*arguments)
 
 
 def test_unknown_statistics_are_refused():

@@ -7,13 +7,14 @@ import random
 from dataclasses import replace
 
 import pytest
+import runs
 import torch
-from helpers import engine_for, interrupted_before, one_each, pair_of, random_lm, random_rollouts, tiny_config
+from helpers import engine_for, one_each, pair_of, random_lm, random_rollouts, tiny_config
+from runs import interrupted_before
 from safetensors.torch import load_file
 
 from opd import build, models, train
 from opd.cli import Stop
-from opd.config import load_config
 from opd.errors import RunError
 from opd.grading import Grader
 from opd.hooks import UniformWeighter
@@ -25,9 +26,16 @@ from opd.step import train_step
 from opd.teacher import cache as teacher_cache
 from opd.teacher.cache import Cache
 from opd.teacher.local import LocalTeacher
-from tip.config import SECTIONS
-from tip.weighter import TipWeighter
 
+SETTINGS = (
+    "optim.steps=4",
+    "optim.warmup_steps=0",
+    "eval.limit=6",
+    "eval.k=1",
+    "checkpoint.every=2",
+    "eval.reverse_kl=true",
+    "log.diagnostics_every=2",
+)
 RULES = {
     "all tokens": None,  # no scoring pass
     "soft_or": {"rule": "soft_or", "retention": 0.5},
@@ -37,25 +45,7 @@ RULES = {
 
 def run(out, rule, *settings, resume="auto"):
     tip = [f"tip.{key}={value}" for key, value in (RULES[rule] or {}).items()]
-    config, sections = load_config(
-        "configs/tiny.json",
-        [
-            f"output_dir={out}",
-            "run_name=run",
-            "optim.steps=4",
-            "optim.warmup_steps=0",
-            "eval.limit=6",
-            "eval.k=1",
-            "checkpoint.every=2",
-            "eval.reverse_kl=true",
-            "log.diagnostics_every=2",
-            *tip,
-            *settings,
-        ],
-        SECTIONS,
-    )
-    weighter = TipWeighter(sections["tip"]) if RULES[rule] else UniformWeighter()
-    return train.run(config, weighter, sections, resume)
+    return runs.train(out, *SETTINGS, *tip, *settings, resume=resume, plain=not tip)
 
 
 def results(folder):

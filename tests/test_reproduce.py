@@ -13,11 +13,16 @@ import pytest
 from helpers import evaluation_figures, response
 
 from data.tiny import addition, build
+from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, Interval
 from opd.config import load_config
 from opd.errors import InputError, RunError
 from opd.grading import extract
-from tip import reproduce, results
-from tip.results import page
+from tip import jobs, reproduce
+from tip.results import comparison
+from tip.results.collect import paired_difference
+from tip.results.draw import families
+from tip.results.markdown import what_is_covered
+from tip.results.page import html_of
 
 TABLES = sorted(path.stem for path in Path("configs/tables").glob("*.json"))
 SMALL = [
@@ -44,13 +49,13 @@ def test_every_table_has_its_arms_the_random_control_and_the_papers_values(name)
     retentions = {arm.settings["tip.retention"] for arm in table.arms if arm.selects}
     assert {f"random {r:g}" for r in retentions} <= set(labels)
     if table.paper:
-        for pair in results.paper()["tables"][table.paper]["pairs"].values():
+        for pair in comparison.paper()["tables"][table.paper]["pairs"].values():
             wanted = set(pair["math500"]) & set(labels)
             assert len(wanted) >= 2 and (name in ("main", "table6") or wanted == set(pair["math500"]))
 
 
 def test_the_papers_values_are_the_papers():
-    facts = results.paper()["tables"]
+    facts = comparison.paper()["tables"]
     assert facts["5"]["pairs"]["qwen3_8b_to_4b"]["math500"]["soft_or 0.5"] == [79.1, 0.8]
     assert facts["8"]["pairs"]["qwen3_8b_to_4b"]["aime25"]["divergence 0.1"] == [15.3, 1.1]
 
@@ -71,29 +76,37 @@ def test_differences_are_over_the_problems_that_all_seeds_have(tmp_path):
         0: responses(tmp_path / "arm0", {"p": True, "q": False, "r": False, "only 0": True}),
         1: responses(tmp_path / "arm1", {"p": True, "q": True, "r": None}),
     }
-    found = results._differences(base, arm)["60"]["bench"]["greedy"]
-    assert found["by_seed"] == pytest.approx([1 / 3, 2 / 3]) and found["mean"] == pytest.approx(0.5)
-    assert (found["seeds"], found["wins"], found["covers"]) == (2, 2, "new seeds and new problems")
-    assert found["low"] < 1 / 3 and found["high"] > 2 / 3
-    alone = results._differences({0: base[0]}, {0: arm[0]})["60"]["bench"]["greedy"]
-    assert (alone["mean"], alone["seeds"], alone["covers"]) == (0.5, 1, "problems only")
+    found = paired_difference(arm, base, 60, "bench", greedy=True)
+    assert found.by_seed == pytest.approx([1 / 3, 2 / 3]) and found.mean == pytest.approx(0.5)
+    assert (found.wins, found.covers) == (2, "new seeds and new problems")
+    assert found.low < 1 / 3 and found.high > 2 / 3
+    alone = paired_difference({0: arm[0]}, {0: base[0]}, 60, "bench", greedy=True)
+    assert (alone.mean, len(alone.by_seed), alone.covers) == (0.5, 1, "problems only")
+    assert paired_difference(arm, base, 60, "bench", greedy=False) is None
     other = responses(tmp_path / "other", {"only 0": True})
     with pytest.raises(
         InputError, match=r"bench at step_000060: got seeds of \[1, 3\] problems and none in all of them"
     ):
-        results._differences(base, {0: other, 1: arm[1]})
+        paired_difference({0: other, 1: arm[1]}, base, 60, "bench", greedy=True)
 
 
 def test_the_text_says_what_the_intervals_cover():
     def text(*covers):
-        arm = {"60": {f"bench {i}": {"greedy": {"covers": kind}} for i, kind in enumerate(covers)}}
-        return results.covered({"arms": {"soft_or 0.5": {"differences": {"all 1.0": arm}}}})
+        return what_is_covered([Interval(0.0, -0.1, 0.1, kind, (0.0,), 8) for kind in covers])
 
-    one, several = "problems only", "new seeds and new problems"
+    one, several = PROBLEMS_ONLY, SEEDS_AND_PROBLEMS
     assert text(several) == "a 95 % interval that covers new seeds and new problems"
     assert text(one) == "a 95 % interval over problems only (it says nothing about another training)"
     assert text(one, several).startswith(text(several)) and "one seed is compared" in text(one, several)
     assert "over problems only" in text(one, several)
+
+
+@pytest.mark.parametrize("figure,table", [("figure1", "table5"), ("figure3", "table3")])
+def test_a_figure_is_a_view_of_a_table_and_shares_its_runs(figure, table, tmp_path):
+    view, source = reproduce.read_table(figure), reproduce.read_table(table)
+    assert view.arms == source.arms and view.panels == source.panels and view.title != source.title
+    runs = [comparison.of_table(t, tmp_path, [0, 1], "tiny", ("s", "t")).folders for t in (view, source)]
+    assert runs[0] == runs[1] and view.name == figure
 
 
 def test_deepplanning_shows_the_papers_values_and_nothing_else(capsys):
@@ -133,7 +146,8 @@ def test_a_small_reproduction_and_the_same_again(tiny_pair, tmp_path, capsys):
     assert "over problems only" in (out / "table.md").read_text() and "new seeds" not in (out / "table.md").read_text()
     assert "covers of all 1.0" in (out / "table.csv").read_text().splitlines()[0]
     text = (out / "report.html").read_text()
-    assert "over problems only" in text
+    assert "over problems only" in text and "cost: seconds per phase" in text
+    assert (out / "table.md").read_text() in capsys.readouterr().out
     assert "<script" not in text and text.count("data:image/png") >= 5
     (seed / "soft_or-0.5" / "summary.json").unlink()  # as if it had been stopped before its end
     reproduce.command(command)
@@ -143,7 +157,7 @@ def test_a_small_reproduction_and_the_same_again(tiny_pair, tmp_path, capsys):
 def test_a_curve_over_retention_starts_at_all_tokens_under_its_own_loss():
     table = reproduce.read_table("rules")
     settings = {arm.label: arm.settings for arm in table.arms}
-    found = page._families({"settings": settings, "arms": settings})
+    found = families(settings)
     mixed = "mixture=total_variation"
     assert found["q3"] == ["all 1.0", "q3 0.2", "q3 0.1"]
     assert found[f"q3 {mixed}"] == [f"all 1.0 {mixed}", f"q3 0.2 {mixed}", f"q3 0.1 {mixed}"]
@@ -152,7 +166,7 @@ def test_a_curve_over_retention_starts_at_all_tokens_under_its_own_loss():
 
 
 def test_text_in_the_page_is_escaped():
-    assert "<b>" not in page._html_of("| <b>a |\n|---|\n| <b> |\n\n- <b>\n\n# <b>")
+    assert "<b>" not in html_of("| <b>a |\n|---|\n| <b> |\n\n- <b>\n\n# <b>")
 
 
 def test_chosen_arms_come_with_the_baseline():
@@ -213,9 +227,9 @@ def test_a_signal_stops_all_seeds_and_the_same_command_ends_like_an_unbroken_one
 def test_the_papers_values_stand_beside_the_papers_pair_alone(tmp_path):
     table, pair = reproduce.read_table("table5"), "qwen3_8b_to_4b"
     models = [load_config(f"configs/{pair}.json")[0].student.path, load_config(f"configs/{pair}.json")[0].teacher.path]
-    assert results.of_table(table, tmp_path, [0], pair, tuple(models))["paper_pair"]
-    assert not results.of_table(table, tmp_path, [0], pair, ("mine", models[1]))["paper_pair"]
-    assert not results.of_table(table, tmp_path, [0], "tiny", tuple(models))["paper_pair"]
+    assert comparison.of_table(table, tmp_path, [0], pair, tuple(models)).paper
+    assert not comparison.of_table(table, tmp_path, [0], pair, ("mine", models[1])).paper
+    assert not comparison.of_table(table, tmp_path, [0], "tiny", tuple(models)).paper
 
 
 def test_a_failed_arm_is_reported_and_the_others_go_on(tiny_pair, tmp_path, monkeypatch, capsys):
@@ -262,7 +276,7 @@ class FakeChild:
 
 
 def started(monkeypatch, tmp_path, *words):
-    monkeypatch.setattr(reproduce.subprocess, "Popen", FakeChild)
+    monkeypatch.setattr(jobs.subprocess, "Popen", FakeChild)
     monkeypatch.setattr(FakeChild, "started", [])
     arguments = ["--table", "main", "--config", "configs/tiny.json", "--set", f"output_dir={tmp_path}", *words]
     reproduce.command(arguments)

@@ -10,23 +10,21 @@ import random
 import shutil
 import signal
 import time
-import traceback
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from helpers import engine_for, one_each, pair_of, random_lm, random_rollouts
+from runs import status
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from opd.config import load_config
-from opd.errors import Interrupted, RunError
+from opd.errors import RunError
 from opd.record import checkpoint, metrics
 from opd.record import folder as run_folder
 from opd.step import train_step
-from opd.train import run
-from tip.config import SECTIONS, TipConfig
-from tip.diagnostics import TipObserver
+from tip.config import TipConfig
 from tip.weighter import TipWeighter
 
 SETTINGS = (
@@ -45,33 +43,12 @@ SETTINGS = (
 
 
 def train(out, *more, resume="auto"):
-    texts = [f"output_dir={out}", "run_name=run", *SETTINGS, *more]
-    config, sections = load_config("configs/tiny.json", texts, SECTIONS)
-    weighter = TipWeighter(sections["tip"])
-    return run(config, weighter, sections, resume, TipObserver(weighter))
+    return runs.train(out, *SETTINGS, *more, resume=resume)
 
 
 def forked(out, prepare=lambda: None, resume="auto"):
     """Starts the run in a forked child; returns its process id."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            prepare()
-            train(out, resume=resume)
-            code = 0
-        except Interrupted as stop:
-            code = 128 + stop.signum
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return child
-
-
-def status(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return runs.forked(lambda: (prepare(), train(out, resume=resume)))
 
 
 def finish(out):

@@ -9,19 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import cli, progress
-from opd.config import load_config
 from opd.errors import InputError
-from opd.train import run
 from tip import report
 from tip import train as tip_train
-from tip.config import SECTIONS
-from tip.diagnostics import TipObserver
-from tip.weighter import TipWeighter
+from tip.results.markdown import markdown
+from tip.results.runs import read_run
 
 SMALL = (
     "optim.steps=4",
@@ -35,12 +33,7 @@ SMALL = (
 
 
 def start(out, name, *overrides, tip=(), resume="auto"):
-    texts = [f"output_dir={out}", f"run_name={name}", *overrides]
-    if not tip:
-        return run(load_config("configs/tiny.json", texts)[0], resume=resume)
-    config, sections = load_config("configs/tiny.json", [*texts, *tip], SECTIONS)
-    weighter = TipWeighter(sections["tip"])
-    return run(config, weighter, sections, resume, TipObserver(weighter))
+    return runs.train(out, f"run_name={name}", *overrides, *tip, resume=resume, plain=not tip)
 
 
 def rows(folder):
@@ -86,7 +79,7 @@ def test_arms_start_alike_and_soft_or_keeps_half_of_the_tokens_and_most_of_the_d
 
 
 def test_the_report_compares_them(arms, tmp_path):
-    text = report.table([report.read_run(folder) for folder in arms])
+    text = markdown(report.results_of([read_run(folder) for folder in arms]))
     for word in (
         "step-0 student",
         "teacher",
@@ -100,9 +93,9 @@ def test_the_report_compares_them(arms, tmp_path):
         assert word in text
     other = start(tmp_path, "short", *SMALL)
     with pytest.raises(InputError, match="differ in benchmark tiny"):
-        report.table([report.read_run(arms[0]), report.read_run(other)])
+        report.results_of([read_run(arms[0]), read_run(other)])
     with pytest.raises(InputError, match="Expected what a run was started with"):
-        report.read_run(tmp_path)
+        read_run(tmp_path)
 
 
 def test_a_run_folder_holds_what_it_should(small):
@@ -242,22 +235,13 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
 
 
 def forked_command(arguments, log):
-    """Runs the training command in a forked child (which need not import torch again); returns its process id."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, 1), os.dup2(handle, 2)
-            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-            sys.argv = ["tip.train", *arguments]
-            cli.main(tip_train.command)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            os._exit(code)
-    return child
+    """Gives the training command in a forked child; returns its process id."""
+
+    def command():
+        sys.argv = ["tip.train", *arguments]
+        cli.main(tip_train.command)
+
+    return runs.forked(command, log)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -353,11 +337,11 @@ def test_a_run_whose_benchmark_changed_is_another_run(tiny_pair, tmp_path):
 def test_runs_that_did_not_start_alike_are_not_compared(small, tmp_path):
     other = start(tmp_path, "other", *SMALL, "seed=1")
     with pytest.raises(InputError, match=r"differ in seed \(1 and 0\)"):
-        report.table([report.read_run(small), report.read_run(other)])
+        report.results_of([read_run(small), read_run(other)])
 
 
 def test_an_example_is_one_problem_before_and_after(small):
-    text = report.example([report.read_run(small)])
+    text = report.example([read_run(small)])
     assert text.startswith("problem test-") and text.count("greedy,") == 3 and "step-0 student, greedy" in text
     first = text[text.index("step-0 student") :].splitlines()[0]
     assert first.endswith("not right")

@@ -297,7 +297,7 @@ def test_sampled_rules_by_hand(retention):
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1])
 def test_weights_that_are_no_weights_are_refused(bad):
-    with pytest.raises(ValueError, match="1 of 3 weights are negative or NaN"):
+    with pytest.raises(ValueError, match="1 of 3 scores are negative or NaN"):
         select.sample(torch.tensor([0.5, bad, 1.0]), torch.zeros(3, dtype=torch.int64), 0.5, torch.Generator())
 
 
@@ -347,7 +347,7 @@ def test_quadrants_by_hand():
 
 
 def test_equal_to_the_threshold_is_low():
-    assert taxonomy.quadrants(torch.full((3,), 0.5), torch.full((3,), 1.0), (0.5, 1.0)).quadrant.tolist() == [4, 4, 4]
+    assert taxonomy.assign(torch.full((3,), 0.5), torch.full((3,), 1.0), (0.5, 1.0)).quadrant.tolist() == [4, 4, 4]
 
 
 def test_equal_values_are_low_whatever_their_mean_rounds_to():

@@ -8,7 +8,7 @@ from helpers import pair_of, random_lm, random_rollouts
 
 from opd.batch import make_micro_batches
 from opd.hooks import TokenStats
-from opd.loss import Head, divergence_sum, token_stats
+from opd.loss import Head, Objective, divergence_sum, token_stats
 from tip import oracle
 from tip.config import TipConfig
 from tip.rules import RULES
@@ -27,7 +27,7 @@ def gradient_in_logits(s, t, divergence):
     """By the product's loss: logits as hidden states of an identity head."""
     head = Head(torch.eye(len(s)))
     hidden = s.float()[None].requires_grad_()
-    divergence_sum(hidden, head, t.float()[None], head, torch.ones(1), None, divergence).backward()
+    divergence_sum(hidden, head, t.float()[None], head, torch.ones(1), None, Objective(divergence)).backward()
     return hidden.grad[0].double()
 
 

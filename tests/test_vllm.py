@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import interrupted_before, random_lm, random_rollouts, tiny_config
+from helpers import random_lm, random_rollouts, tiny_config
+from runs import interrupted_before
 
 from opd import evaluate, train
 from opd.config import ROOT, load_config

@@ -42,7 +42,7 @@ from tip.diagnostics import correlation, jaccard, keep_by_every_rule, kept_by_de
 from tip.oracle import DRAWS
 from tip.results import figures
 from tip.results.grid import grid
-from tip.rules import BOTH, RULES
+from tip.rules import BOTH_AXES, RULES
 from tip.scores import Axes
 from tip.weighter import TipWeighter
 
@@ -60,7 +60,7 @@ SMALL_STUDENT = 2_000_000  # parameters, up to which they are taken by default
 
 def needs() -> frozenset[str]:
     """TokenStats fields of all rules, and those that are summed."""
-    return BOTH.union(COVERED, *(rule.needs for rule in RULES.values()))
+    return BOTH_AXES.union(COVERED, *(rule.needs for rule in RULES.values()))
 
 
 def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:

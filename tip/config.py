@@ -6,109 +6,143 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema
 
 from opd.config import Count, doc, schema, strict
-from tip.rules import RULES, known
+from opd.errors import InputError
+from tip.rules import RULES
 
-RuleName = Annotated[str, AfterValidator(known), WithJsonSchema({"type": "string", "enum": list(RULES)})]
+
+def _known_rule(name: str) -> str:
+    if name not in RULES:
+        raise ValueError(f"expected one of {', '.join(RULES)}")
+    return name
+
+
+RuleName = Annotated[str, AfterValidator(_known_rule), WithJsonSchema({"type": "string", "enum": list(RULES)})]
+Retention = Annotated[float, Field(gt=0, le=1)]
 Quantile = Annotated[float, Field(gt=0, le=1)]
 Quadrant = Annotated[int, Field(ge=1, le=4)]
 
 
 @strict
 class TipConfig:
-    """Token selection; every key has a default, so a pair file needs no such section."""
+    """Which tokens count. Every key has a default, so a pair file needs no such section."""
 
     rule: Annotated[
         RuleName,
         doc(
-            "Which tokens count. Of TIP (arXiv 2604.14084), with h student entropy and d = KL(P_S || P_T): all; "
-            "entropy_sampling (probability proportional to h); soft_or (top of h + d - h d); soft_or_bottom; "
-            "divergence (top of d); q3 (top of KL(P_T || P_S) (1 - h)). Controls: random, entropy_topk, "
-            "soft_or_sampling, divergence_bottom, quadrant (a set of quadrants). Of others: teachability (TA-OPD, "
-            "2605.26844), product (h^alpha (JSD / ln 2)^gamma, sampled), eopd (2603.07079), aopd (2605.06387). Ours: "
-            "total_variation (top of total variation, which is also the share of forward KL in the token's loss)."
+            "The rule that decides which tokens count. h is the student's entropy and d = KL(P_S || P_T). From TIP "
+            "(arXiv 2604.14084): all; entropy_sampling, with probability proportional to h; soft_or, the top of "
+            "h + d - h d; soft_or_bottom; divergence, the top of d; q3, the top of KL(P_T || P_S) (1 - h). Controls: "
+            "random; entropy_topk; soft_or_sampling; divergence_bottom; quadrant, a set of quadrants. From other "
+            "papers: teachability (TA-OPD, 2605.26844); product, sampled by h^alpha (JSD / ln 2)^gamma; eopd "
+            "(2603.07079); aopd (2605.06387). Of this project: total_variation, whose score is also the share of "
+            "forward KL in a token's loss."
         ),
     ] = "soft_or"
-    retention: Annotated[float, doc("Share of the response tokens kept. Paper: 0.5, 0.2, 0.1.", gt=0, le=1)] = 0.5
+    retention: Annotated[
+        Retention, doc("The share of the response tokens that is kept. The paper takes 0.5, 0.2 and 0.1.")
+    ] = 0.5
     retention_end: Annotated[
-        float | None,
+        Retention | None,
         doc(
-            "Retention moves linearly from `retention` at update 1 to this at update `retention_steps`, and stays. "
-            "null: no schedule.",
-            gt=0,
-            le=1,
+            "The retention moves linearly from `retention` at the first update to this at update `retention_steps`, "
+            "and stays there. null: the retention is constant."
         ),
     ] = None
-    retention_steps: Annotated[Count | None, doc("Length of the schedule in updates; null without one.")] = None
+    retention_steps: Annotated[
+        Count | None, doc("The update at which the retention reaches `retention_end`. null: it is constant.")
+    ] = None
     scope: Annotated[
         Literal["update", "running"],
         doc(
-            "Whose values normalise an axis (clips, minimum and maximum, percentiles, means). update: all response "
-            "tokens of the update, over all micro-batches and ranks. running: an exponential average of the quantiles "
-            "of earlier updates; what it remembers is part of a checkpoint."
+            "The tokens whose quantiles clip and normalise an axis. update: all response tokens of the update, over "
+            "all micro-batches and ranks. running: an exponential average of the quantiles of earlier updates, which "
+            "checkpoints hold."
         ),
     ] = "update"
     running_decay: Annotated[
-        float, doc("Weight of the past in each update of the running quantiles (scope running).", ge=0, lt=1)
+        float, doc("The weight of the past when scope running averages in the quantiles of an update.", ge=0, lt=1)
     ] = 0.8
     budget: Annotated[
         Literal["per_rollout", "per_update"] | None,
         doc(
-            "Where the share is counted: floor(retention * m) tokens of each rollout (paper), or of the whole update. "
-            "null: as the rule's source does, per_update for teachability and total_variation, else per_rollout."
+            "Where the retention counts. per_rollout, as in the paper: floor(retention * m) of the m tokens of each "
+            "rollout. per_update: of the whole update. null: as the rule's paper does, which is per_update for "
+            "teachability and total_variation, else per_rollout."
         ),
     ] = None
     entropy_clip_quantile: Annotated[
         Quantile | None,
-        doc("Entropy is capped at this quantile of the update before normalising. null: no cap. Paper: 0.98."),
+        doc("Entropy is capped at this quantile before it is normalised. null: no cap. The paper takes 0.98."),
     ] = 0.98
     divergence_clip_quantile: Annotated[
-        Quantile | None, doc("The same for divergence. Paper: null; one outlier then squeezes the axis.")
+        Quantile | None,
+        doc("The same cap for divergence. null, as in the paper: no cap, so that one outlier squeezes the axis."),
     ] = None
     normalization: Annotated[
         Literal["minmax", "quantile", "rank"],
         doc(
-            "How an axis is mapped to [0, 1]. minmax (paper); quantile: its 5th to 95th percentile, cut; rank: its "
-            "place."
+            "How an axis is mapped to [0, 1]. minmax, as in the paper: from its minimum to its maximum. quantile: from "
+            "its 5th to its 95th percentile, cut. rank: to its rank among the tokens."
         ),
     ] = "minmax"
     quadrant_threshold: Annotated[
         Literal["mean", "quantile", "absolute"],
-        doc(
-            "What is high: above the mean of the (clipped) axis, above its quantile, or above a number. Not stated in "
-            "the paper."
-        ),
+        doc("Where an axis becomes high: above its mean, above a quantile, or above a number. The paper does not say."),
     ] = "mean"
     quadrant_entropy: Annotated[
-        float | None, doc("The quantile, or the number, for entropy divided by ln V; null with mean.", ge=0, le=1)
+        float | None,
+        doc("The quantile or the number for entropy divided by ln V. null: with quadrant_threshold mean.", ge=0, le=1),
     ] = None
     quadrant_divergence: Annotated[
-        float | None, doc("The quantile, or the number of nats, for KL(P_S || P_T); null with mean.", ge=0)
+        float | None,
+        doc("The quantile, or the number in nats, for KL(P_S || P_T). null: with quadrant_threshold mean.", ge=0),
     ] = None
-    quadrants: Annotated[tuple[Quadrant, ...], doc("What rule quadrant keeps, for example [1, 3].")] = (1, 3)
-    product_alpha: Annotated[float, doc("Exponent of entropy in rule product.", ge=0)] = 1.0
-    product_gamma: Annotated[float, doc("Exponent of JSD / ln 2 in rule product.", ge=0)] = 1.0
+    quadrants: Annotated[
+        tuple[Quadrant, ...], doc("The quadrants that the rule quadrant keeps, for example [1, 3].")
+    ] = (1, 3)
+    product_alpha: Annotated[float, doc("The exponent of h in the rule product.", ge=0)] = 1.0
+    product_gamma: Annotated[float, doc("The exponent of JSD / ln 2 in the rule product.", ge=0)] = 1.0
     mixture: Annotated[
         Literal["none", "total_variation"] | None,
         doc(
-            "Share of forward KL in a token's loss. none: the configured divergence alone; total_variation: the "
-            "token's total variation, so that a confident mistake, where the gradient of reverse KL vanishes, is still "
-            "learnt from. null: as the rule's source does (eopd, aopd and total_variation have one)."
+            "The share of forward KL in a token's loss. none: no share. total_variation: the token's total variation, "
+            "so that the student learns from a confident mistake too, where the gradient of reverse KL vanishes. null: "
+            "as the rule says; eopd, aopd and total_variation have a share."
         ),
     ] = None
     aggregation: Annotated[
         Literal["token_mean", "rollout_mean"],
         doc(
-            "token_mean: mean over all kept tokens of the update; rollout_mean: mean of per-rollout means. "
-            "Not stated in the paper."
+            "token_mean: the mean over all kept tokens of the update. rollout_mean: the mean of the means of the "
+            "rollouts. The paper does not say."
         ),
     ] = "token_mean"
 
     def retention_at(self, step: int) -> float:
-        """The retention ratio of update `step` (from 1)."""
+        """The retention of update `step`, which counts from 1."""
         if self.retention_end is None or self.retention_steps is None:
             return self.retention
-        done = min(1.0, (step - 1) / max(self.retention_steps - 1, 1))
-        return self.retention + done * (self.retention_end - self.retention)
+        progress = min(1.0, (step - 1) / max(self.retention_steps - 1, 1))
+        return self.retention + progress * (self.retention_end - self.retention)
+
+
+def check_combinations(config: TipConfig) -> None:
+    """Raises InputError for keys that do not go together."""
+    if (config.retention_end is None) != (config.retention_steps is None):
+        raise InputError(
+            f"tip: retention_end is {config.retention_end} and retention_steps is {config.retention_steps}: a schedule "
+            "needs both, a constant retention neither."
+        )
+    how, given = config.quadrant_threshold, (config.quadrant_entropy, config.quadrant_divergence)
+    if given.count(None) != (2 if how == "mean" else 0):
+        raise InputError(
+            f"tip: quadrant_threshold is {how!r}, quadrant_entropy {given[0]} and quadrant_divergence {given[1]}: "
+            "mean takes neither, quantile and absolute take both."
+        )
+    if how == "quantile" and config.quadrant_divergence > 1:
+        raise InputError(f"tip: quadrant_divergence is {config.quadrant_divergence}, expected a quantile in [0, 1].")
+    if not config.quadrants:
+        raise InputError("tip: quadrants is empty, expected some of 1, 2, 3, 4.")
 
 
 SECTIONS = {"tip": TipConfig}

@@ -10,7 +10,7 @@ from torch import Tensor
 from opd.hooks import Diagnosis, TokenStats, TokenWeights
 from tip import select
 from tip.config import TipConfig
-from tip.rules import BOTH, RULES
+from tip.rules import BOTH_AXES, RULES
 from tip.scores import Axes, Spread
 from tip.weighter import TipWeighter
 
@@ -22,14 +22,14 @@ SQUEEZED = 10.0  # then 99 % of the tokens share the lowest tenth of a min-max a
 class TipObserver:
     """Implements opd.hooks.Observer for a TipWeighter."""
 
-    needs = BOTH
+    needs = BOTH_AXES
 
     def __init__(self, weighter: TipWeighter):
         self.weighter = weighter
 
     @property
     def column_needs(self) -> frozenset[str]:
-        return BOTH.union(*(rule.needs for rule in RULES.values()))
+        return BOTH_AXES.union(*(rule.needs for rule in RULES.values()))
 
     def diagnose(self, stats: TokenStats, weights: TokenWeights) -> Diagnosis:
         """Needs at least one token."""
@@ -79,7 +79,7 @@ class TipObserver:
             )
         ratio = scalars["tip/divergence_max_over_p99"]
         squeezable = config.normalization == "minmax" and config.divergence_clip_quantile is None
-        if ratio > SQUEEZED and squeezable and self.weighter.needs >= BOTH:
+        if ratio > SQUEEZED and squeezable and self.weighter.needs >= BOTH_AXES:
             found["squeezed"] = (
                 f"the largest divergence is {ratio:.0f} times its 99th percentile, so min-max normalisation squeezes "
                 "nearly all tokens to 0 on that axis and entropy decides. Set tip.normalization=quantile."

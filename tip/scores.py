@@ -1,8 +1,10 @@
-"""TokenStats -> axes in [0, 1] for scores (TIP, arXiv 2604.14084, section on Soft-OR).
+"""Statistics of tokens -> the two axes of TIP, each mapped to [0, 1] (arXiv 2604.14084, section on Soft-OR).
 
-h is student entropy divided by ln V, in [0, 1]; d is KL(P_S || P_T) in nats. Clips and thresholds act on these; each
-axis is then mapped to [0, 1] by where the column's values lie. *Which* values is the scope of the normalisation: those
-of the update itself, or, with scope running, an average over earlier updates.
+The axes are h, the student's entropy divided by ln V, and d = KL(P_S || P_T) in nats. An axis is first clipped, then
+mapped to [0, 1] by the quantiles of its column. With scope update these are the quantiles of the update itself; with
+scope running they are an average over earlier updates.
+
+Shapes: N tokens of the update; K points of a spread.
 """
 
 import math
@@ -17,81 +19,81 @@ from torch import Tensor
 
 from opd.hooks import TokenStats
 
-GRID = 1001  # quantiles that are kept of an update
+GRID = 1001  # points of a spread that is remembered beyond its update
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Where the values of a column lie: ascending (K,) float64 points at the equally spaced quantile levels 0 to 1.
+    """The quantiles of a column at the equally spaced levels from 0 to 1, as K ascending float64 points.
 
-    Of an update these are its own sorted values, so quantiles are exact (linear interpolation).
+    The points of an update are its sorted column, so its quantiles are exact, with linear interpolation.
     """
 
-    points: Tensor
+    points: Tensor  # (K,) float64
 
     @classmethod
-    def of(cls, values: Tensor) -> "Spread":
-        return cls(values.double().sort().values)
+    def of(cls, column_N: Tensor) -> "Spread":
+        return cls(column_N.double().sort().values)
 
     @property
     def mean(self) -> float:
-        """Within the points also after rounding, so that nothing lies above the mean of equal values."""
+        """The mean; NaN without points. It is cut to their range: rounding must not lift it above equal numbers."""
         return self.points.mean().clamp(self.points[0], self.points[-1]).item() if len(self.points) else math.nan
 
-    def quantile(self, q: float) -> float:
-        points = self.points.numpy()
-        if not len(points):
-            return math.nan
-        return float(np.interp(q * (len(points) - 1), np.arange(len(points)), points))
+    def quantile(self, level: float) -> float:
+        """The quantile at a level from 0 to 1; NaN without points."""
+        return float(self._between(level * (len(self.points) - 1))) if len(self.points) else math.nan
 
-    def place(self, values: Tensor) -> Tensor:
-        """Rank in [0, 1]; equal values share the mean of their places; 0 everywhere when all points are equal."""
+    def place(self, column_N: Tensor) -> Tensor:
+        """The rank of each number among the points, (N,) float64 in [0, 1]; 0 where all points are equal.
+
+        A number that several points equal takes the mean of their ranks.
+        """
         if len(self.points) < 2 or self.points[0] == self.points[-1]:
-            return torch.zeros(len(values), dtype=torch.float64)
-        below, upto = (torch.searchsorted(self.points, values.double(), right=right) for right in (False, True))
-        return ((below + upto - 1).double() / 2 / (len(self.points) - 1)).clamp(0, 1)
-
-    def clipped(self, maximum: float) -> "Spread":
-        return Spread(self.points.clamp(max=maximum))
+            return torch.zeros(len(column_N), dtype=torch.float64)
+        below_N, upto_N = (torch.searchsorted(self.points, column_N.double(), right=right) for right in (False, True))
+        return ((below_N + upto_N - 1).double() / 2 / (len(self.points) - 1)).clamp(0, 1)
 
     def on_grid(self) -> "Spread":
-        """The same by GRID points, whatever the number of values."""
-        places = np.linspace(0, len(self.points) - 1, GRID)
-        return Spread(torch.from_numpy(np.interp(places, np.arange(len(self.points)), self.points.numpy())))
+        """The same quantiles at GRID levels, so that updates of different size can be averaged."""
+        return Spread(torch.from_numpy(self._between(np.linspace(0, len(self.points) - 1, GRID))))
 
     def blended(self, newer: "Spread", decay: float) -> "Spread":
-        """Quantile by quantile: decay * this + (1 - decay) * newer; both on the grid."""
+        """decay * this + (1 - decay) * newer, quantile by quantile. Both are on the grid."""
         return Spread(decay * self.points + (1 - decay) * newer.points)
 
+    def _between(self, index: float | np.ndarray) -> np.ndarray:
+        """The points at fractional indices, linearly interpolated."""
+        return np.interp(index, np.arange(len(self.points)), self.points.numpy())
 
-def normalise(values: Tensor, spread: Spread, how: str) -> Tensor:
-    """Maps a column to [0, 1] in float64, so that near ties keep their order; 0 everywhere when the range is empty.
 
-    "minmax" (paper): (x - min) / (max - min); "quantile": (x - q05) / (q95 - q05), cut; "rank": its place.
+def normalise(column_N: Tensor, spread: Spread, how: str) -> Tensor:
+    """Maps a column to [0, 1]; 0 everywhere when the range is empty. Returns (N,) float64, which keeps near ties apart.
+
+    Args:
+        how: "minmax" is (x - min) / (max - min), as in the paper. "quantile" takes the 5th and the 95th percentile
+            instead, and cuts. "rank" takes the place of x among the points.
     """
-    if not len(values) or not len(spread.points):
-        return torch.zeros(len(values), dtype=torch.float64)
     if how == "rank":
-        return spread.place(values)
-    low, high = (0.0, 1.0) if how == "minmax" else (0.05, 0.95)
-    low, high = spread.quantile(low), spread.quantile(high)
+        return spread.place(column_N)
+    low, high = (spread.quantile(level) for level in ((0.0, 1.0) if how == "minmax" else (0.05, 0.95)))
     if high <= low:
-        return torch.zeros(len(values), dtype=torch.float64)
-    return ((values.double() - low) / (high - low)).clamp(0, 1)
+        return torch.zeros(len(column_N), dtype=torch.float64)
+    return ((column_N.double() - low) / (high - low)).clamp(0, 1)
 
 
-def soft_or(h: Tensor, d: Tensor) -> Tensor:
-    """h + d - h d of two axes in [0, 1]: high where either is, without counting both twice.
+def soft_or(h_N: Tensor, d_N: Tensor) -> Tensor:
+    """h + d - h d of two axes in [0, 1]: high where either is high, without counting both twice.
 
-    Computed as a + b (1 - a), a the larger: exactly 1 where either is 1. Clipped axes have many such tokens, and a cut
-    among them must fall by position, not by the rounding of the other axis, which differs between processes.
+    It is computed as a + b (1 - a) with a the larger, which is exactly 1 where either axis is 1. Clipped axes have many
+    such tokens. A cut among them has to fall by position, and not by rounding, which differs between processes.
     """
-    larger, smaller = torch.maximum(h, d), torch.minimum(h, d)
-    return larger + smaller * (1 - larger)
+    larger_N, smaller_N = torch.maximum(h_N, d_N), torch.minimum(h_N, d_N)
+    return larger_N + smaller_N * (1 - larger_N)
 
 
 class AxisSettings(Protocol):
-    """The settings that axes and rules read; tip.config.TipConfig has and documents them."""
+    """The keys of tip.config.TipConfig that axes and rules read. TipConfig itself imports the rules."""
 
     entropy_clip_quantile: float | None
     divergence_clip_quantile: float | None
@@ -105,64 +107,64 @@ class AxisSettings(Protocol):
 
 
 class Axes:
-    """What rules read besides the raw statistics: columns clipped and mapped to [0, 1] as the configuration says.
+    """What rules read besides the statistics: columns that are clipped and mapped to [0, 1]; each (N,) float64.
 
     Args:
-        memory: column -> its spread over earlier updates; None: the spread of these very rows.
+        memory: the spread of each column over earlier updates; None takes the spreads of these very tokens.
     """
 
     def __init__(self, stats: TokenStats, config: AxisSettings, memory: Mapping[str, Spread] | None = None):
         self.stats, self.config, self.memory = stats, config, memory
 
-    def spread(self, name: str) -> Spread:
-        """Where the values of a TokenStats field lie."""
-        return self.memory[name] if self.memory else Spread.of(vars(self.stats)[name])
-
-    def unit(self, name: str) -> Tensor:
-        """Any TokenStats field by its 5th to 95th percentile: clip((z - q05) / (q95 - q05), 0, 1), (N,) float64."""
-        return normalise(vars(self.stats)[name], self.spread(name), "quantile")
-
     @cached_property
     def h(self) -> Tensor:
-        """H(P_S) / ln V, clipped; (N,) float64."""
-        return self._clipped("student_entropy", self.config.entropy_clip_quantile)[0] / math.log(self.stats.vocab_size)
+        """H(P_S) / ln V, clipped."""
+        return self._entropy[0] / math.log(self.stats.vocab_size)
 
-    @cached_property
+    @property
     def d(self) -> Tensor:
-        """KL(P_S || P_T), clipped; (N,) float64, nats."""
-        return self._clipped("reverse_kl", self.config.divergence_clip_quantile)[0]
+        """KL(P_S || P_T) in nats, clipped."""
+        return self._divergence[0]
 
     @cached_property
     def entropy(self) -> Tensor:
-        """h mapped to [0, 1]; (N,) float64."""
-        values, spread = self._clipped("student_entropy", self.config.entropy_clip_quantile)
-        return normalise(values, spread, self.config.normalization)
+        """h mapped to [0, 1]."""
+        return normalise(*self._entropy, self.config.normalization)
 
     @cached_property
     def divergence(self) -> Tensor:
-        """d mapped to [0, 1]; (N,) float64."""
-        values, spread = self._clipped("reverse_kl", self.config.divergence_clip_quantile)
-        return normalise(values, spread, self.config.normalization)
+        """d mapped to [0, 1]."""
+        return normalise(*self._divergence, self.config.normalization)
+
+    def unit(self, name: str) -> Tensor:
+        """Any field of TokenStats mapped to [0, 1] by its 5th and 95th percentile, as TA-OPD does."""
+        return normalise(*self._clipped(name, None), "quantile")
 
     def thresholds(self) -> tuple[float, float]:
-        """Above which h and d are high: their means, quantiles, or the numbers of the configuration."""
-        how, at_h, at_d = (
-            self.config.quadrant_threshold,
-            self.config.quadrant_entropy,
-            self.config.quadrant_divergence,
-        )
+        """The h and the d above which a token is high, in that order."""
+        how, h, d = self.config.quadrant_threshold, self.config.quadrant_entropy, self.config.quadrant_divergence
         if how == "absolute":
-            return at_h, at_d
-        h = self._clipped("student_entropy", self.config.entropy_clip_quantile)[1]
-        d = self._clipped("reverse_kl", self.config.divergence_clip_quantile)[1]
-        high = h.mean, d.mean
-        if how == "quantile":
-            high = h.quantile(at_h), d.quantile(at_d)
-        return high[0] / math.log(self.stats.vocab_size), high[1]
+            return h, d
+        entropy, divergence = self._entropy[1], self._divergence[1]
+        if how == "mean":
+            h, d = entropy.mean, divergence.mean
+        else:
+            h, d = entropy.quantile(h), divergence.quantile(d)
+        return h / math.log(self.stats.vocab_size), d
 
-    def _clipped(self, name: str, q: float | None) -> tuple[Tensor, Spread]:
-        values, spread = vars(self.stats)[name].double(), self.spread(name)
-        if q is None or not len(spread.points):
-            return values, spread
-        maximum = spread.quantile(q)
-        return values.clamp(max=maximum), spread.clipped(maximum)
+    @cached_property
+    def _entropy(self) -> tuple[Tensor, Spread]:
+        return self._clipped("student_entropy", self.config.entropy_clip_quantile)
+
+    @cached_property
+    def _divergence(self) -> tuple[Tensor, Spread]:
+        return self._clipped("reverse_kl", self.config.divergence_clip_quantile)
+
+    def _clipped(self, name: str, level: float | None) -> tuple[Tensor, Spread]:
+        """A column and its spread, both capped at the spread's quantile of that level."""
+        column_N = vars(self.stats)[name].double()
+        spread = self.memory[name] if self.memory else Spread.of(column_N)
+        if level is None:
+            return column_N, spread
+        maximum = spread.quantile(level)
+        return column_N.clamp(max=maximum), Spread(spread.points.clamp(max=maximum))

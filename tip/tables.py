@@ -1,4 +1,7 @@
-"""Tables of the paper as data: configs/tables/NAME.json -> the arms that are trained, panel by panel."""
+"""Tables of the paper as data: configs/tables/NAME.json -> the arms that are trained, panel by panel.
+
+A figure that is drawn from a table's runs is a view of it: a file with a title and the name of that table as `source`.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,10 +54,12 @@ def read_table(name: str) -> Table:
     if name not in known:
         raise InputError(f"there is no table {name[:80]!r}; there are {', '.join(known)}.")
     path = TABLES / f"{name}.json"
-    values = read_json_object(path)
+    content = read_json_object(path)
     try:
-        panels = tuple((p["title"], tuple(Arm(a) for a in p["arms"])) for p in values.pop("panels"))
-        table = Table(name=name, panels=panels, **values | {"baselines": tuple(values["baselines"])})
+        if "source" in content:
+            content = read_json_object(TABLES / f"{content.pop('source')}.json") | content
+        panels = tuple((p["title"], tuple(Arm(a) for a in p["arms"])) for p in content.pop("panels"))
+        table = Table(name=name, panels=panels, **content | {"baselines": tuple(content["baselines"])})
         labels = [arm.label for arm in table.arms]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a table ({error}). See the other files of its folder.") from None

@@ -1,7 +1,9 @@
 """The four quadrants of tokens, and what a selection does to each (TIP, arXiv 2604.14084).
 
-Q1 uncertain and wrong, Q2 uncertain but right, Q3 overconfident and wrong (the blind spot of entropy), Q4 solved.
-"High" is strictly above a threshold, by default the mean of the (clipped) axis over the update; the paper states none.
+Q1 is uncertain and wrong, Q2 uncertain but right, Q3 confident but wrong, and Q4 solved. Entropy alone cannot see Q3.
+The paper does not say where an axis becomes high. Here it is high above a threshold, by default above its mean.
+
+Shapes: N tokens of the update.
 """
 
 from dataclasses import dataclass
@@ -14,35 +16,38 @@ from tip.scores import Axes
 
 @dataclass(frozen=True)
 class Quadrants:
-    quadrant: Tensor  # (N,) int64 in 1..4
+    quadrant: Tensor  # (N,) int64, from 1 to 4
     threshold_entropy: float  # of h = H(P_S) / ln V
-    threshold_divergence: float  # nats
+    threshold_divergence: float  # of d = KL(P_S || P_T), in nats
 
 
-def quadrants(h: Tensor, d: Tensor, thresholds: tuple[float, float]) -> Quadrants:
-    """Assigns each token by its axes h (normalised entropy) and d (nats), both (N,) and already clipped."""
-    high_h, high_d = h.double() > thresholds[0], d.double() > thresholds[1]
-    quadrant = torch.where(high_d, torch.where(high_h, 1, 3), torch.where(high_h, 2, 4))
-    return Quadrants(quadrant, *thresholds)
+def assign(h_N: Tensor, d_N: Tensor, thresholds: tuple[float, float]) -> Quadrants:
+    """The quadrants of tokens with normalised entropy h and divergence d in nats, both already clipped."""
+    high_h_N, high_d_N = h_N.double() > thresholds[0], d_N.double() > thresholds[1]
+    quadrant_N = torch.where(high_d_N, torch.where(high_h_N, 1, 3), torch.where(high_h_N, 2, 4))
+    return Quadrants(quadrant_N, *thresholds)
 
 
 def of(axes: Axes) -> Quadrants:
-    """The quadrants of the rows, with the configuration's clips and thresholds."""
-    return quadrants(axes.h, axes.d, axes.thresholds())
+    """The quadrants of the tokens, with the clips and thresholds of the configuration."""
+    return assign(axes.h, axes.d, axes.thresholds())
 
 
-def describe(found: Quadrants, d: Tensor, kept: Tensor) -> dict[str, float]:
-    """Metrics of a selection. For each quadrant: its share of tokens, its share of the divergence mass (unclipped d),
-    and which share of its tokens was kept; `tip/mass_covered` is the share of the divergence mass that was kept."""
-    total = d.sum().item()
+def describe(quadrants: Quadrants, d_N: Tensor, kept_N: Tensor) -> dict[str, float]:
+    """The metrics of a selection, given the divergence without a clip and (N,) bool of what is kept.
+
+    A quadrant has a share of the tokens, a share of the sum of divergence, and a share of its tokens that is kept.
+    `tip/mass_covered` is the kept tokens' share of the sum of divergence.
+    """
+    total = d_N.sum().item()
     metrics = {
-        "tip/threshold_entropy": found.threshold_entropy,
-        "tip/threshold_divergence": found.threshold_divergence,
-        "tip/mass_covered": d[kept].sum().item() / total if total > 0 else 1.0,
+        "tip/threshold_entropy": quadrants.threshold_entropy,
+        "tip/threshold_divergence": quadrants.threshold_divergence,
+        "tip/mass_covered": d_N[kept_N].sum().item() / total if total > 0 else 1.0,
     }
     for q in (1, 2, 3, 4):
-        inside = found.quadrant == q
-        metrics[f"tip/share_q{q}"] = inside.double().mean().item()
-        metrics[f"tip/mass_q{q}"] = d[inside].sum().item() / total if total > 0 else 0.0
-        metrics[f"tip/kept_q{q}"] = kept[inside].double().mean().item() if inside.any() else 0.0
+        inside_N = quadrants.quadrant == q
+        metrics[f"tip/share_q{q}"] = inside_N.double().mean().item()
+        metrics[f"tip/mass_q{q}"] = d_N[inside_N].sum().item() / total if total > 0 else 0.0
+        metrics[f"tip/kept_q{q}"] = kept_N[inside_N].double().mean().item() if inside_N.any() else 0.0
     return metrics

@@ -96,6 +96,8 @@ class Server:
                 **model,
                 generation_config="vllm",
                 enforce_eager=on_cpu,
+                # vLLM 0.32 rewinds the generator of a prompt that it has read in part, which a CPU's cannot do
+                enable_chunked_prefill=not on_cpu,
                 enable_sleep_mode=self.can_sleep,
                 seed=0,
                 disable_log_stats=True,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,29 @@ from matplotlib.figure import Figure  # noqa: E402
 COLOURS = ("#0b3c5d", "#d1495b", "#328cc1", "#7a9e1f", "#8e44ad", "#e08e0b", "#444444", "#2a9d8f", "#b5651d", "#999999")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*<>hpd"
+Curves = dict[str, tuple[Sequence[float], Sequence[float]]]  # label -> (x values, y values)
+
+
+@dataclass(frozen=True)
+class Bar:
+    label: str
+    length: float
+    error: float  # its standard error; 0: not known
+    paper: float | None  # the paper's value
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """A token with the text before it, its numbers (nats), and the five likeliest tokens of both models."""
+
+    quadrant: str
+    before: str
+    text: str
+    entropy: float
+    forward_kl: float
+    score: float
+    student: list[tuple[str, float]]  # text and probability
+    teacher: list[tuple[str, float]]
 
 
 def save(figure: Figure, folder: Path, name: str, caption: str) -> None:
@@ -41,18 +65,16 @@ def style(number: int) -> dict[str, object]:
     }
 
 
-def lines(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], x_label: str, y_label: str
-) -> Figure:
-    """One panel per title; in it one line per label, (x values, y values). The same label looks alike everywhere."""
-    labels = list(dict.fromkeys(label for found in panels.values() for label in found))
+def lines(panels: Mapping[str, Curves], x_label: str, y_label: str) -> Figure:
+    """One panel per title; in it one line per label. The same label looks alike everywhere."""
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.3 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (title, found) in zip(axes.flat, panels.items(), strict=False):
-        for label, (x, y) in found.items():
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for label, (x, y) in curves.items():
             every = max(1, len(x) // 12)  # markers on long curves would hide them
             axis.plot(x, y, label=label, markevery=every, **style(labels.index(label)))
         axis.set(title=title, xlabel=x_label, ylabel=y_label)
@@ -112,61 +134,47 @@ def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: tuple[float, float]) 
     return figure
 
 
-def bars(
-    panels: Mapping[str, Sequence[tuple[str, float, float | None, float | None]]], x_label: str, line: str
-) -> Figure:
-    """Horizontal bars, a panel per title: (label, value, standard error, the paper's value), and a dashed line at the
-    bar of the label `line`."""
-    longest = max(len(found) for found in panels.values())
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(1.8 + 4.2 * len(panels), 1.2 + 0.27 * longest),
-        squeeze=False,
-        layout="constrained",
-        sharey=True,
-    )
-    for axis, (title, found) in zip(axes.flat, panels.items(), strict=True):
-        places = np.arange(len(found))[::-1]
-        values = [value for _, value, _, _ in found]
-        errors = [error or 0.0 for _, _, error, _ in found]
-        axis.barh(places, values, xerr=errors, color="#bbbbbb", edgecolor="#333333", linewidth=0.6, capsize=2)
-        marked = [(place, mark) for place, (_, _, _, mark) in zip(places, found, strict=True) if mark is not None]
+def bars(panels: Mapping[str, Sequence[Bar]], x_label: str, line: str) -> Figure:
+    """Horizontal bars, a panel per title, and a dashed line at the bar of the label `line`."""
+    longest = max(map(len, panels.values()))
+    size = (1.8 + 4.2 * len(panels), 1.2 + 0.27 * longest)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained", sharey=True)
+    for axis, (title, shown) in zip(axes.flat, panels.items(), strict=True):
+        places = np.arange(len(shown))[::-1]
+        lengths, errors = [bar.length for bar in shown], [bar.error for bar in shown]
+        axis.barh(places, lengths, xerr=errors, color="#bbbbbb", edgecolor="#333333", linewidth=0.6, capsize=2)
+        marked = [(place, bar.paper) for place, bar in zip(places, shown, strict=True) if bar.paper is not None]
         if marked:
             axis.plot([m for _, m in marked], [p for p, _ in marked], "D", color="#d1495b", markersize=5, label="paper")
             axis.legend(fontsize=7)
-        for place, value, error in zip(places, values, errors, strict=True):
-            axis.text(value + error, place, f" {value:.1f}", va="center", fontsize=7)
-        at = next((value for label, value, _, _ in found if label == line), None)
+        for place, bar in zip(places, shown, strict=True):
+            axis.text(bar.length + bar.error, place, f" {bar.length:.1f}", va="center", fontsize=7)
+        at = next((bar.length for bar in shown if bar.label == line), None)
         if at is not None:
             axis.axvline(at, linestyle="--", color="#d1495b", linewidth=1)
-        axis.set_yticks(places, [label for label, _, _, _ in found], fontsize=7)
+        axis.set_yticks(places, [bar.label for bar in shown], fontsize=7)
         axis.set(title=title, xlabel=x_label)
         axis.margins(x=0.12, y=0.02)
     return figure
 
 
-def qualitative(rows: Sequence[Mapping[str, object]]) -> Figure:
-    """The paper's panel B.5: a row per token with its context, numbers, and the five likeliest tokens of both models.
-
-    Args:
-        rows: quadrant, before (text), token, entropy (nats), forward_kl (nats), score, student and teacher ((text,
-        probability)
-            five times).
-    """
-    figure, axes = plt.subplots(len(rows), 3, figsize=(11, 1.55 * len(rows)), squeeze=False, layout="constrained")
-    for (about, *charts), row in zip(axes, rows, strict=True):
+def qualitative(tokens: Sequence[ShownToken]) -> Figure:
+    """The paper's panel B.5: a row per token."""
+    figure, axes = plt.subplots(len(tokens), 3, figsize=(11, 1.55 * len(tokens)), squeeze=False, layout="constrained")
+    for (about, *charts), token in zip(axes, tokens, strict=True):
         about.axis("off")
         text = (
-            f"{row['quadrant']}   ...{row['before']} [{row['token']}]\n\nentropy {row['entropy']:.3f} nats\n"
-            f"forward KL {row['forward_kl']:.3f} nats\nscore {row['score']:.3f}"
+            f"{token.quadrant}   ...{token.before} [{token.text}]\n\nentropy {token.entropy:.3f} nats\n"
+            f"forward KL {token.forward_kl:.3f} nats\nscore {token.score:.3f}"
         )
         about.text(0, 0.95, text.replace("$", r"\$"), va="top", fontsize=7, family="monospace", wrap=True)
         for axis, who in zip(charts, ("student", "teacher"), strict=True):
-            found = list(row[who])
-            places = np.arange(len(found))[::-1]
-            axis.barh(places, [p for _, p in found], color="#888888" if who == "student" else "#333333")
-            axis.set_yticks(places, [label.replace("$", r"\$") for label, _ in found], fontsize=7, family="monospace")
+            likeliest = token.student if who == "student" else token.teacher
+            places = np.arange(len(likeliest))[::-1]
+            axis.barh(places, [p for _, p in likeliest], color="#888888" if who == "student" else "#333333")
+            axis.set_yticks(
+                places, [label.replace("$", r"\$") for label, _ in likeliest], fontsize=7, family="monospace"
+            )
             axis.set_xlim(0, 1)
             axis.set_title(f"{who}: five likeliest, probability", fontsize=7)
             axis.tick_params(axis="x", labelsize=6)

@@ -1,15 +1,14 @@
 """A finished run as a report reads it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 from typing_extensions import TypedDict
 
 from opd.errors import InputError
 from opd.files import check
 from opd.record.folder import Recorded, Summary, read_final, read_record
-from opd.record.metrics import read_metrics
 
 
 class Selection(TypedDict):
@@ -33,9 +32,9 @@ def read_run(folder: Path) -> Run:
     tip = config.get("tip")
     if tip is not None:
         check(tip, Selection, f"{folder / 'config.json'}: config.tip", "a rule and its retention")
-    start = (summary["eval"]["step_0"] or {}).keys()
+    benchmarks = (summary["eval"]["step_0"] or {}).keys()
     for who in ("teacher", "final"):
-        if missing := sorted(start - (summary["eval"][who] or {}).keys()):
+        if missing := sorted(benchmarks - (summary["eval"][who] or {}).keys()):
             raise InputError(
                 f"{folder / 'summary.json'}: eval.{who} has no figures of benchmark {missing[0]!r}. Remove the file "
                 "and give the command of the run again, which makes it anew from the run's evaluations."
@@ -44,7 +43,22 @@ def read_run(folder: Path) -> Run:
     return Run(folder, label, config, summary)
 
 
-def mass_covered(run_dir: Path) -> float | None:
-    """Share of the divergence that the kept tokens carry, mean over the updates that measured it; None: none did."""
-    measured = [row["tip/mass_covered"] for row in read_metrics(run_dir) if "tip/mass_covered" in row]
-    return fmean(measured) if measured else None
+def check_alike(runs: Sequence[Run]) -> None:
+    """Raises InputError for runs that did not start from the same student, teacher, data, seed and benchmarks."""
+    first = runs[0]
+    for run in runs[1:]:
+        one, other = _beginning(first), _beginning(run)
+        for key in one | other:
+            if other.get(key) != one.get(key):
+                raise InputError(
+                    f"{run.folder} and {first.folder} differ in {key} ({other.get(key)} and {one.get(key)}): they "
+                    "did not start alike, so their results do not compare. Report them one by one."
+                )
+
+
+def _beginning(run: Run) -> dict[str, object]:
+    """What two runs must share for their accuracies to compare."""
+    shared = {key: run.config[key] for key in ("student", "teacher", "data", "seed")}
+    for name, figures in (run.summary["eval"]["step_0"] or {}).items():
+        shared[f"benchmark {name}"] = {key: figures[key] for key in ("benchmark", "grader", "problems", "k")}
+    return shared

@@ -1,0 +1,73 @@
+"""Which runs stand beside each other: those of a table's arms and seeds, or any that started alike."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opd.config import ROOT, read_json_object
+from tip.results.runs import Run
+from tip.results.types import Comparison, Panel
+from tip.tables import Table
+
+
+def paper() -> dict[str, Any]:
+    """The numbers of the paper (data/paper/tables.json)."""
+    return json.loads((ROOT / "data" / "paper" / "tables.json").read_text())
+
+
+def of_table(
+    table: Table, root: Path, seeds: Sequence[int], pair: str, models: tuple[str, str], command: str = ""
+) -> Comparison:
+    """The arms and seeds of a table.
+
+    Args:
+        root: holds seed_<n>/<arm>.
+        pair: name of the pair file.
+        models: paths of student and teacher; the paper's values are shown only where they are those of its pair file.
+        command: what was typed.
+    """
+    by_benchmark = paper()["tables"][table.paper]["pairs"].get(pair, {}) if table.paper else {}
+    if by_benchmark:
+        shipped = read_json_object(ROOT / "configs" / f"{pair}.json")
+        if models != (shipped["student"]["path"], shipped["teacher"]["path"]):
+            by_benchmark = {}
+    return Comparison(
+        name=table.name,
+        title=table.title,
+        command=command,
+        pair=pair,
+        seeds=tuple(seeds),
+        baselines=table.baselines,
+        every_evaluation=table.every_evaluation,
+        panels=tuple(Panel(title, tuple(arm.label for arm in arms)) for title, arms in table.panels),
+        settings={arm.label: arm.settings for arm in table.arms},
+        folders={arm.label: {seed: root / f"seed_{seed}" / arm.slug for seed in seeds} for arm in table.arms},
+        paper=by_benchmark,
+    )
+
+
+def of_runs(runs: Sequence[Run], command: str = "") -> Comparison:
+    """Finished runs that started alike, in one panel; the first is the baseline."""
+    arms: dict[str, Run] = {}
+    for run in runs:
+        label = next((label for label in (run.label, run.folder.name) if label not in arms), str(run.folder))
+        arms[label] = run
+    return Comparison(
+        name="runs",
+        title="Runs",
+        command=command,
+        pair=runs[0].config["run_name"],
+        seeds=(runs[0].config["seed"],),
+        baselines=(next(iter(arms)),),
+        every_evaluation=False,
+        panels=(Panel("runs", tuple(arms)),),
+        settings={
+            label: {f"tip.{key}": run.config["tip"][key] for key in ("rule", "retention")}
+            if "tip" in run.config
+            else {}
+            for label, run in arms.items()
+        },
+        folders={label: {run.config["seed"]: run.folder} for label, run in arms.items()},
+        paper={},
+    )

@@ -1,0 +1,124 @@
+"""The files of a comparison: table.md to read, table.csv and table.json to compute with, figures and report.html."""
+
+import csv
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from opd.accuracy import Interval
+from opd.files import write_whole
+from tip.results import page
+from tip.results.types import ArmResult, Evaluation, Results
+
+
+def write(results: Results, text: str, out: Path) -> None:
+    """Writes all of them, each whole or not at all; `text` is what table.md holds."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "table.json", json.dumps(as_json(results), indent=1) + "\n")
+    write_whole(out / "table.csv", as_csv(results))
+    write_whole(out / "table.md", text)
+    if results.arms:
+        page.write(results, out)
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """Everything as plain data; accuracies and differences are shares."""
+    comparison = results.comparison
+    return {
+        "table": comparison.name,
+        "title": comparison.title,
+        "pair": comparison.pair,
+        "seeds": comparison.seeds,
+        "baselines": comparison.baselines,
+        "every_evaluation": comparison.every_evaluation,
+        "machine": results.machine,
+        "paper_pair": bool(comparison.paper),
+        "panels": [asdict(panel) for panel in comparison.panels],
+        "settings": comparison.settings,
+        "folders": {label: {seed: str(f) for seed, f in runs.items()} for label, runs in results.folders.items()},
+        "missing": results.missing,
+        "config": results.config,
+        "versions": results.versions,
+        "git_commit": results.git_commit,
+        "start": {"step-0 student": _by_benchmark(results.step_0_student), "teacher": _by_benchmark(results.teacher)},
+        "arms": {label: _arm(arm, comparison.baselines) for label, arm in results.arms.items()},
+        "comparisons": len(list(results.differences)),
+        "command": comparison.command,
+    }
+
+
+def _arm(arm: ArmResult, baselines: tuple[str, ...]) -> dict[str, Any]:
+    differences: dict[str, Any] = {}  # baseline -> step -> benchmark -> metric
+    for step, evaluations in arm.evaluations.items():
+        for name, evaluation in evaluations.items():
+            for base, intervals in evaluation.differences.items():
+                by_metric = {metric: _interval(interval) for metric, interval in intervals.items()}
+                differences.setdefault(base, {}).setdefault(step, {})[name] = by_metric
+    by_step = {step: _by_benchmark(evaluations) for step, evaluations in arm.evaluations.items()}
+    return asdict(arm) | {"evaluations": by_step, "differences": differences}
+
+
+def _by_benchmark(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+    return {
+        name: {
+            "problems": evaluation.problems,
+            "k": evaluation.k,
+            "metrics": {
+                metric: {
+                    "mean": accuracy.mean,
+                    "values": accuracy.by_seed,
+                    "se_seeds": accuracy.se_seeds,
+                    "se_samples": accuracy.se_samples,
+                }
+                for metric, accuracy in evaluation.accuracies.items()
+            },
+            "reverse_kl": evaluation.reverse_kl,
+        }
+        for name, evaluation in evaluations.items()
+    }
+
+
+def _interval(interval: Interval) -> dict[str, Any]:
+    return asdict(interval) | {"seeds": len(interval.by_seed), "wins": interval.wins}
+
+
+def as_csv(results: Results) -> str:
+    """One row per panel, arm, benchmark, evaluated step and metric; accuracies and differences as shares."""
+    baselines = results.comparison.baselines
+    columns = ["panel", "arm", "benchmark", "step", "metric", "seeds", "mean", "se_seeds", "se_samples", "paper"]
+    columns += ["paper_pm", "retained", "mass_covered", "peak_memory_gb", "seconds"]
+    columns += [f"{what} {base}" for base in baselines for what in ("difference to", "low of", "high of", "covers of")]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    for panel in results.comparison.panels:
+        for label in filter(results.arms.get, panel.arms):
+            arm = results.arms[label]
+            for step, evaluations in arm.evaluations.items():
+                for name, evaluation in evaluations.items():
+                    for metric in evaluation.accuracies:
+                        cells = [*_accuracy_columns(arm, name, evaluation, metric)]
+                        for base in baselines:
+                            interval = evaluation.differences.get(base, {}).get(metric)
+                            cells += (
+                                [interval.mean, interval.low, interval.high, interval.covers] if interval else [""] * 4
+                            )
+                        writer.writerow([panel.title, label, name, step, metric, *cells])
+    return file.getvalue()
+
+
+def _accuracy_columns(arm: ArmResult, name: str, evaluation: Evaluation, metric: str) -> list[Any]:
+    accuracy, in_paper = evaluation.accuracies[metric], metric == "mean_at_k" and name in arm.paper
+    return [
+        len(accuracy.by_seed),
+        accuracy.mean,
+        accuracy.se_seeds,
+        accuracy.se_samples,
+        *([percent / 100 for percent in arm.paper[name]] if in_paper else ["", ""]),
+        arm.retained,
+        arm.mass_covered,
+        arm.peak_memory_gb,
+        arm.seconds,
+    ]

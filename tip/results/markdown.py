@@ -1,0 +1,154 @@
+"""The one table of a comparison: on the console, in table.md and in report.html."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, Interval
+from opd.compare import METRICS
+from tip.results.grid import grid
+from tip.results.types import PHASES, Accuracy, ArmResult, Evaluation, Panel, Results, measured
+
+Evaluated = Mapping[str, Evaluation]  # label of an arm -> its evaluation on one benchmark
+
+
+def markdown(results: Results) -> str:
+    """A block per evaluated step (or the last), benchmark and panel; then what the runs cost, and how to read it."""
+    comparison = results.comparison
+    about = f"pair {comparison.pair}, seeds {', '.join(map(str, comparison.seeds))}, commit {results.git_commit}"
+    parts = [f"# {comparison.title}", comparison.command, f"{about}, {results.machine}"]
+    if not results.arms:
+        return "\n\n".join([*parts, "No run has finished.", _missing(results)]) + "\n"
+    for heading, name, evaluated in _blocks(results):
+        parts.append(heading)
+        parts += [f"{panel.title}\n\n{_panel(results, panel, name, evaluated)}" for panel in comparison.panels]
+    parts += [_legend(results), _cost(results), _missing(results), _warnings(results)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _blocks(results: Results) -> Iterator[tuple[str, str, Evaluated]]:
+    """Heading, benchmark, and the evaluations that stand under it."""
+    arms = results.arms
+    if results.comparison.every_evaluation:
+        steps = sorted({step for arm in arms.values() for step in arm.evaluations})
+        moments = [(f"update {s}", {label: arm.evaluations.get(s, {}) for label, arm in arms.items()}) for s in steps]
+    else:
+        steps = sorted({max(arm.evaluations) for arm in arms.values() if arm.evaluations})
+        when = (
+            f"update {steps[0]}" if len(steps) == 1 else f"the last update of each run ({', '.join(map(str, steps))})"
+        )
+        moments = [(when, {label: arm.last for label, arm in arms.items()})]
+    for when, by_arm in moments:
+        for name in dict.fromkeys(name for evaluations in by_arm.values() for name in evaluations):
+            evaluated = {label: evaluations[name] for label, evaluations in by_arm.items() if name in evaluations}
+            yield f"## {name} after {when}", name, evaluated
+
+
+def _panel(results: Results, panel: Panel, name: str, evaluated: Evaluated) -> str:
+    comparison, models = results.comparison, {"step-0 student": results.step_0_student, "teacher": results.teacher}
+    shown = {who: evaluations[name] for who, evaluations in models.items() if name in evaluations}
+    everything = [*shown.values(), *evaluated.values()]
+    metrics, with_kl = measured(everything), any(evaluation.reverse_kl is not None for evaluation in everything)
+    titles = {**METRICS, "mean_at_k": f"mean@{everything[-1].k}"}
+    header = ["arm", *(titles[metric] for metric in metrics), *(["reverse KL"] if with_kl else [])]
+    rows = [[who, *_accuracy_cells(evaluation, metrics, with_kl)] for who, evaluation in shown.items()]
+    header += ["paper"] if comparison.paper else []
+    header += [f"{titles[metric]} - {base}" for base in comparison.baselines for metric in metrics]
+    header += ["tokens kept", "divergence covered", "peak GiB", "s"]
+    for label in panel.arms:
+        arm, evaluation = results.arms.get(label), evaluated.get(label)
+        if arm is None or evaluation is None:
+            rows.append([label, "no run finished" if arm is None else "not evaluated"])
+            continue
+        row = [label, *_accuracy_cells(evaluation, metrics, with_kl)]
+        if comparison.paper:
+            row.append("{:.1f} +- {:.1f}".format(*arm.paper[name]) if name in arm.paper else "-")
+        for base in comparison.baselines:
+            row += [_difference_cell(evaluation.differences.get(base, {}).get(metric)) for metric in metrics]
+        rows.append([*row, *_kept_cells(arm), f"{arm.peak_memory_gb:.2f}", f"{arm.seconds:.1f}"])
+    return grid(tuple(header), [(*row, *[""] * (len(header) - len(row))) for row in rows])
+
+
+def _accuracy_cells(evaluation: Evaluation, metrics: Iterable[str], with_kl: bool) -> list[str]:
+    cells = [_accuracy_cell(evaluation.accuracies.get(metric)) for metric in metrics]
+    if with_kl:
+        cells.append("-" if evaluation.reverse_kl is None else f"{evaluation.reverse_kl:.3f}")
+    return cells
+
+
+def _accuracy_cell(accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return "-"
+    seeds = "" if accuracy.se_seeds is None else f" +- {100 * accuracy.se_seeds:.1f}"
+    samples = "" if accuracy.se_samples is None else f" ({100 * accuracy.se_samples:.1f})"
+    return f"{100 * accuracy.mean:.1f}{seeds}{samples}"
+
+
+def _difference_cell(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    mean, low, high = (100 * share for share in (interval.mean, interval.low, interval.high))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {interval.wins}/{len(interval.by_seed)}"
+
+
+def _kept_cells(arm: ArmResult) -> tuple[str, str]:
+    if arm.retained == 1:
+        return "100.0 %", "100.0 %"
+    covered = "-" if arm.mass_covered is None else f"{100 * arm.mass_covered:.1f} %"
+    return f"{100 * arm.retained:.1f} %", covered
+
+
+def _legend(results: Results) -> str:
+    evaluations = [arm.last for arm in results.arms.values()]
+    sizes = {name: evaluation.problems for by_name in evaluations for name, evaluation in by_name.items()}
+    if not sizes:
+        return ""
+    text = (
+        f"Accuracy in % over {', '.join(f'{count} problems of {name}' for name, count in sizes.items())}: mean over "
+        'seeds +- standard error over seeds (standard error over samples). "-": not measured.'
+    )
+    if any(evaluation.reverse_kl is not None for by_name in evaluations for evaluation in by_name.values()):
+        text += " Reverse KL to the teacher in nats per token of the sampled responses."
+    intervals = list(results.differences)
+    if intervals:
+        text += (
+            f" Differences in points, paired by seed and problem, with {what_is_covered(intervals)}, and the number of "
+            f"seeds on which the arm is better. The runs give {len(intervals)} such differences"
+        )
+        chance = len(intervals) // 20
+        text += f"; if nothing differed, some {chance} of their intervals would miss 0 all the same." if chance else "."
+    return text + results.memory_note
+
+
+def what_is_covered(intervals: Iterable[Interval]) -> str:
+    """What 95 % intervals hold for; in a stopped table some can be of one seed, others of more."""
+    kinds = {interval.covers for interval in intervals}
+    of_one_seed = "over problems only (it says nothing about another training)"
+    if SEEDS_AND_PROBLEMS not in kinds:
+        return f"a 95 % interval {of_one_seed}"
+    rest = f"; where one seed is compared (0/1 or 1/1), {of_one_seed}" if PROBLEMS_ONLY in kinds else ""
+    return f"a 95 % interval that covers {SEEDS_AND_PROBLEMS}{rest}"
+
+
+def _cost(results: Results) -> str:
+    header = ("arm", *PHASES, "whole updates", "evaluations", "peak GiB", "run folder")
+    rows = []
+    for label, arm in results.arms.items():
+        seconds = (*(arm.seconds_by_phase[phase] for phase in PHASES), arm.seconds, arm.seconds_evaluating)
+        folder, *others = results.folders[label].values()
+        where = f"{folder} and {len(others)} more" if others else str(folder)
+        rows.append((label, *(f"{spent:.1f}" for spent in seconds), f"{arm.peak_memory_gb:.2f}", where))
+    about = "cost: seconds per phase, sum over all updates, mean over seeds; and peak memory of the process"
+    return f"{about}\n\n{grid(header, rows)}"
+
+
+def _missing(results: Results) -> str:
+    lines = [f"- {label}, seed {s}: {why}" for label, runs in results.missing.items() for s, why in runs.items()]
+    return "Not in the table:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _warnings(results: Results) -> str:
+    lines = [
+        f"- {label}: {warnings.times} x {kind}, first {warnings.first}"
+        for label, arm in results.arms.items()
+        for kind, warnings in arm.warnings.items()
+    ]
+    return "Warnings of the runs:\n\n" + "\n".join(lines) if lines else ""

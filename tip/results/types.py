@@ -1,0 +1,120 @@
+"""What a table, a figure and table.json are made of."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.accuracy import Interval
+from opd.compare import METRICS
+
+PHASES = ("rollout", "teacher", "score", "update")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Arms that stand together under a title, by their labels."""
+
+    title: str
+    arms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, before anything is read."""
+
+    name: str
+    title: str
+    command: str
+    pair: str
+    seeds: tuple[int, ...]
+    baselines: tuple[str, ...]  # labels of the arms that others are compared with
+    every_evaluation: bool  # a block for each evaluated step, else for the last alone
+    panels: tuple[Panel, ...]
+    settings: dict[str, dict[str, Any]]  # label -> KEY -> VALUE of --set
+    folders: dict[str, dict[int, Path]]  # label -> seed -> run, whether it has finished or not
+    paper: dict[str, dict[str, list[float]]]  # benchmark -> label -> [mean, +-] in %; empty: another pair
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers: mean over seeds, and its standard errors."""
+
+    mean: float
+    by_seed: tuple[float, ...]
+    se_seeds: float | None  # of the mean of seeds: everything that makes two trainings differ; None: one seed
+    se_samples: float | None  # root mean square of the runs' own standard errors over problems
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One arm, or one model, on one benchmark after one update."""
+
+    problems: int
+    k: int
+    accuracies: dict[str, Accuracy]  # by metric, of opd.compare.METRICS those that were measured
+    reverse_kl: float | None
+    differences: dict[str, dict[str, Interval]]  # baseline -> metric -> paired difference, arm minus baseline
+
+
+@dataclass(frozen=True)
+class Warnings:
+    """Of one kind: how many there were, and the first message."""
+
+    times: int
+    first: str
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """The finished runs of an arm. Seconds are means over seeds, of the sums over all updates."""
+
+    seeds: tuple[int, ...]
+    retained: float
+    mass_covered: float | None  # None: no update measured it
+    peak_memory_gb: float
+    seconds: float  # of whole updates
+    seconds_by_phase: dict[str, float]  # of PHASES
+    seconds_evaluating: float
+    paper: dict[str, list[float]]  # benchmark -> [mean, +-] in %
+    evaluations: dict[int, dict[str, Evaluation]]  # step -> benchmark -> evaluation; step 0 is the student's start
+    warnings: dict[str, Warnings]  # by kind
+
+    @property
+    def last(self) -> dict[str, Evaluation]:
+        """Benchmark -> the last evaluation."""
+        return self.evaluations[max(self.evaluations)] if self.evaluations else {}
+
+
+@dataclass(frozen=True)
+class Results:
+    comparison: Comparison
+    machine: str
+    arms: dict[str, ArmResult]  # by label, those with a finished run
+    step_0_student: dict[str, Evaluation]  # by benchmark
+    teacher: dict[str, Evaluation]
+    folders: dict[str, dict[int, Path]]  # label -> seed -> finished run
+    missing: dict[str, dict[int, str]]  # label -> seed -> why its run is not among them
+    config: dict[str, Any] | None  # of the first run; None: no run has finished
+    versions: dict[str, str] | None
+    git_commit: str | None
+
+    @property
+    def differences(self) -> Iterator[Interval]:
+        """All that were computed."""
+        for arm in self.arms.values():
+            for evaluations in arm.evaluations.values():
+                for evaluation in evaluations.values():
+                    for by_metric in evaluation.differences.values():
+                        yield from by_metric.values()
+
+    @property
+    def memory_note(self) -> str:
+        """What a reader of peak memory has to know; empty on a GPU."""
+        note = " On a CPU peak memory is the process's, with the evaluations it ran: it does not compare rules."
+        return note if self.machine.endswith("no GPU") else ""
+
+
+def measured(evaluations: list[Evaluation]) -> list[str]:
+    """The metrics that one of these evaluations has."""
+    return [metric for metric in METRICS if any(metric in evaluation.accuracies for evaluation in evaluations)]
