@@ -63,7 +63,7 @@ def main(command: Callable[[list[str]], None]) -> None:
         command(sys.argv[1:])
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(2)  # the first process of the machine says the same and ends this one, or it is ours alone
+            time.sleep(10)  # the first process of the machine says the same and ends this one, or it is ours alone
         print(f"error: {error}", file=sys.stderr, flush=True)
         _exit(2)
     except RunError as error:
