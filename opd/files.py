@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -206,10 +207,11 @@ def parse_json(text: str, where: str, expected: str = "JSON") -> Any:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if repeated := [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []:
-            raise InputError(f"{where}: key {repeated[0]!r} stands twice in one object. Keep one of them.")
-        return dict(pairs)
+        if len(mapping := dict(pairs)) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            repeated = next(name for name, count in counts.items() if count > 1)
+            raise InputError(f"{where}: key {repeated!r} stands twice in one object. Keep one of them.")
+        return mapping
 
     try:
         value = json.loads(text, object_pairs_hook=unique)
