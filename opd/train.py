@@ -339,9 +339,9 @@ def _dump_offenders(run: Run, step: int, rollouts: list[Rollout], reason: str) -
         lines.append(json.dumps(record) + "\n")
     if run.record:
         files.write_whole(path, "".join(lines))
-    which = f"rollouts {broken} have statistics that are" if broken else "no rollout has statistics that are"
+    which = f"rollouts {broken} have statistics that are not" if broken else "every rollout's statistics are"
     return (
-        f"{reason}; {which} not finite, all of the update are in {path}. Weights and optimizer were not changed. "
+        f"{reason}; {which} finite, all of the update are in {path}. Weights and optimizer were not changed. "
         f"{_newest(run)} Lower optim.lr, or look at these rollouts and at the teacher."
     )
 
