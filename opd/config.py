@@ -127,9 +127,7 @@ class RolloutSection:
         "transformers: 1."
     )
     gpu_memory: float = doc(
-        "Share of the GPU's memory that vLLM may take for weights and cache. transformers: not used.",
-        gt=0,
-        lt=1,
+        "Share of the GPU's memory that vLLM may take for weights and cache. transformers: not used.", gt=0, lt=1
     )
     timeout: Count = doc(
         "Seconds without a sign of life, such as a token, after which vLLM counts as lost and is started once more. "
@@ -159,9 +157,7 @@ class LossSection:
         "reverse_kl: KL(student || teacher), the paper's loss; forward_kl: KL(teacher || student); jsd: JSD_beta."
     )
     jsd_beta: float = doc(
-        "beta of JSD_beta = beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S.",
-        gt=0,
-        lt=1,
+        "beta of JSD_beta = beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S.", gt=0, lt=1
     )
     chunk_bytes: int = doc(
         "Transient memory of the loss in bytes. It bounds how many tokens are projected at once, and not the result.",
@@ -353,10 +349,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
     node[name] = value
 
 
-def build(kind: type, values: dict[str, Any], where: str) -> Any:
+def build(kind: type, tree: dict[str, Any], where: str) -> Any:
     """Builds a `strict` dataclass from an object as JSON gives it. Raises InputError that lists every fault."""
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(values))
+        return TypeAdapter(kind).validate_json(json.dumps(tree))
     except pydantic.ValidationError as error:
         raise InputError("\n".join(_explain(kind, fault, where) for fault in error.errors())) from None
 

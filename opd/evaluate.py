@@ -159,7 +159,7 @@ def known_figures(folder: Path, names: Collection[str]) -> dict[str, Figures] | 
 def finished(folder: Path, names: Collection[str]) -> dict[str, Figures] | None:
     """The figures of a finished evaluation on exactly these benchmarks.
 
-    None where there is none, and where a file of it is no longer the one that was written.
+    None where there is none, and where a file of it differs from the one that was written.
     """
     try:
         summary = read_summary(folder)
@@ -293,11 +293,7 @@ def _warn_of_ungraded(rows: Sequence[dict], path: Path) -> None:
 
 
 def _reverse_kl(
-    pair: Pair,
-    rollouts: Sequence[Rollout],
-    config: Config,
-    stop: Callable[[bool], None],
-    enter: Callable[[str], None],
+    pair: Pair, rollouts: Sequence[Rollout], config: Config, stop: Callable[[bool], None], enter: Callable[[str], None]
 ) -> list[float]:
     """Per response the mean of KL(student || teacher) over its tokens, in nats. The processes share the work."""
     numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts)]

@@ -228,9 +228,9 @@ def last_boxed(text: str) -> str | None:
         if token[0].endswith("{") and token[0] != "\\{":
             opened.append(token.end() if len(token[0]) > 1 else None)
         elif token[0] == "}" and opened:
-            start = opened.pop()
-            if start is not None and (last is None or start > last[0]):
-                last = (start, token.start())
+            content = opened.pop()
+            if content is not None and (last is None or content > last[0]):
+                last = (content, token.start())
     return None if last is None else text[slice(*last)].strip()
 
 

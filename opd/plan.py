@@ -115,9 +115,9 @@ def make_plan(
     gradients = held.pop("gradients")
     scoring = _teacher_memory(teacher, t_bytes, config.teacher.placement, processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
-    states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
-    limit = states if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
-    host["teacher states"] = min(states, limit)
+    teacher_states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
+    limit = teacher_states if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
+    host["teacher states"] = min(teacher_states, limit)
     beside_student = beside_teacher = learning = held | scoring
     if config.engine.phases == 2:
         waiting = {"student": held["weights"], "moments": held["optimizer"], "teacher": scoring["teacher"]}
@@ -144,7 +144,9 @@ def make_plan(
         del phases["evaluation"]
     phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items() if parts}
     seconds = _seconds(config, student, teacher, device, work)
-    return Plan(processes, phases, host, states - host["teacher states"], 12 * student.parameters, seconds, updates)
+    return Plan(
+        processes, phases, host, teacher_states - host["teacher states"], 12 * student.parameters, seconds, updates
+    )
 
 
 @dataclass(frozen=True)

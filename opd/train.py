@@ -148,14 +148,7 @@ def learn(run: Run, step: int, rollouts: list[Rollout], watch: Watch) -> Update:
         watch.advance = progress.advance
         try:
             return train_step(
-                run.pair,
-                run.engine,
-                batches,
-                run.weighter,
-                step=step,
-                seed=config.seed,
-                measure=measure,
-                watch=watch,
+                run.pair, run.engine, batches, run.weighter, step=step, seed=config.seed, measure=measure, watch=watch
             )
         except FloatingPointError as error:
             raise RunError(_dump_offenders(run, step, rollouts, str(error))) from error
