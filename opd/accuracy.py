@@ -1,7 +1,9 @@
-"""How sure a difference of two accuracies is: the one interval of the project."""
+"""Accuracies: pass@j and maj@k of one problem, the standard error of a mean, and the interval of a difference."""
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +11,44 @@ import numpy as np
 LEVEL = 0.95
 PROBLEMS_ONLY = "problems only"
 SEEDS_AND_PROBLEMS = "new seeds and new problems"
-SMALLEST_SEED_PART = 0.02  # of the residual mean square; noise alone falls below it with 2 % of all triples of seeds
+SMALLEST_SEED_PART = 0.02  # of the residual mean square; by noise alone 2 % of all triples of seeds fall below it
+
+
+def pass_at(n: int, right: int, j: int) -> float:
+    """Probability that j of n samples, drawn without replacement, hold a right one: 1 - C(n - right, j) / C(n, j)."""
+    return 1.0 - math.comb(n - right, j) / math.comb(n, j)
+
+
+def majority(votes: Iterable[tuple[str | None, bool | None]]) -> float:
+    """1 if the most frequent answer to a problem is right and 0 if not; of several equally frequent, the right share.
+
+    Args:
+        votes: per sample, the answer that it votes for and whether it is right. An answer of None casts no vote. An
+            answer is right if one of its voters is, because another voter with the same text may be ungraded.
+    """
+    verdicts: dict[str, list[bool]] = defaultdict(list)
+    for answer, correct in votes:
+        if answer is not None:
+            verdicts[answer].append(correct is True)
+    most = max(map(len, verdicts.values()), default=0)
+    return statistics.fmean(any(right) for right in verdicts.values() if len(right) == most) if most else 0.0
+
+
+def standard_error(numbers: Sequence[float]) -> float | None:
+    """Standard error of the mean of independent numbers; None for fewer than two."""
+    return statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else None
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Of a mean paired difference, as shares in [-1, 1]."""
+    """The interval of a mean paired difference; all numbers are shares in [-1, 1]."""
 
     mean: float
     low: float
     high: float
-    covers: str  # PROBLEMS_ONLY or SEEDS_AND_PROBLEMS: over what the interval holds the mean in 95 % of all repetitions
+    covers: (
+        str  # PROBLEMS_ONLY or SEEDS_AND_PROBLEMS: what is drawn anew where the interval holds the mean 95 times in 100
+    )
     by_seed: tuple[float, ...]  # every seed's mean over the same problems
     problems: int
 
@@ -30,10 +59,10 @@ class Interval:
 
 
 def paired_interval(differences: Sequence[Mapping[str, float]]) -> Interval:
-    """The 95 % interval of a mean paired difference (an arm minus its baseline) over the problems that all seeds have.
+    """The 95 % interval of a mean paired difference, an arm minus its baseline, over the problems that all seeds have.
 
-    With S >= 2 seeds and P problems the difference of seed s on problem p is taken as y_sp = mu + a_s + b_p + e_sp: the
-    seeds share the problems, so that b_p does not average out over seeds. From the mean squares of the two-way table
+    With S >= 2 seeds and P problems the model of the difference of seed s on problem p is y_sp = mu + a_s + b_p + e_sp.
+    The seeds share the problems, so b_p does not average out over seeds. From the mean squares of the two-way table
 
         M_s = P sum_s (y_s. - y..)^2 / (S - 1)        M_p = S sum_p (y_.p - y..)^2 / (P - 1)
         M_e = sum_sp (y_sp - y_s. - y_.p + y..)^2 / ((S - 1) (P - 1))
@@ -48,14 +77,15 @@ def paired_interval(differences: Sequence[Mapping[str, float]]) -> Interval:
         1 / f = (A / (A + C)) / (S - 1) + (C / (A + C)) / (P - 1),
 
     where Satterthwaite (1946, Biometrics Bulletin 2, 110-114) weighs by the squares of the shares. With his f the
-    interval held the mean in only 0.92 of simulated experiments of three seeds, because A then rests on two degrees of
-    freedom and claims many where it happens to be small; with this f in 0.94 to 0.965 (tests/test_accuracy.py).
+    interval held the mean in only 0.92 of simulated experiments of three seeds. There A rests on two degrees of
+    freedom, and his f claims many where A happens to be small. With the f above the share is at least 0.94, and it is
+    at most 0.965 (tests/test_accuracy.py).
 
-    With one seed the interval is Student's over problems, y.. +- t_(P-1) sd / sqrt(P): it says nothing about another
-    training. One problem alone has no spread to tell from, and the interval is all of [-1, 1].
+    With one seed the interval is Student's over problems, y.. +- t_(P-1) sd / sqrt(P). It says nothing about another
+    training. A single problem shows no spread, so its interval is all of [-1, 1].
 
     Args:
-        differences: per seed, problem id -> difference of two shares in [0, 1] (not points).
+        differences: per seed, problem id -> difference of two shares in [0, 1]; a share is not a number of points.
     Raises:
         ValueError: there is no seed or no problem that all seeds have, or a difference is not in [-1, 1].
     """
@@ -83,7 +113,7 @@ def paired_interval(differences: Sequence[Mapping[str, float]]) -> Interval:
 
 
 def _half_width(table: np.ndarray) -> float:
-    """Of the interval around the mean of an (S, P) table, as `paired_interval` says."""
+    """Half the width of the interval around the mean of an (S, P) table, as `paired_interval` says."""
     seeds, problems = table.shape
     if problems == 1:
         return math.inf
@@ -93,17 +123,18 @@ def _half_width(table: np.ndarray) -> float:
     residual = np.square(table - of_seeds - of_problems + mean).sum() / ((seeds - 1) * (problems - 1))
     seed_part = max(problems * of_seeds.var(ddof=1), SMALLEST_SEED_PART * residual)
     problem_part = max(seeds * of_problems.var(ddof=1) - residual, 0.0)
-    both = seed_part + problem_part
-    if both == 0:
+    variance = seed_part + problem_part
+    if variance == 0:
         return 0.0
-    degrees = both / (seed_part / (seeds - 1) + problem_part / (problems - 1))
-    return _t_quantile(degrees) * math.sqrt(both / (seeds * problems))
+    degrees = variance / (seed_part / (seeds - 1) + problem_part / (problems - 1))
+    return _t_quantile(degrees) * math.sqrt(variance / (seeds * problems))
 
 
 def _t_quantile(degrees: float) -> float:
-    """The t that Student's distribution leaves within +- t with probability LEVEL; `degrees` may be broken, from 1 up.
+    """The t for which a number of Student's distribution lies within +- t with probability LEVEL.
 
-    With t = sqrt(degrees) tan(angle) the density of the angle is that of cos(angle)^(degrees - 1), which is summed.
+    `degrees` is at least 1 and need not be a whole number. With t = sqrt(degrees) tan(angle) the density of the angle
+    is proportional to cos(angle)^(degrees - 1), which the trapezoidal rule sums up.
     """
     angles = np.linspace(0, math.pi / 2, 10_001)
     density = np.cos(angles) ** (degrees - 1)

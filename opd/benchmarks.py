@@ -1,59 +1,59 @@
-"""What an accuracy is measured on: benchmark files (configs/benchmarks/NAME.json) with their problems as prompts."""
+"""Benchmarks: the files configs/benchmarks/NAME.json, and their problems as prompts of a model."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 from opd.config import COLDEST, MOST_SAMPLES, ROOT, Config, Count, PathText, Text, build, doc, read_json_object, strict
 from opd.data import Prompt, make_prompts, read_problems
 from opd.errors import InputError
 from opd.models import LanguageModel
 
-VALIDATION = "validation"  # name of the benchmark of held-out training prompts
-GREEDY = -1  # sample number of the greedy response in the files
+VALIDATION = "validation"  # name of the benchmark that consists of held-out training prompts
+GREEDY = -1  # sample number of the greedy response in an evaluation's files
 
 
 @strict
 class Benchmark:
-    """What an accuracy is measured on, and how."""
+    """The problems of a benchmark, and how a model answers them."""
 
-    version: Annotated[int, doc("Raised whenever any field changes the numbers.", ge=1)]
-    file: Annotated[PathText, doc("JSONL file, one problem per line.")]
-    prompt_field: Annotated[Text, doc("Field with the problem: a string or a list of messages.")]
-    answer_field: Annotated[Text, doc("Field with the reference answer.")]
-    instruction: Annotated[str, doc("Text appended to the problem.")]
-    greedy: Annotated[bool, doc("One greedy response per problem.")]
-    k: Annotated[
-        int, doc("Sampled responses per problem, for mean@k, pass@k and maj@k. Paper: 16.", ge=0, le=MOST_SAMPLES)
-    ]
-    temperature: Annotated[float, doc("Of the k samples. Paper: 1.0.", ge=COLDEST)]
-    top_p: Annotated[float, doc("Of the k samples. Not stated in the paper.", gt=0, le=1)]
-    max_response_tokens: Annotated[Count, doc("A response is cut here. Tokens.")]
-    answer_lines: Annotated[bool, doc("Without a box, take what follows the last line that starts with Answer:.")]
+    version: int = doc("Number that rises with every change that changes the figures.", ge=1)
+    file: PathText = doc("JSONL file, one problem per line.")
+    prompt_field: Text = doc("Field with the problem: a string or a list of messages.")
+    answer_field: Text = doc("Field with the reference answer.")
+    instruction: str = doc("Text that is appended to the problem.")
+    greedy: bool = doc("Also generate one greedy response per problem.")
+    k: int = doc("Sampled responses per problem, for mean@k, pass@k and maj@k. Paper: 16.", ge=0, le=MOST_SAMPLES)
+    temperature: float = doc("Temperature of the k samples. Paper: 1.0.", ge=COLDEST)
+    top_p: float = doc("Nucleus of the k samples. Not stated in the paper.", gt=0, le=1)
+    max_response_tokens: Count = doc("A response is cut after this many tokens.")
+    answer_lines: bool = doc("In a response without a box, the last line that starts with Answer: gives the answer.")
 
 
 @dataclass(frozen=True)
 class LoadedBenchmark:
+    """A benchmark with its problems as prompts of a model."""
+
     name: str
     benchmark: Benchmark
     prompts: list[Prompt]
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Sample numbers of every problem; GREEDY first."""
-        return (*((GREEDY,) if self.benchmark.greedy else ()), *range(self.benchmark.k))
+        """The sample numbers of every problem: GREEDY where there is a greedy response, and then 0 to k - 1."""
+        return tuple(range(GREEDY if self.benchmark.greedy else 0, self.benchmark.k))
 
 
 def read_benchmarks(config: Config) -> dict[str, Benchmark]:
-    """The config's benchmarks by name. Raises InputError naming the file that is wrong."""
-    found = {}
+    """The configured benchmarks by name. Raises InputError that names the faulty file."""
+    benchmarks = {}
     for entry in config.eval.benchmarks:
         path = Path(entry) if entry.endswith(".json") else ROOT / "configs" / "benchmarks" / f"{entry}.json"
         if not path.is_file():
-            known = sorted(p.stem for p in (ROOT / "configs" / "benchmarks").glob("*.json"))
-            raise InputError(f"eval.benchmarks: no benchmark {entry!r}; there are {known}, or give the path of a file.")
-        if path.stem in found:
+            names = sorted(p.stem for p in (ROOT / "configs" / "benchmarks").glob("*.json"))
+            raise InputError(f"eval.benchmarks: no benchmark {entry!r}; there are {names}, or give the path of a file.")
+        if path.stem in benchmarks:
             raise InputError(f"eval.benchmarks: two benchmarks are named {path.stem!r}. Rename one of the files.")
         benchmark = build(Benchmark, read_json_object(path), str(path))
         if config.eval.k is not None:
@@ -62,20 +62,22 @@ def read_benchmarks(config: Config) -> dict[str, Benchmark]:
             raise InputError(
                 f"{path}: greedy is false and k is 0, so there is nothing to sample. Set eval.k or greedy."
             )
-        found[path.stem] = benchmark
-    return found
+        benchmarks[path.stem] = benchmark
+    return benchmarks
 
 
 def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> list[LoadedBenchmark]:
-    """Benchmarks with their problems as prompts of a model. Raises InputError naming the file that is wrong."""
+    """The configured benchmarks with their problems as prompts of a model.
+
+    `limit` keeps only the first problems of each; None keeps all. Raises InputError that names the faulty file.
+    """
     loaded = []
     for name, benchmark in read_benchmarks(config).items():
         problems = read_problems(benchmark.file, benchmark.prompt_field, benchmark.answer_field)[:limit]
-        ids = [problem.id for problem in problems]
-        if len(set(ids)) < len(ids):
-            twice = next(i for i in ids if ids.count(i) > 1)
+        ((problem_id, count),) = Counter(problem.id for problem in problems).most_common(1)
+        if count > 1:
             raise InputError(
-                f"{benchmark.file}: the id {twice!r} stands twice. Give every problem of a benchmark its own."
+                f"{benchmark.file}: the id {problem_id!r} stands twice. Give every problem of a benchmark its own."
             )
         prompts = make_prompts(problems, lm.tokenizer, config.data, benchmark.file, benchmark.instruction)
         loaded.append(LoadedBenchmark(name, benchmark, prompts))
@@ -83,7 +85,10 @@ def load_benchmarks(config: Config, lm: LanguageModel, limit: int | None) -> lis
 
 
 def check_context(lm: LanguageModel, key: str, response: int, prompts: Sequence[Prompt]) -> None:
-    """Refuses prompt + response beyond a model's positions; `key` names the setting that allows so long a response."""
+    """Refuses prompts that, with a response of so many tokens, are longer than the model's context.
+
+    `key` names the setting of the response's length, for the message. Raises InputError.
+    """
     longest = max(len(p.token_ids) for p in prompts)
     if lm.context is not None and longest + response > lm.context:
         raise InputError(
@@ -93,12 +98,14 @@ def check_context(lm: LanguageModel, key: str, response: int, prompts: Sequence[
 
 
 def check_benchmarks(lm: LanguageModel, benchmarks: Sequence[LoadedBenchmark]) -> None:
-    for b in benchmarks:
-        check_context(lm, f"max_response_tokens of benchmark {b.name}", b.benchmark.max_response_tokens, b.prompts)
+    """As check_context, for every benchmark."""
+    for loaded in benchmarks:
+        key = f"max_response_tokens of benchmark {loaded.name}"
+        check_context(lm, key, loaded.benchmark.max_response_tokens, loaded.prompts)
 
 
 def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchmark:
-    """Held-out training prompts as a benchmark: a greedy and a sampled response, decoded as in training."""
+    """Held-out training prompts as a benchmark: one greedy and one sampled response each, decoded as in training."""
     benchmark = Benchmark(
         version=1,
         file=", ".join(config.data.train),

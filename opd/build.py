@@ -1,4 +1,4 @@
-"""What a run is made of, made from its configuration: models, prompts, benchmarks, engine, sampler, record."""
+"""Builds a run from its configuration: models, prompts, benchmarks, engine, sampler, record."""
 
 import json
 from collections.abc import Mapping
@@ -30,16 +30,16 @@ from opd.step import Pair
 from opd.teacher.cache import Cache, clear_folder
 from opd.teacher.local import LocalTeacher, load_teacher
 
-SPILLED = "teacher_states"  # folder of a run for what is above teacher.cache_gb
+SPILLED = "teacher_states"  # folder of a run for the hidden states that teacher.cache_gb has no room for
 
 
 @dataclass
 class Run:
-    """A run between two updates. `step` is the last one that is done, and `sampler` is None while it is closed."""
+    """A run between two updates."""
 
     config: Config
     identity: Mapping[str, Any]
-    shared: Path | None  # folder of evaluations that runs which start alike have in common
+    shared: Path | None  # folder of the evaluations that runs share when they start alike
     pair: Pair
     teacher: LanguageModel
     engine: Engine
@@ -49,11 +49,11 @@ class Run:
     prompts: list[Prompt]
     benchmarks: list[LoadedBenchmark]
     total_steps: int
-    sampler: Sampler | None = None
-    record: Record | None = None  # of the first process
+    sampler: Sampler | None = None  # None while it is closed
+    record: Record | None = None  # None on all processes but the first
     grader: Grader = field(default_factory=Grader)
     stop: Stop = field(default_factory=Stop)
-    step: int = 0
+    step: int = 0  # number of the last update that is done
 
     @property
     def student(self) -> LanguageModel:
@@ -67,8 +67,8 @@ class Run:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and response together, in training and evaluation."""
-        prompts = [*self.prompts, *(p for b in self.benchmarks for p in b.prompts)]
-        responses = [b.benchmark.max_response_tokens for b in self.benchmarks]
+        prompts = [*self.prompts, *(prompt for loaded in self.benchmarks for prompt in loaded.prompts)]
+        responses = [loaded.benchmark.max_response_tokens for loaded in self.benchmarks]
         return max(len(p.token_ids) for p in prompts) + max(self.config.rollout.max_response_tokens, *responses, 0)
 
 
@@ -77,17 +77,17 @@ def build(
     weighter: TokenWeighter,
     observer: Observer | None,
     identity: Mapping[str, Any],
-    start: Path | None,
+    continue_from: Path | None,
     shared: Path | None,
     device: torch.device,
 ) -> Run:
-    """Makes a run from its beginning, or from the checkpoint `start`, and opens its folder.
+    """Makes a run and opens its folder. It starts at its beginning, or at the checkpoint `continue_from`.
 
-    Raises InputError for what cannot be used; until then nothing is written.
+    Raises InputError for a setting, a file or a model that cannot be used. Nothing is written before these checks.
     """
     settings = identity["deepspeed"]
     phases = Phases(device, config.engine.phases == 2, config.rollout.engine == "vllm")
-    student, teacher = _load_models(config, start, device, settings, phases)
+    student, teacher = _load_models(config, continue_from, device, settings, phases)
     vocab_size = models.shared_vocabulary(student, teacher)
     prompts, benchmarks = _load_prompts(config, student, teacher)
     total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
@@ -112,27 +112,30 @@ def build(
     )
     open_student_sampler(run)
     _show_plan(run, device)
-    _enter_folder(run, start)
+    _enter_folder(run, continue_from)
     return run
 
 
 def open_student_sampler(run: Run) -> None:
-    """Opens the sampler of the student; it has the weights that the configuration names until it takes others."""
+    """Opens the student's sampler. It samples the configured model until it gets other parameters."""
     run.phases.enter("rollout")
     run.sampler = open_sampler(run.student, run.config.student, run.config, run.longest)
     run.phases.sampler = run.sampler
 
 
 def load_student(section: StudentSection, device: torch.device, settings: dict[str, Any] | None) -> LanguageModel:
-    """The student of a run; with DeepSpeed's `settings` of stage 3 each process loads its part. Raises InputError."""
+    """The student of a run; with DeepSpeed's `settings` of stage 3 only this process's part. Raises InputError."""
     split = settings is not None and settings["zero_optimization"]["stage"] == 3
     return models.load(section, device, "student", sharding(settings) if split else None)
 
 
 def _load_models(
-    config: Config, start: Path | None, device: torch.device, settings: dict[str, Any] | None, phases: Phases
+    config: Config, continue_from: Path | None, device: torch.device, settings: dict[str, Any] | None, phases: Phases
 ) -> tuple[LanguageModel, LanguageModel]:
-    section = replace(config.student, path=str(start), revision=None) if start else config.student
+    """Student and teacher, registered with the phases. A checkpoint to continue from holds the student."""
+    section = config.student
+    if continue_from:
+        section = replace(section, path=str(continue_from), revision=None)
     student = load_student(section, device, settings)
     phases.add("student", student.model.parameters)
     teacher = load_teacher(config, device)
@@ -153,7 +156,7 @@ def _load_prompts(
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
         check_benchmarks(lm, benchmarks)
-    models.check_prompt_ids([p for b in benchmarks for p in b.prompts] + prompts, teacher)
+    models.check_prompt_ids([prompt for loaded in benchmarks for prompt in loaded.prompts] + prompts, teacher)
     return prompts, benchmarks
 
 
@@ -168,33 +171,35 @@ def _make_engine(
 
 
 def _show_plan(run: Run, device: torch.device) -> None:
-    config, settings = run.config, run.identity["deepspeed"]
     for name, section in run.identity["config"].items():
         say(f"  {name}: {json.dumps(section)}")
+    settings = run.identity["deepspeed"]
     zero = settings and settings["zero_optimization"]
-    say(plan.describe(config, device, run.total_steps, zero, distributed.world_size()))
+    say(plan.describe(run.config, device, run.total_steps, zero, distributed.world_size()))
 
 
-def _enter_folder(run: Run, start: Path | None) -> None:
-    """Creates the run's folder, or takes it back to the checkpoint it continues from, with optimizer and weighter."""
-    config = run.config
-    first = distributed.is_first()
-    if first:
-        folder.write_identity(config.run_dir, run.identity)
-    if start:
-        run.step = checkpoint.step_of(start)
+def _enter_folder(run: Run, continue_from: Path | None) -> None:
+    """Creates the run's folder, or takes it back to the checkpoint that the run continues from.
+
+    A run that continues gets its optimizer's moments and its weighter's memory from that checkpoint.
+    """
+    config, run_dir = run.config, run.config.run_dir
+    if distributed.is_first():
+        folder.write_identity(run_dir, run.identity)
+    if continue_from:
+        run.step = checkpoint.step_of(continue_from)
         run.phases.enter("update")
-        checkpoint.load_optimizer(start, run.engine)
+        checkpoint.load_optimizer(continue_from, run.engine)
         if isinstance(run.weighter, Remembering):
-            run.weighter.load_state(checkpoint.load_weighter(start))
-        say(f"{config.run_dir}: continuing after step {run.step} of {run.total_steps}")
-        if (before := checkpoint.processes_of(start)) != distributed.world_size():
+            run.weighter.load_state(checkpoint.load_weighter(continue_from))
+        say(f"{run_dir}: continuing after step {run.step} of {run.total_steps}")
+        if (before := checkpoint.processes_of(continue_from)) != distributed.world_size():
             say(
                 f"note: {before} processes wrote this checkpoint and {distributed.world_size()} continue it: the same "
                 "weights, moments and data, but sums in another order, so the run is not the unbroken one bit for bit"
             )
-    if first:
-        folder.rewind(config.run_dir, run.step, start)
-        clear_folder(config.run_dir / SPILLED)
-        log = MetricsLog(config.run_dir, run.total_steps, run.step)
-        run.record = Record(config.run_dir, config, log, run.student.tokenizer, run.grader, run.observer)
+    if distributed.is_first():
+        folder.rewind(run_dir, run.step, continue_from)
+        clear_folder(run_dir / SPILLED)
+        log = MetricsLog(run_dir, run.total_steps, run.step)
+        run.record = Record(run_dir, config, log, run.student.tokenizer, run.grader, run.observer)

@@ -1,6 +1,6 @@
-"""What every command shares: exit codes, signals, the console, and the `--config` / `--set` arguments.
+"""The common parts of all commands: exit codes, signals, the console, and the arguments `--config` and `--set`.
 
-Standard error carries messages and progress; standard output carries only the result (a run folder, a table),
+Messages and progress go to standard error. Standard output carries only the result, such as a run's folder or a table,
 so that shell scripts can capture it.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from opd import distributed
 from opd.errors import InputError, Interrupted, RunError, first_line
 
-NAME_BYTES = 255  # of one part of a path: what the usual file systems take
+NAME_BYTES = 255  # the longest name of a file or folder that the usual file systems take
 
 
 class Stop:
@@ -32,7 +32,7 @@ class Stop:
 
     def __enter__(self) -> None:
         kinds = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             kinds.append(signal.SIGHUP)
         self.previous = {s: signal.signal(s, self._receive) for s in kinds}
 
@@ -43,13 +43,13 @@ class Stop:
     def _receive(self, signum: int, frame: object) -> None:
         if self.signum:
             if distributed.world_size() > 1 and time.monotonic() - self.when < 5:
-                return  # the same one again: a scheduler tells both the launcher and its processes
+                return  # the same signal again, because a scheduler sends it to the launcher and to its processes
             raise KeyboardInterrupt
         self.signum, self.when = signum, time.monotonic()
         say(f"{signal.Signals(signum).name}: stopping after a checkpoint (again: at once)")
 
     def check(self, together: bool = False) -> None:
-        """Raises Interrupted when a signal came. Several processes stop only where all of them ask `together`."""
+        """Raises Interrupted when a signal came. Several processes stop only where all of them call it `together`."""
         if distributed.world_size() > 1 and not together:
             return
         if signum := int(distributed.largest(self.signum)):
@@ -63,7 +63,7 @@ def main(command: Callable[[list[str]], None]) -> None:
         command(sys.argv[1:])
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(10)  # the first process of the machine says the same and ends this one, or it is ours alone
+            time.sleep(10)  # the first process of the machine mostly meets the same error and ends this one
         print(f"error: {error}", file=sys.stderr, flush=True)
         _exit(2)
     except RunError as error:
@@ -75,10 +75,10 @@ def main(command: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         say("stopped by SIGINT")
         _exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output went away (`| head`); nothing more can be said
+    except BrokenPipeError:  # the reader of standard output has ended, as in `| head`, so nothing can be printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(1)
-    except Exception as error:  # the one place where whatever nobody expected becomes a line that a user can read
+    except Exception as error:  # the one place where an unexpected error becomes a line that a user can read
         print(f"error: {_who()}{_unexpected(error)}", file=sys.stderr, flush=True)
         _exit(1)
     else:
@@ -86,12 +86,12 @@ def main(command: Callable[[list[str]], None]) -> None:
 
 
 def _who() -> str:
-    """Of several processes, which one speaks."""
+    """The beginning of a message that tells which of several processes speaks."""
     return f"process {os.environ.get('RANK', '0')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def _check_launcher() -> None:
-    """Refuses values of the launcher's variables that are no numbers: every command reads some of them."""
+    """Refuses a launcher's variable that is no number, because every command reads some of them."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         text = os.environ.get(name, "0")
         if not (text.isascii() and text.isdigit() and len(text) < 7):
@@ -103,22 +103,22 @@ def _check_launcher() -> None:
 
 def _unexpected(error: Exception) -> str:
     """One line about an exception that no code expected, with the path of a file that holds its traceback."""
-    what = f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
+    name = type(error).__name__
+    what = f"{name}: {first_line(error)}" if str(error).strip() else name
     report = "".join(traceback.format_exception(error))
     try:
         handle, path = tempfile.mkstemp(prefix="opd-traceback-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{sys.orig_argv}\n{report}")
     except OSError as refused:
-        full = tempfile.gettempdir()
-        return f"{what}. Its traceback could not be written ({refused.strerror}); free some room in {full}."
+        room = f"free some room in {tempfile.gettempdir()}"
+        return f"{what}. Its traceback could not be written ({refused.strerror}); {room}."
     cause = "the system refused" if isinstance(error, OSError | MemoryError) else "the program did not expect this"
     return f"{what} ({cause}). The traceback is in {path}; files that were complete before stay as they are."
 
 
 def _exit(code: int) -> None:
-    """Ends the process. One of several ends at once: gloo's threads can abort it while the interpreter takes itself
-    apart."""
+    """Ends the process. One of several ends without Python's shutdown, during which gloo's threads can abort it."""
     if distributed.world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -127,12 +127,12 @@ def _exit(code: int) -> None:
 
 
 def command_line() -> str:
-    """What started this process, as one could type it again."""
+    """The command line that started this process, as a user can type it again."""
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def say(text: str) -> None:
-    """On the console; of several processes the first alone."""
+    """Prints a message on standard error. Of several processes the first one alone speaks."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
@@ -144,12 +144,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
-        """As of the base class. Refuses bytes that are no text, which neither JSON nor a message can hold."""
+        """As in the base class. It refuses bytes that are no text, because neither JSON nor a message can hold them."""
         for text in sys.argv[1:] if args is None else args:
-            if not encodable(text):
+            try:
+                text.encode()  # bytes that are no UTF-8 are half characters in a Python string
+            except UnicodeEncodeError:
                 raise InputError(
                     f"argument {text[:80]!r} is not UTF-8 text. Type it again, or rename the file that it names."
-                )
+                ) from None
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:
@@ -157,24 +159,15 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{short}. Usage: {' '.join(self.format_usage().split()[1:])}")
 
 
-def encodable(text: str) -> bool:
-    """Whether a text is whole characters: bytes that are no UTF-8 come from the command line as half ones."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def path_argument(text: str) -> Path:
-    """The type of arguments that are paths: what the system can have as one."""
+    """The type of arguments that are paths. It refuses a text that no file system takes as a path."""
     if fault := path_fault(text):
         raise argparse.ArgumentTypeError(f"{text[:80]!r} {fault}")
     return Path(text)
 
 
 def path_fault(text: str) -> str | None:
-    """What keeps a text from being a path; None when nothing does."""
+    """Why a text cannot be a path, as the end of a sentence; None when it can."""
     if not text:
         return "is empty, expected a path"
     if "\0" in text:
@@ -185,7 +178,7 @@ def path_fault(text: str) -> str | None:
 
 
 def number_argument(least: int) -> Callable[[str], int]:
-    """The type of arguments that are whole numbers from `least` to 2^31 - 1, which every generator takes as a seed."""
+    """The type of arguments that are whole numbers from `least` to 2^31 - 1. Every generator takes these as a seed."""
 
     def number(text: str) -> int:
         if not text.isascii() or not text.isdigit() or len(text) > 10 or not least <= int(text) < 2**31:
@@ -199,7 +192,7 @@ seed_argument = number_argument(0)
 
 
 def address_of(text: str) -> tuple[str, int] | str:
-    """HOST:PORT, or the path of a Unix socket. Raises InputError."""
+    """(host, port) of a text HOST:PORT; the path of a Unix socket stays as it is. Raises InputError for other texts."""
     if text.startswith("/"):
         return text
     host, colon, port = text.rpartition(":")
@@ -212,15 +205,15 @@ def address_of(text: str) -> tuple[str, int] | str:
 
 def parser(prog: str, description: str) -> Parser:
     """An argument parser with the two arguments that name a configuration."""
-    result = Parser(prog, description)
-    result.add_argument(
+    cli = Parser(prog, description)
+    cli.add_argument(
         "--config",
         required=True,
         type=path_argument,
         metavar="FILE",
         help="a pair file, for example configs/qwen3_8b_to_4b.json",
     )
-    result.add_argument(
+    cli.add_argument(
         "--set",
         action="append",
         default=[],
@@ -228,4 +221,4 @@ def parser(prog: str, description: str) -> Parser:
         dest="overrides",
         help="override one key, for example --set optim.lr=1e-6; repeatable; a value is JSON, else a string",
     )
-    return result
+    return cli

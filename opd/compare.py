@@ -1,10 +1,11 @@
 """Is one run better than another on the same problems? `python -m opd.compare RUN RUN` (B minus A)
 
-Every problem is one pair: the two models' mean accuracy on it (over its samples, or of the greedy response). The
-interval (opd.accuracy) is over problems only, which are what a benchmark samples: it says nothing about another
-training. Runs share the random numbers of their samples, so the pairs are tight.
+Every problem gives one pair: the two models' accuracies on it, over its samples or of its greedy response. A benchmark
+is a sample of problems, and the interval (opd.accuracy) is over problems only. So it says nothing about another
+training. Runs share the random numbers of their samples, which makes the differences of the pairs smaller.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,57 +17,55 @@ from opd.errors import InputError
 from opd.evaluate import read_responses, read_summary
 from opd.files import step_number
 
-SAME_WAY = ("benchmark", "grader", "seed")  # figures that say how a benchmark was measured
-METRICS = {"greedy": "greedy", "mean_at_k": "mean@k"}  # figure of an evaluation -> how it is written
+SAME_WAY = ("benchmark", "grader", "seed")  # the entries of a summary that say how a benchmark was measured
+METRICS = {"greedy": "greedy", "mean_at_k": "mean@k"}  # figure of a summary -> its name for people
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of mean accuracies in [0, 1], B minus A."""
+    """Mean accuracies of A and B in [0, 1], and the 95 % interval of B - A over problems."""
 
     problems: int
     a: float
     b: float
-    low: float  # of the 95 % interval of the difference, over problems only
+    low: float
     high: float
-    better: int  # problems on which B is better
+    better: int  # how many problems B is better on
     worse: int
 
 
 def per_problem(path: Path, greedy: bool) -> dict[str, float]:
-    """Problem id -> mean accuracy over its samples (or of its greedy response); an ungraded answer counts as wrong.
+    """Problem id -> accuracy of its greedy response, or mean accuracy of its samples. An ungraded answer is not right.
 
-    Raises:
-        InputError: the file cannot be read, or a line of it is not a graded response.
+    Raises InputError when the file cannot be read, or a line of it is not a graded response.
     """
-    groups: dict[str, list[float]] = {}
+    accuracies = defaultdict(list)
     for row in read_responses(path):
         if (row["sample"] == GREEDY) == greedy:
-            groups.setdefault(row["id"], []).append(float(row["correct"] or 0))
-    return {key: sum(values) / len(values) for key, values in groups.items()}
+            accuracies[row["id"]].append(float(row["correct"] or 0))
+    return {problem: sum(numbers) / len(numbers) for problem, numbers in accuracies.items()}
 
 
 def compare(a: Path, b: Path, name: str, greedy: bool = False) -> Difference:
     """Compares two evaluation folders on one benchmark.
 
-    Raises:
-        InputError: they hold no common problems, or their responses cannot be read.
+    Raises InputError when they have no problem in common, or when their responses cannot be read.
     """
-    ours, theirs = (per_problem(folder / f"{name}.jsonl", greedy) for folder in (a, b))
-    common = sorted(ours.keys() & theirs.keys())
+    of_a, of_b = (per_problem(folder / f"{name}.jsonl", greedy) for folder in (a, b))
+    common = sorted(of_a.keys() & of_b.keys())
     if not common:
-        what = "greedy response" if greedy else "sampled response"
-        raise InputError(f"{a} and {b} have no problem of {name} with a {what} in both.")
-    difference = {key: theirs[key] - ours[key] for key in common}
-    interval = paired_interval([difference])
+        kind = "greedy response" if greedy else "sampled response"
+        raise InputError(f"{a} and {b} have no problem of {name} with a {kind} in both.")
+    differences = {problem: of_b[problem] - of_a[problem] for problem in common}
+    interval = paired_interval([differences])
     return Difference(
         problems=len(common),
-        a=fmean(ours[key] for key in common),
-        b=fmean(theirs[key] for key in common),
+        a=fmean(of_a[problem] for problem in common),
+        b=fmean(of_b[problem] for problem in common),
         low=interval.low,
         high=interval.high,
-        better=sum(d > 0 for d in difference.values()),
-        worse=sum(d < 0 for d in difference.values()),
+        better=sum(d > 0 for d in differences.values()),
+        worse=sum(d < 0 for d in differences.values()),
     )
 
 
@@ -79,8 +78,7 @@ def finished_evaluations(run_dir: Path) -> dict[int, Path]:
 def evaluation_folder(path: Path) -> Path:
     """The folder itself if it holds an evaluation, else the last finished evaluation of the run in it.
 
-    Raises:
-        InputError: there is neither.
+    Raises InputError when there is neither.
     """
     if (path / "summary.json").exists() and not (path / "eval").is_dir():
         return path
@@ -98,14 +96,12 @@ def command(arguments: list[str]) -> None:
     parser.add_argument("b", type=path_argument, metavar="RUN")
     options = parser.parse_args(arguments)
     folders = [evaluation_folder(path) for path in (options.a, options.b)]
-    ours, theirs = (read_summary(folder) for folder in folders)
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
-        raise InputError(
-            f"{folders[0]} and {folders[1]} have no benchmark in common: {[sorted(ours), sorted(theirs)]}."
-        )
-    for name in shared:
-        if any(ours[name][key] != theirs[name][key] for key in SAME_WAY):
+    a, b = (read_summary(folder) for folder in folders)
+    common = sorted(a.keys() & b.keys())
+    if not common:
+        raise InputError(f"{folders[0]} and {folders[1]} have no benchmark in common: {[sorted(a), sorted(b)]}.")
+    for name in common:
+        if any(a[name][key] != b[name][key] for key in SAME_WAY):
             raise InputError(
                 f"{name} was not measured the same way in {folders[0]} and {folders[1]} (see summary.json)."
             )
@@ -113,10 +109,10 @@ def command(arguments: list[str]) -> None:
         f"A: {folders[0]}\nB: {folders[1]}\n"
         "B - A in points with a 95 % interval over problems only: it says nothing about another training\n"
     )
-    for name in shared:
-        for metric, label in METRICS.items():
-            if ours[name][metric] is not None and theirs[name][metric] is not None:
-                d = compare(*folders, name, greedy=metric == "greedy")
+    for name in common:
+        for figure, label in METRICS.items():
+            if a[name][figure] is not None and b[name][figure] is not None:
+                d = compare(*folders, name, greedy=figure == "greedy")
                 gap = f"{100 * (d.b - d.a):+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
                 wins = f"better on {d.better}, worse on {d.worse} of {d.problems}"
                 print(f"{name} {label}: A {100 * d.a:.1f}, B {100 * d.b:.1f}, difference {gap}; {wins}")

@@ -1,6 +1,6 @@
-"""JSONL problems -> tokenised prompts. The chat template is applied here and nowhere else.
+"""JSONL problems -> tokenised prompts. No other file applies the chat template.
 
-Declares what flows through a run before any tensor does: Problem, Prompt, Rollout.
+Problem, Prompt and Rollout are declared here; they flow through a run before any tensor does.
 """
 
 import inspect
@@ -45,12 +45,15 @@ class Rollout:
 
     sequence_id: int  # place in its update or evaluation
     prompt: Prompt
-    response_ids: tuple[int, ...]  # the EOS that ended it included
+    response_ids: tuple[int, ...]  # with the EOS id that ended it
     finish_reason: Literal["stop", "length"]
 
 
 def read_problems(path: str | Path, prompt_field: str, answer_field: str | None) -> list[Problem]:
-    """Reads a JSONL file. Raises InputError with file and line for what is not JSON, lacks a field, or is empty."""
+    """The problems of a JSONL file; an `answer_field` of None reads no answers.
+
+    Raises InputError that names file and line for a line that is not JSON or lacks a field, and for an empty file.
+    """
     problems = []
     for number, row in read_rows(path, "a JSONL file of problems"):
         where = f"{path}, line {number}"
@@ -64,8 +67,8 @@ def read_problems(path: str | Path, prompt_field: str, answer_field: str | None)
 
 def _field(row: dict[str, Any], name: str, where: str) -> Any:
     if name not in row:
-        there = str(sorted(row))[:300]
-        raise InputError(f"{where}: no field {name[:80]!r}; it has {there}. Set the field's name in the config.")
+        names = str(sorted(row))[:300]
+        raise InputError(f"{where}: no field {name[:80]!r}; it has {names}. Set the field's name in the config.")
     return row[name]
 
 
@@ -76,15 +79,12 @@ def _answer(value: Any, field: str, where: str) -> str:
 
 
 def _messages(value: Any, field: str, where: str) -> tuple[Mapping[str, str], ...]:
+    def is_message(item: Any) -> bool:
+        return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
+
     if isinstance(value, str) and value.strip():
         return ({"role": "user", "content": value},)
-    if (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-    ):
+    if isinstance(value, list) and value and all(map(is_message, value)):
         return tuple(value)
     raise InputError(
         f"{where}: field {field!r} is {json.dumps(value)[:80]}, expected a non-empty string or a list of "
@@ -99,19 +99,24 @@ def make_prompts(
     source: str,
     instruction: str = "",
 ) -> list[Prompt]:
-    """Applies system prompt, instruction (appended to the last message) and chat template; drops long prompts.
+    """The prompts of problems, in order, without those that are longer than data.max_prompt_tokens.
 
-    Raises InputError when no prompt is short enough, or the chat template refuses the messages.
+    The chat template makes a prompt of the system prompt and the messages. `instruction` is appended to the last one.
+
+    Args:
+        source: the file of the problems, for messages.
+    Raises:
+        InputError: no prompt is short enough, or the chat template refuses the messages.
     """
-    ours = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents", "kwargs"}
-    if taken := sorted(ours & data.chat_template_args.keys()):
+    reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents", "kwargs"}
+    if misused := sorted(reserved & data.chat_template_args.keys()):
         raise InputError(
-            f"data.chat_template_args sets {taken[0]!r}, which is no variable of the chat template but decides how it "
-            "is applied. Remove it."
+            f"data.chat_template_args sets {misused[0]!r}, which is no variable of the chat template but decides "
+            "how it is applied. Remove it."
         )
     prompts = []
     for problem in problems:
-        messages = [dict(m) for m in problem.messages]
+        messages = [dict(message) for message in problem.messages]
         messages[-1]["content"] += instruction
         if data.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": data.system_prompt})
@@ -140,7 +145,7 @@ def make_prompts(
 def read_training_prompts(
     data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts of all files, in order, and the `data.validation` ones that are held out. Raises InputError."""
+    """The prompts to train on, in the order of the files, and the held-out ones. Raises InputError."""
     prompts = []
     for path in data.train:
         prompts += make_prompts(read_problems(path, data.prompt_field, data.answer_field), tokenizer, data, path)
@@ -155,9 +160,10 @@ def read_training_prompts(
 
 
 def prompts_of_step(prompts: Sequence[Prompt], step: int, per_step: int, shuffle: bool, seed: int) -> list[Prompt]:
-    """The prompts of update `step` (from 1): a pure function, so that a resumed run needs no iterator state.
+    """The prompts of update `step`, which counts from 1.
 
-    The stream is one epoch after another, each in an order of its own; an update may span two epochs.
+    One epoch follows another, each in an order of its own, and an update may span two epochs. The function depends on
+    its arguments alone, so a resumed run needs no saved iterator.
     """
     chosen = []
     for index in range((step - 1) * per_step, step * per_step):
@@ -172,7 +178,10 @@ def _order(count: int, epoch: int, seed: int) -> list[int]:
 
 
 def count_steps(prompts: Sequence[Any], per_step: int, epochs: int | None, steps: int | None) -> int:
-    """Updates of a run: `steps` if given, else whole updates in `epochs` passes. Raises InputError if that is none."""
+    """How many updates a run makes: `steps`, or where that is None the whole updates that fit into `epochs` passes.
+
+    Raises InputError if there is not one.
+    """
     total = steps if steps is not None else len(prompts) * epochs // per_step
     if total == 0:
         raise InputError(

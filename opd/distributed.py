@@ -1,8 +1,8 @@
-"""What a run needs from its other processes; in a single process each of these is the identity.
+"""Communication between the processes of a run. In a single process each function returns its argument.
 
-Statistics of all tokens meet on every rank, so that selection over the update is the same everywhere; gradients are
-*summed*, because every rank already divides by the global sum of weights. Every rank calls these, whatever it kept.
-What travels are tensors: nothing that comes from another process is unpickled.
+The statistics of all tokens meet on every process, so that the selection over an update is the same everywhere.
+Gradients are *summed*, because every process already divides by the global sum of weights. Every process calls each of
+these functions, even one that kept no token. Only tensors travel, so nothing from another process is unpickled.
 """
 
 import datetime
@@ -14,78 +14,82 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A rank that waits for the slowest one's responses is not stuck. What ends a run whose process died is the launcher,
-# and gloo's closed connection; this is left for a machine that vanished without a word.
+# This time limit is for a machine that vanishes silently, and it is long because a process that waits for the slowest
+# one's responses is not stuck. When a process dies, the launcher or gloo's closed connection ends the run at once.
 PATIENCE = datetime.timedelta(hours=6)
 
 
 def start(device: torch.device) -> None:
-    """Joins the processes that a launcher started (RANK, WORLD_SIZE, ...); without a launcher, a group of one."""
+    """Joins the group of the processes that a launcher started. Without a launcher it makes a group of one.
+
+    A launcher sets the environment variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """
     if dist.is_initialized():
         return
     if "WORLD_SIZE" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics meet on the CPU
     dist.init_process_group(backend, timeout=PATIENCE)
 
 
 def world_size() -> int:
+    """How many processes the run has."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_first() -> bool:
-    """The one process that writes files, evaluations' grades and the console."""
+    """Whether this is the one process that writes files, grades evaluations and speaks on the console."""
     return rank() == 0
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone."""
+    """Whether a collective operation failed because another process is gone."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Waits until every process is here."""
     if world_size() > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU; a barrier would ask for a GPU
+        dist.all_reduce(torch.zeros(1))  # on the CPU, where dist.barrier would ask for a GPU
 
 
 def gather_rows(columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], slice]:
-    """Concatenates the rows of all ranks, in rank order.
+    """Concatenates the rows of all processes, in the order of their ranks.
 
     Args:
-        columns: name -> (n, ...) CPU tensors, n of this rank's own; the same names, dtypes and widths on every rank.
+        columns: name -> (n, ...) CPU tensor, with as many rows as this process has. The names, dtypes and widths are
+            the same on every process.
     Returns:
-        name -> (N, ...) of all ranks, and where this rank's rows stand in them.
+        name -> (N, ...) tensor of all processes, and the place of this process's rows in it.
     """
+    rows = len(next(iter(columns.values())))
     if world_size() == 1:
-        rows = len(next(iter(columns.values())))
         return dict(columns), slice(0, rows)
-    mine = torch.tensor([len(next(iter(columns.values())))])
-    counts = [torch.zeros_like(mine) for _ in range(world_size())]
-    dist.all_gather(counts, mine)
+    counts = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([rows]))
     sizes = [int(count) for count in counts]
     joined = {}
-    for name in sorted(columns):  # the same order everywhere
-        column = columns[name]
+    for name, column in sorted(columns.items()):  # in the same order on every process
         padded = column.new_zeros((max(sizes), *column.shape[1:]))
         padded[: len(column)] = column
         parts = [torch.zeros_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
         joined[name] = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    start = sum(sizes[: rank()])
-    return joined, slice(start, start + sizes[rank()])
+    before = sum(sizes[: rank()])
+    return joined, slice(before, before + rows)
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Adds the gradients of all ranks; a parameter without one counts as zeros."""
+    """Adds up the gradients of all processes. A parameter without a gradient counts as zeros."""
     if world_size() == 1:
         return
     for parameter in parameters:
@@ -94,25 +98,26 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def sum_number(value: float) -> float:
-    return _reduced(value, dist.ReduceOp.SUM)
+def sum_number(number: float) -> float:
+    """The sum of the numbers of all processes, added in float64."""
+    return _reduced(number, dist.ReduceOp.SUM)
 
 
-def largest(value: float) -> float:
-    """The largest of all ranks' values."""
-    return _reduced(value, dist.ReduceOp.MAX)
+def largest(number: float) -> float:
+    """The largest of the numbers of all processes."""
+    return _reduced(number, dist.ReduceOp.MAX)
 
 
-def _reduced(value: float, operation: dist.ReduceOp) -> float:
+def _reduced(number: float, operation: dist.ReduceOp) -> float:
     if world_size() == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(total, op=operation)
-    return total.item()
+        return number
+    result = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(result, op=operation)
+    return result.item()
 
 
 def from_first(text: str) -> str:
-    """The first rank's text, everywhere."""
+    """The text of the first process, on every process."""
     if world_size() == 1:
         return text
     raw = text.encode() if is_first() else b""
@@ -122,7 +127,7 @@ def from_first(text: str) -> str:
 
 
 def from_first_of_machine(path: str) -> str:
-    """The path, of up to 4,095 bytes, that the first process of this machine gives; all processes call it."""
+    """The path of the first process of this machine, on all processes of the machine. It has up to 4,095 bytes."""
     if world_size() == 1:
         return path
     raw = torch.zeros(1, 4096, dtype=torch.uint8)

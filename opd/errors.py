@@ -4,11 +4,11 @@ import signal
 
 
 class InputError(Exception):
-    """The user's input is wrong. The text says what, what was got, what was expected and what to do; exit code 2."""
+    """The user's input is wrong; exit code 2. The text says what, what was got, what was expected and what to do."""
 
 
 class RunError(Exception):
-    """The run cannot go on although its configuration is right. One clear message; exit code 1."""
+    """The run cannot go on although its configuration is right; exit code 1."""
 
 
 class Interrupted(Exception):
@@ -20,6 +20,6 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line of at most 300 characters that any terminal can show."""
+    """The first line of an exception's text: at most 300 characters that any terminal can show."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     return text.encode("utf-8", "backslashreplace").decode()

@@ -2,21 +2,21 @@
 
     python -m opd.evaluate --config configs/PAIR.json --model outputs/RUN/checkpoints/step_000060
 
-A benchmark is data (configs/benchmarks/NAME.json): problems, prompt, decoding and version; with the grader's version
-they are written beside every number. Sampling is seeded per problem and sample, so that two models are compared on
-the same random numbers and a repeated evaluation is the same evaluation.
+A file configs/benchmarks/NAME.json describes a benchmark: problems, prompt, decoding and version. This description and
+the grader's version stand beside every number. Sampling is seeded per problem and sample, so two models are compared
+on the same random numbers, and a repeated evaluation gives the same numbers.
 """
 
 import hashlib
 import json
-import math
 import os
-import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from zlib import crc32
 
@@ -24,7 +24,8 @@ import torch
 from typing_extensions import TypedDict
 
 from opd import distributed, grading, models
-from opd.batch import empty_micro_batch, make_micro_batches, share_of_rank
+from opd.accuracy import majority, pass_at, standard_error
+from opd.batch import equally_many, make_micro_batches, share_of_rank
 from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, load_benchmarks
 from opd.cli import main, number_argument, parser, path_argument, say
 from opd.config import Config, StudentSection, TeacherSection, load_config
@@ -36,15 +37,15 @@ from opd.models import LanguageModel
 from opd.progress import Progress
 from opd.rollout import Decoding, Sampler
 from opd.rollout.choose import fixed_sampler
-from opd.step import Pair, stats_by_batch
+from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
 
-UNGRADED_PERCENT = 1  # of all answers; above it, an accuracy needs a second look
+UNGRADED_PERCENT = 1  # share of all answers above which the evaluation warns
 _Timed = TypedDict("_Timed", {"time/evaluation": float})  # seconds
 
 
 class Figures(_Timed):
-    """What summary.json holds of one benchmark; `summarise` says what the accuracies are."""
+    """The part of summary.json about one benchmark; `summarise` says what the accuracies are."""
 
     problems: int
     greedy: float | None
@@ -63,7 +64,7 @@ class Figures(_Timed):
     benchmark: dict[str, Any]
     grader: str
     seed: int
-    responses_sha256: str  # of <benchmark>.jsonl beside it
+    responses_sha256: str  # digest of the file <benchmark>.jsonl in the same folder
 
 
 class Response(TypedDict):
@@ -74,22 +75,22 @@ class Response(TypedDict):
     prompt: str
     response: str
     extracted: str | None
-    vote: str | None  # a text of its class of equal answers; None: it takes part in no vote
+    vote: str | None  # the answer that it votes for in maj@k; None when it takes part in no vote
     answer: str | None
-    correct: bool | None  # None: the grader gave up
+    correct: bool | None  # None when the grader crashed or ran out of time; such an answer counts as wrong
     finish_reason: str
     tokens: int
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is evaluated, with what the evaluation needs of others."""
+    """A model under evaluation, with its sampler."""
 
     lm: LanguageModel
     sampler: Sampler
-    vocab_size: int  # ids that are sampled
-    pair: Pair | None  # with its teacher, for eval.reverse_kl; None: not measured
-    phase: str = "rollout"  # where the models must lie while it is sampled (opd.phases)
+    vocab_size: int  # how many ids it samples from
+    pair: Pair | None  # the model with its teacher, for eval.reverse_kl; None when that is not measured
+    phase: str = "rollout"  # the phase of opd.phases in which it is sampled
 
 
 def evaluate(
@@ -101,15 +102,17 @@ def evaluate(
     stop: Callable[[bool], None] = lambda together: None,
     enter: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Figures]:
-    """Evaluates on every benchmark into `out`; returns name -> figures, on the first process, elsewhere nothing.
+    """Evaluates a model on every benchmark and writes the folder `out`.
 
-    The responses are shared out over all processes; the first one writes and grades. Responses are appended to
-    `<name>.partial.jsonl` batch by batch, and a stopped evaluation continues from there; then `<name>.jsonl` (every
-    prompt, response, extracted answer, verdict, vote) and at last summary.json are written whole.
+    All processes share the sampling; the first one writes and grades. Each batch of responses is appended to
+    `<name>.partial.jsonl`, and a stopped evaluation continues from there. At the end `<name>.jsonl` holds every prompt,
+    response, extracted answer, verdict and vote. The file summary.json is written last.
 
     Args:
-        stop: called while responses are generated, with True where all processes call it; may raise to leave early.
+        stop: called while responses are generated, with True where all processes call it; it may raise to leave early.
         enter: called with the subject's phase before it generates, and as opd.step.stats_by_batch does.
+    Returns:
+        benchmark -> figures on the first process, and an empty dictionary on the others.
     """
     first, summary_path = distributed.is_first(), out / "summary.json"
     if first:
@@ -122,13 +125,14 @@ def evaluate(
         begin = time.perf_counter()
         enter(subject.phase)
         numbered = _responses(subject, loaded, config, out / f"{loaded.name}.partial.jsonl", stop)
-        columns = [{} for _ in numbered]
+        divergences = []
         if config.eval.reverse_kl and subject.pair is not None:
-            columns = _reverse_kl(subject.pair, [r for _, r in numbered], config, stop, enter)
+            divergences = _reverse_kl(subject.pair, [rollout for _, rollout in numbered], config, stop, enter)
         if not first:
             continue
         rows = graded(subject.lm, numbered, grader, loaded.benchmark.answer_lines)
-        rows = [row | column for row, column in zip(rows, columns, strict=True)]
+        for row, divergence in zip(rows, divergences, strict=False):
+            row["reverse_kl"] = divergence
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
         summary[loaded.name] = {
@@ -147,35 +151,32 @@ def evaluate(
 
 
 def known_figures(folder: Path, names: Collection[str]) -> dict[str, Figures] | None:
-    """As `finished`, the same on every process; the first one reads."""
-    known = finished(folder, names) if distributed.is_first() else None
-    text = distributed.from_first("" if known is None else json.dumps(known))
-    return json.loads(text) if text else None
+    """Returns `finished`, which the first process reads, on every process."""
+    text = distributed.from_first(json.dumps(finished(folder, names)) if distributed.is_first() else "")
+    return json.loads(text)
 
 
 def finished(folder: Path, names: Collection[str]) -> dict[str, Figures] | None:
-    """The figures of a finished evaluation on these benchmarks; None where there is none whose files are what was
-    written."""
-    path = folder / "summary.json"
+    """The figures of a finished evaluation on exactly these benchmarks.
+
+    None where there is none, and where a file of it differs from the one that was written.
+    """
     try:
-        summary = read_summary(folder) if path.is_file() else None
-        if summary is None or set(summary) != set(names):
-            return None
-        if any(sha256(folder / f"{n}.jsonl") != found["responses_sha256"] for n, found in summary.items()):
-            return None
+        summary = read_summary(folder)
+        unchanged = all(sha256(folder / f"{n}.jsonl") == figures["responses_sha256"] for n, figures in summary.items())
     except (InputError, OSError):
         return None
-    return summary or None
+    return summary if summary and unchanged and set(summary) == set(names) else None
 
 
 def read_summary(folder: Path) -> dict[str, Figures]:
-    """Benchmark -> figures, from an evaluation's summary.json. Raises InputError naming what is wrong with it."""
+    """Benchmark -> figures, from an evaluation's summary.json. Raises InputError that names the fault."""
     path, expected = folder / "summary.json", "the figures of an evaluation"
     return check(read_object(path, expected), dict[str, Figures], str(path), expected)
 
 
 def read_responses(path: Path) -> list[Response]:
-    """The lines of an evaluation's <benchmark>.jsonl. Raises InputError naming the line that is wrong."""
+    """The lines of an evaluation's <benchmark>.jsonl. Raises InputError that names the faulty line."""
     expected = "the responses of an evaluation"
     rows = [check(row, Response, f"{path}, line {number}", expected) for number, row in read_rows(path, expected)]
     if not rows:
@@ -186,22 +187,22 @@ def read_responses(path: Path) -> list[Response]:
 def _responses(
     subject: Subject, loaded: LoadedBenchmark, config: Config, partial: Path, stop: Callable[[bool], None]
 ) -> list[tuple[int, Rollout]]:
-    """(sample number, response) of every problem, sample by sample; what `partial` holds is not generated again.
+    """(sample number, response) of every problem, sample by sample; responses in the file `partial` are not made again.
 
-    The unit is a batch of fixed content for each process, so that a continued evaluation computes exactly what an
-    unbroken one of as many processes does.
+    The processes sample batches whose content does not depend on where the evaluation was stopped. So a continued
+    evaluation computes exactly what an unbroken one of as many processes computes.
     """
-    benchmark, size = loaded.benchmark, config.rollout.batch_size * distributed.world_size()
-    order = sorted(range(len(loaded.prompts)), key=lambda i: -len(loaded.prompts[i].token_ids))
-    batches = [(n, order[i : i + size]) for n in loaded.numbers for i in range(0, len(order), size)]
+    benchmark, prompts = loaded.benchmark, loaded.prompts
+    size = config.rollout.batch_size * distributed.world_size()
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
+    batches = [(number, order[i : i + size]) for number in loaded.numbers for i in range(0, len(order), size)]
     first = distributed.is_first()
     lines = distributed.from_first(_read_partial(partial, len(batches)) if first else "").splitlines()
-    done = {
-        (r["sample"], i): response
-        for r in map(json.loads, lines)
-        for i, response in zip(r["problems"], r["responses"], strict=True)
+    rollouts = {
+        (batch["sample"], i): Rollout(i, prompts[i], tuple(ids), finish_reason)
+        for batch in map(json.loads, lines)
+        for i, (ids, finish_reason) in zip(batch["problems"], batch["responses"], strict=True)
     }
-    found: dict[tuple[int, int], Rollout] = {}
     sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
     greedy = replace(sampled, temperature=0.0, top_p=1.0)
     with (
@@ -214,48 +215,48 @@ def _responses(
             stop(False)
 
         for number, chosen in batches:
-            prompts = [loaded.prompts[i] for i in chosen]
-            if all((number, i) in done for i in chosen):
-                rollouts = [
-                    Rollout(i, prompt, tuple(done[number, i][0]), done[number, i][1])
-                    for i, prompt in zip(chosen, prompts, strict=True)
-                ]
-                progress.advance(len(rollouts), 0)
-            else:
-                decoding = greedy if number == GREEDY else sampled
-                seeds = [(config.seed, "eval", loaded.name, p.id, number) for p in prompts]
-                rollouts = subject.sampler.sample(prompts, decoding, subject.vocab_size, seeds, advance)
-                if file:
-                    responses = [(r.response_ids, r.finish_reason) for r in rollouts]
-                    text = json.dumps({"sample": number, "problems": chosen, "responses": responses})
-                    file.write(f"{crc32(text.encode()):08x} {text}\n")
-                    file.flush()
-                stop(True)
-            found.update({(number, i): rollout for i, rollout in zip(chosen, rollouts, strict=True)})
-    return [(number, found[number, i]) for number in loaded.numbers for i in range(len(order))]
+            if all((number, i) in rollouts for i in chosen):
+                progress.advance(len(chosen), 0)
+                continue
+            decoding = greedy if number == GREEDY else sampled
+            seeds = [(config.seed, "eval", loaded.name, prompts[i].id, number) for i in chosen]
+            batch = subject.sampler.sample([prompts[i] for i in chosen], decoding, subject.vocab_size, seeds, advance)
+            if file:
+                responses = [(rollout.response_ids, rollout.finish_reason) for rollout in batch]
+                text = json.dumps({"sample": number, "problems": chosen, "responses": responses})
+                file.write(_with_checksum(text))
+                file.flush()
+            rollouts.update({(number, i): rollout for i, rollout in zip(chosen, batch, strict=True)})
+            stop(True)
+    return [(number, rollouts[number, i]) for number in loaded.numbers for i in range(len(order))]
+
+
+def _with_checksum(text: str) -> str:
+    return f"{crc32(text.encode()):08x} {text}\n"
 
 
 def _read_partial(path: Path, batches: int) -> str:
-    """The whole lines of an earlier, stopped evaluation, without their checksums; the file is cut back to them."""
+    """The whole lines of a stopped evaluation, without their checksums. The file is cut back to these lines."""
     if not path.exists():
         return ""
-    kept = []
+    texts = []
     for line in path.read_bytes().split(b"\n"):
-        check, _, text = line.partition(b" ")
-        if check == f"{crc32(text):08x}".encode():  # else it was being written, or is damaged
-            kept.append(text.decode())
-    write_whole(path, "".join(f"{crc32(text.encode()):08x} {text}\n" for text in kept))
-    say(f"{path.name}: {len(kept)} of {batches} batches are there")
-    return "".join(text + "\n" for text in kept)
+        checksum, _, text = line.partition(b" ")
+        if checksum == f"{crc32(text):08x}".encode():  # a line that was cut off or damaged has another checksum
+            texts.append(text.decode())
+    write_whole(path, "".join(map(_with_checksum, texts)))
+    say(f"{path.name}: {len(texts)} of {batches} batches are there")
+    return "\n".join(texts)
 
 
 def graded(
-    lm: LanguageModel, numbered: Sequence[tuple[int, Rollout]], grader: grading.Grader, lines: bool
-) -> list[dict]:
-    texts = [lm.tokenizer.decode(r.response_ids, skip_special_tokens=True) for _, r in numbered]
-    verdicts = grader.grade([(t, r.prompt.answer) for t, (_, r) in zip(texts, numbered, strict=True)], lines)
-    votes = _votes(numbered, verdicts, grader)
-    return [
+    lm: LanguageModel, numbered: Sequence[tuple[int, Rollout]], grader: grading.Grader, answer_lines: bool
+) -> list[dict[str, Any]]:
+    """A row, as Response, for every (sample number, response); `answer_lines` is the benchmark's."""
+    texts = [lm.tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for _, rollout in numbered]
+    answers = [rollout.prompt.answer for _, rollout in numbered]
+    verdicts = grader.grade(list(zip(texts, answers, strict=True)), answer_lines)
+    rows = [
         {
             "id": rollout.prompt.id,
             "sample": number,
@@ -263,29 +264,22 @@ def graded(
             "response": text,
             "extracted": verdict.extracted,
             "answer": rollout.prompt.answer,
-            "correct": verdict.correct,  # null: the grader crashed or ran out of time; counts as wrong
-            "vote": vote,  # null: it does not vote
+            "correct": verdict.correct,
+            "vote": None,
             "finish_reason": rollout.finish_reason,
             "tokens": len(rollout.response_ids),
         }
-        for text, verdict, vote, (number, rollout) in zip(texts, verdicts, votes, numbered, strict=True)
+        for text, verdict, (number, rollout) in zip(texts, verdicts, numbered, strict=True)
     ]
-
-
-def _votes(
-    numbered: Sequence[tuple[int, Rollout]], verdicts: Sequence[grading.Verdict], grader: grading.Grader
-) -> list[str | None]:
-    """For every response, the answer it votes for among its problem's samples; the greedy one does not vote."""
-    problems: dict[str, list[int]] = {}
-    for i, (number, rollout) in enumerate(numbered):
-        if number != GREEDY:
-            problems.setdefault(rollout.prompt.id, []).append(i)
-    found: list[str | None] = [None] * len(numbered)
-    chosen = grading.votes([[verdicts[i] for i in places] for places in problems.values()], grader)
-    for places, votes in zip(problems.values(), chosen, strict=True):
-        for i, vote in zip(places, votes, strict=True):
-            found[i] = vote
-    return found
+    samples = defaultdict(list)  # problem -> places of its sampled responses: the greedy one takes part in no vote
+    for i, row in enumerate(rows):
+        if row["sample"] != GREEDY:
+            samples[row["id"]].append(i)
+    votes = grading.votes([[verdicts[i] for i in places] for places in samples.values()], grader)
+    for places, votes_of_problem in zip(samples.values(), votes, strict=True):
+        for i, vote in zip(places, votes_of_problem, strict=True):
+            rows[i]["vote"] = vote
+    return rows
 
 
 def _warn_of_ungraded(rows: Sequence[dict], path: Path) -> None:
@@ -293,123 +287,87 @@ def _warn_of_ungraded(rows: Sequence[dict], path: Path) -> None:
     if 100 * ungraded > UNGRADED_PERCENT * len(rows):
         say(
             f"warning: the grader gave up on {ungraded} of {len(rows)} answers of {path.stem} (it crashed or ran out "
-            "of "
-            f'time), and they count as wrong. Look at the rows with "correct": null in {path}: if these are ordinary '
-            "answers, the machine was too busy to grade; evaluate again, into a new folder, when it is not."
+            f'of time), and they count as wrong. Look at the rows with "correct": null in {path}: if these are '
+            "ordinary answers, the machine was too busy to grade; evaluate again, into a new folder, when it is not."
         )
 
 
 def _reverse_kl(
-    pair: Pair,
-    rollouts: Sequence[Rollout],
-    config: Config,
-    stop: Callable[[bool], None],
-    enter: Callable[[str], None],
-) -> list[dict[str, float]]:
-    """Per response {"reverse_kl": mean KL(student || teacher) over its tokens, nats}; the ranks share the work."""
+    pair: Pair, rollouts: Sequence[Rollout], config: Config, stop: Callable[[bool], None], enter: Callable[[str], None]
+) -> list[float]:
+    """Per response the mean of KL(student || teacher) over its tokens, in nats. The processes share the work."""
     numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts)]
-    mine = share_of_rank(numbered, distributed.rank(), distributed.world_size())
-    batches = make_micro_batches(mine, config.optim.micro_batch_tokens, pair.student.eos_ids[0], "keep")
-    missing = int(distributed.largest(len(batches))) - len(batches)
-    columns = {"sequence_id": [torch.zeros(0, dtype=torch.long)], "reverse_kl": [torch.zeros(0)]}
-    batches += [empty_micro_batch(pair.student.eos_ids[0])] * missing
-    scored = stats_by_batch(pair, batches, frozenset({"reverse_kl"}), enter)
-    for batch, found in zip(batches, scored, strict=True):
-        columns["sequence_id"].append(batch.sequence_id)
-        columns["reverse_kl"].append(found["reverse_kl"])
-        stop(True)
-    joined, _ = distributed.gather_rows({name: torch.cat(parts) for name, parts in columns.items()})
-    sums = [0.0] * len(rollouts)
-    for i, value in zip(joined["sequence_id"].tolist(), joined["reverse_kl"].tolist(), strict=True):
-        sums[i] += value
-    return [{"reverse_kl": total / len(r.response_ids)} for total, r in zip(sums, rollouts, strict=True)]
+    share = share_of_rank(numbered, distributed.rank(), distributed.world_size())
+    pad_id = pair.student.eos_ids[0]
+    batches = equally_many(make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, "keep"), pad_id)
+    needs = frozenset({"reverse_kl"})
+    stats = score_update(pair, batches, needs, 0, lambda batches, tokens: stop(True), enter)
+    sums = torch.zeros(len(rollouts), dtype=torch.float64)
+    sums.index_add_(0, stats.sequence_id, stats.reverse_kl.double())
+    return [total / len(rollout.response_ids) for total, rollout in zip(sums.tolist(), rollouts, strict=True)]
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, Any]:
-    """Figures of one benchmark's responses; accuracies in [0, 1] over all of them, and what is ungraded is not right.
+    """The figures of one benchmark's responses, without those that `evaluate` adds.
 
-    mean_at_k: mean over problems of the share of right samples; its standard error over problems (`mean_at_k_se`) and
-    over the k passes (`mean_at_k_se_passes`). pass_at: unbiased pass@j for j = 1, 2, 4, ... and k. maj_at_k: share of
-    problems whose most frequent answer is right, ties counted in parts. `reverse_kl`: mean over the tokens of the
-    sampled responses (the greedy ones without samples), nats. `ungraded`: how many the grader gave up on. None: not
-    measured.
+    Accuracies are shares in [0, 1] of all responses, and an ungraded answer is not right. A figure that was not
+    measured is None.
+
+    mean_at_k is the mean over problems of the share of right samples. mean_at_k_se is its standard error over problems,
+    and mean_at_k_se_passes its standard error over the k passes. pass_at holds the unbiased pass@j for j = 1, 2, 4, ...
+    and k. maj_at_k is the share of problems whose most frequent answer is right, where ties count in parts. reverse_kl
+    is the mean over the tokens of the sampled responses, or of the greedy ones where there are no samples, in nats.
     """
-    greedy = [float(r["correct"] is True) for r in rows if r["sample"] == GREEDY]
-    problems: dict[str, list[dict]] = {}
-    passes: dict[int, list[float]] = {}
+    greedy = [float(row["correct"] is True) for row in rows if row["sample"] == GREEDY]
+    problems, passes = defaultdict(list), defaultdict(list)
     for row in rows:
         if row["sample"] != GREEDY:
-            problems.setdefault(row["id"], []).append(row)
-            passes.setdefault(row["sample"], []).append(float(row["correct"] is True))
+            problems[row["id"]].append(row)
+            passes[row["sample"]].append(float(row["correct"] is True))
     groups = list(problems.values())
-    right = [sum(r["correct"] is True for r in group) for group in groups]
+    right = [sum(row["correct"] is True for row in group) for group in groups]
     means = [count / len(group) for count, group in zip(right, groups, strict=True)]
     k = max(map(len, groups), default=0)
-    sizes = sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | ({k} if k else set()))
-    scored = [r for r in rows if "reverse_kl" in r and (r["sample"] != GREEDY) == bool(problems)]
+    sizes = sorted({2**i for i in range(k.bit_length())} | {k} - {0})
+    scored = [row for row in rows if "reverse_kl" in row and (row["sample"] != GREEDY) == bool(problems)]
+    divergence_sum = sum(row["reverse_kl"] * row["tokens"] for row in scored)
     return {
-        "problems": len({r["id"] for r in rows}),
-        "greedy": statistics.fmean(greedy) if greedy else None,
+        "problems": len({row["id"] for row in rows}),
+        "greedy": fmean(greedy) if greedy else None,
         "greedy_se": standard_error(greedy),
         "k": k,
-        "mean_at_k": statistics.fmean(means) if means else None,
+        "mean_at_k": fmean(means) if means else None,
         "mean_at_k_se": standard_error(means),
-        "mean_at_k_se_passes": standard_error([statistics.fmean(values) for values in passes.values()]),
+        "mean_at_k_se_passes": standard_error([fmean(accuracies) for accuracies in passes.values()]),
         "pass_at": {
-            str(j): statistics.fmean(pass_at(len(group), count, j) for count, group in zip(right, groups, strict=True))
+            str(j): fmean(pass_at(len(group), count, j) for count, group in zip(right, groups, strict=True))
             for j in sizes
         },
-        "maj_at_k": statistics.fmean(map(majority, groups)) if groups else None,
-        "reverse_kl": sum(r["reverse_kl"] * r["tokens"] for r in scored) / sum(r["tokens"] for r in scored)
-        if scored
+        "maj_at_k": fmean(majority((row["vote"], row["correct"]) for row in group) for group in groups)
+        if groups
         else None,
-        "ungraded": sum(r["correct"] is None for r in rows),
-        "truncated": statistics.fmean(r["finish_reason"] == "length" for r in rows),
-        "unformatted": statistics.fmean(r["extracted"] is None for r in rows),
-        "length_mean": statistics.fmean(r["tokens"] for r in rows),
+        "reverse_kl": divergence_sum / sum(row["tokens"] for row in scored) if scored else None,
+        "ungraded": sum(row["correct"] is None for row in rows),
+        "truncated": fmean(row["finish_reason"] == "length" for row in rows),
+        "unformatted": fmean(row["extracted"] is None for row in rows),
+        "length_mean": fmean(row["tokens"] for row in rows),
     }
 
 
-def pass_at(n: int, right: int, j: int) -> float:
-    """Probability that j of n samples, drawn without replacement, hold a right one: 1 - C(n - right, j) / C(n, j)."""
-    return 1.0 - math.comb(n - right, j) / math.comb(n, j)
-
-
-def majority(group: Sequence[dict]) -> float:
-    """1 if the most frequent answer of a problem is right; of several equally frequent, the share that is.
-
-    A row's vote names the answer it stands for (opd.grading.votes). An answer is right if one of its voters was found
-    right: another one of the same text may have been ungraded.
-    """
-    votes: dict[str, list[bool]] = {}
-    for row in group:
-        if row["vote"] is not None:
-            votes.setdefault(row["vote"], []).append(row["correct"] is True)
-    if not votes:
-        return 0.0
-    most = max(map(len, votes.values()))
-    return statistics.fmean(float(any(right)) for right in votes.values() if len(right) == most)
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean, over problems; None below two."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-
-
 def scalars(summary: dict[str, dict], prefix: str) -> dict[str, float]:
-    """TensorBoard names, <prefix>/<benchmark>/<figure>."""
-    figures = ("greedy", "mean_at_k", "maj_at_k", "reverse_kl", "ungraded", "truncated", "unformatted", "length_mean")
+    """The figures under TensorBoard names, <prefix>/<benchmark>/<figure>."""
+    names = ("greedy", "mean_at_k", "maj_at_k", "reverse_kl", "ungraded", "truncated", "unformatted", "length_mean")
     return {
-        f"{prefix}/{name}/{figure}": values[figure]
-        for name, values in summary.items()
-        for figure in figures
-        if values[figure] is not None
+        f"{prefix}/{benchmark}/{name}": figures[name]
+        for benchmark, figures in summary.items()
+        for name in names
+        if figures[name] is not None
     }
 
 
 def line(summary: dict[str, dict]) -> str:
-    """One line for the console."""
-    return "; ".join(" ".join([name, *_parts(v)]) for name, v in summary.items())
+    """The main figures in one line for the console."""
+    return "; ".join(" ".join([name, *_parts(figures)]) for name, figures in summary.items())
 
 
 def _parts(figures: dict) -> Iterator[str]:
@@ -424,6 +382,7 @@ def _parts(figures: dict) -> Iterator[str]:
 
 
 def percent(value: float, error: float | None) -> str:
+    """A share and its standard error, in percent."""
     return f"{100 * value:.1f}" + (f" +- {100 * error:.1f}" if error is not None else "")
 
 
@@ -446,16 +405,16 @@ def command(arguments: list[str]) -> None:
 
 
 def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) -> None:
-    """Evaluates a model into `out`, as its only writer."""
-    section: StudentSection | TeacherSection = StudentSection(
-        path=model, revision=None, dtype=config.student.dtype, attn_implementation=config.student.attn_implementation
-    )
-    if model == config.teacher.path:
-        section = config.teacher  # in its own dtype, as in training
+    """Evaluates a model into `out`. The caller holds the lock of that folder."""
     device = pick_device(config.engine)
     if config.engine.kind == "deepspeed":
         distributed.start(device)
-    lm = load_teacher(config, device, "model") if section is config.teacher else models.load(section, device, "model")
+    section: StudentSection | TeacherSection = replace(config.student, path=model, revision=None)
+    if model == config.teacher.path:
+        section = config.teacher  # in its own dtype, as in training
+        lm = load_teacher(config, device, "model")
+    else:
+        lm = models.load(section, device, "model")
     benchmarks = load_benchmarks(config, lm, limit)
     check_benchmarks(lm, benchmarks)
     if distributed.is_first():
@@ -465,9 +424,9 @@ def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) 
         teacher = load_teacher(config, lm.device)
         pair = Pair(lm, LocalTeacher(teacher), models.shared_vocabulary(lm, teacher), config.loss)
         vocab_size = models.sampled_vocabulary(lm, teacher)
-    prompts = [prompt for b in benchmarks for prompt in b.prompts]
-    longest = max(b.benchmark.max_response_tokens for b in benchmarks)
-    summary = known_figures(out, [b.name for b in benchmarks])
+    prompts = [prompt for loaded in benchmarks for prompt in loaded.prompts]
+    longest = max(loaded.benchmark.max_response_tokens for loaded in benchmarks)
+    summary = known_figures(out, [loaded.name for loaded in benchmarks])
     if summary is None:
         with grading.Grader() as grader, fixed_sampler(lm, section, config, prompts, longest) as sampler:
             summary = evaluate(Subject(lm, sampler, vocab_size, pair), benchmarks, config, out, grader)
@@ -478,25 +437,19 @@ def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) 
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
-    """Of problems, answers, tokenizer and chat template at once: they are what the prompts are made of."""
+    """One digest of problems, answers, tokenizer and chat template, because the prompts depend on all of them."""
     return hashlib.sha256(json.dumps([(p.id, p.token_ids, p.answer) for p in prompts]).encode()).hexdigest()
 
 
-def _recorded(path: Path) -> Any:
-    """What evaluation.json holds; None where there is none that can be read."""
-    try:
-        return read_object(path, "what an evaluation is of")
-    except InputError:
-        return None
-
-
 def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[LoadedBenchmark]) -> None:
-    """A stopped evaluation of the same model in the same way continues, a finished one stands; another one is
-    cleared."""
-    weights = sorted(Path(model).glob("*.safetensors"))
+    """Keeps what `out` holds of an evaluation of the same model in the same way, and clears any other evaluation.
+
+    So a stopped evaluation continues and a finished one is not made again. Raises InputError if it cannot write.
+    """
+    parameter_files = sorted(Path(model).glob("*.safetensors"))
     about = {
         "model": model,
-        "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights],
+        "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameter_files],
         "benchmarks": {b.name: [asdict(b.benchmark), _digest(b.prompts)] for b in benchmarks},
         "data": asdict(config.data),
         "dtype": config.student.dtype,
@@ -505,15 +458,15 @@ def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[L
         "batch_size": config.rollout.batch_size,
         "reverse_kl": config.eval.reverse_kl and config.teacher.path,
     }
-    about = json.loads(json.dumps(about))
-    recorded = out / "evaluation.json"
+    path, text = out / "evaluation.json", json.dumps(about, indent=1) + "\n"
     try:
-        if _recorded(recorded) == about:
-            return
+        with suppress(InputError):  # a missing or damaged file counts as another evaluation
+            if read_object(path, "what an evaluation is of") == json.loads(text):
+                return
         out.mkdir(parents=True, exist_ok=True)
-        for path in (*out.glob("*.partial.jsonl"), out / "summary.json"):
-            path.unlink(missing_ok=True)
-        write_whole(recorded, json.dumps(about, indent=1) + "\n")
+        for outdated in (*out.glob("*.partial.jsonl"), out / "summary.json"):
+            outdated.unlink(missing_ok=True)
+        write_whole(path, text)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}). Give another folder: --out DIR.") from None
 

@@ -1,7 +1,7 @@
-"""What everything that touches the disk shares: files that are there whole or not at all, and folders with one writer.
+"""Files that are whole or not there at all, folders with one writer, and checked reading of files from outside.
 
-Whatever comes from outside (a configuration, problems, a run folder) is read through here, so that a damaged or foreign
-file ends in one message that names the file and the line.
+Every configuration, problem file and run folder is read through here, so a damaged or foreign file ends in one message
+that names the file and the line.
 """
 
 import errno
@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -24,8 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 from opd.cli import say
 from opd.errors import InputError
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks answers
-DEPTH = 100  # levels of nested lists and objects; deeper ones exhaust the stack of whoever walks them
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # the errors of a file system without locks
+DEPTH = 100  # the most levels of nested lists and objects; more would exhaust the stack of code that walks them
 
 
 class NotJson(InputError):
@@ -33,7 +34,7 @@ class NotJson(InputError):
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all, and survives a crash of the machine."""
+    """Writes a file that is whole or not there at all, and that survives a crash of the machine."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -44,7 +45,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Has a file, or the names in a folder, survive a crash of the machine from now on."""
+    """Forces a file, or the names in a folder, to the disk, so that they survive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -56,16 +57,16 @@ def flush(path: Path) -> None:
 def lock(folder: Path, setting: str, wait: Callable[[], object] | None = None) -> Iterator[None]:
     """Makes this process the only writer of a folder, which need not exist, for the length of the block.
 
-    The operating system holds the lock, on `.NAME.lock` beside the folder, and drops it when the process ends, however
-    it ends. Between machines it works as far as their shared disk passes locks on. Nothing is left behind: neither the
-    lock's file nor parents that were made for it and stayed empty.
+    The operating system holds the lock on the file `.NAME.lock` beside the folder and drops it however the process
+    ends. Between machines the lock works if their shared disk passes locks on. The block's end removes the lock's file
+    and those parents that were made for it and stayed empty.
 
     Args:
-        setting: what the user may set to choose another folder, for the message.
-        wait: to wait for the other writer instead of refusing; called again and again meanwhile, and may raise to give
-        up.
+        setting: the setting with which the user chooses another folder, for the message.
+        wait: None refuses a folder that another process writes. A function makes this process wait, and is called
+            again and again meanwhile; it may raise to give up.
     Raises:
-        InputError: another process writes there (its host and process id are named), nobody can, or it is a file.
+        InputError: another process writes there, nobody can write there, or the path is that of a file.
     """
     path = Path(os.path.realpath(folder))
     for place in (folder, *path.parents):
@@ -86,21 +87,23 @@ def lock(folder: Path, setting: str, wait: Callable[[], object] | None = None) -
         yield
     finally:
         if handle is not None:
-            path.unlink(missing_ok=True)  # while the lock is held, so that nobody else can hold a file that is gone
+            path.unlink(missing_ok=True)  # before the lock is dropped, so that nobody can lock a file that is gone
             os.close(handle)
-        _remove_empty(made)
+        for parent in made:  # the deepest first, as far as they are empty
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _acquire(path: Path, folder: Path, setting: str, wait: Callable[[], object] | None) -> int | None:
     """The descriptor that holds the lock; None where the file system knows no locks."""
-    waiting, lost = False, 0
+    waiting, attempts = False, 0
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except (FileNotFoundError, FileExistsError):
-            lost += 1  # another process has just removed the parent, which it had made and which was empty again
-            if lost == 100:
+            attempts += 1  # another process has just removed the empty parent that it had made
+            if attempts == 100:
                 raise
             continue
         try:
@@ -129,22 +132,15 @@ def _acquire(path: Path, folder: Path, setting: str, wait: Callable[[], object] 
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 return handle
-        os.close(handle)  # its former owner removed the file between our opening and our locking it
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Removes folders, the deepest first, as far as they are empty."""
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
+        os.close(handle)  # the former owner removed this file before we locked it, so the lock is worth nothing
 
 
 @contextmanager
 def filled(folder: Path, setting: str) -> Iterator[Path]:
-    """A new folder whose files move into `folder` when the block ends well; else they are removed and it stays as it
-    was.
+    """Gives a new, temporary folder, whose files move into `folder` when the block ends without an error.
 
-    For the one who holds the lock of `folder`. Raises InputError naming `setting` where one may not write.
+    After an error the new files are removed and `folder` stays as it was. The caller holds the lock of `folder`. Raises
+    InputError that names `setting` where this process may not write.
     """
     temporary = Path(os.path.realpath(folder))
     temporary = temporary.with_name(f".{temporary.name}.tmp")
@@ -164,9 +160,9 @@ def filled(folder: Path, setting: str) -> Iterator[Path]:
 
 
 def whole_rows(path: Path, kind: Any) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a run's own JSONL file that have the shape of a TypedDict, and how many have not.
+    """The lines of a run's own JSONL file that have the shape of the TypedDict `kind`, and the number of other lines.
 
-    A full disk leaves half a line, and a bad one leaves bytes that are no text.
+    A full disk leaves half a line, and a bad disk leaves bytes that are no text.
     """
     rows, damaged = [], 0
     for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
@@ -178,18 +174,19 @@ def whole_rows(path: Path, kind: Any) -> tuple[list[dict[str, Any]], int]:
 
 
 def step_number(path: Path) -> int | None:
-    """4 of step_000004 or step_000004.jsonl; None for what a run does not name its files."""
-    found = re.fullmatch(r"step_(\d{6,12})", path.name.removesuffix(".jsonl"))
-    return int(found[1]) if found else None
+    """The number 4 of step_000004 or step_000004.jsonl; None for a name that a run does not give."""
+    match = re.fullmatch(r"step_(\d{6,12})", path.name.removesuffix(".jsonl"))
+    return int(match[1]) if match else None
 
 
 def sha256(path: Path) -> str:
+    """The digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def amount(size: float) -> str:
-    """Bytes for people."""
+    """A number of bytes for people to read, such as 1.5 GiB."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}"
@@ -201,25 +198,25 @@ def parse_json(text: str, where: str, expected: str = "JSON") -> Any:
     """The value of a JSON text from outside.
 
     Args:
-        expected: as of read_text.
+        where: file and line, for the messages.
+        expected: the end of the messages, as in read_text.
     Raises:
-        NotJson: naming `where`, for what is not JSON.
-        InputError: likewise, for an object with a key twice, an integer of more digits than Python
-            converts, a nesting deeper than DEPTH, or an escape that is half a character (a lone surrogate), which no
-            file or tokenizer can take.
+        NotJson: the text is not JSON.
+        InputError: an object has a key twice, an integer has more digits than Python converts, lists and objects are
+            nested deeper than DEPTH, or an escape is half a character, which no file or tokenizer can take.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
+        if len(mapping := dict(pairs)) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            repeated = next(name for name, count in counts.items() if count > 1)
             raise InputError(f"{where}: key {repeated!r} stands twice in one object. Keep one of them.")
-        return found
+        return mapping
 
     try:
         value = json.loads(text, object_pairs_hook=unique)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()  # it refuses half a character
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise NotJson(f"{where}: not JSON ({error.msg}, {line}column {error.colno}). Expected {expected}.") from None
@@ -236,11 +233,11 @@ def parse_json(text: str, where: str, expected: str = "JSON") -> Any:
 
 
 def _depth(value: Any) -> int:
-    """Levels of nesting, counted level by level, so that the count itself does not recurse."""
+    """How many levels lists and objects are nested. It goes level by level, because recursion would need the stack."""
     level, depth = [value], 0
     while level:
-        children = [list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
-        level, depth = [child for group in children for child in group], depth + 1
+        groups = [list(v.values()) if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level, depth = [child for group in groups for child in group], depth + 1
     return depth
 
 
@@ -250,10 +247,10 @@ def _adapter(kind: Any) -> TypeAdapter:
 
 
 def check(value: Any, kind: Any, where: str, expected: str) -> Any:
-    """The value itself, if it has the shape of a TypedDict (further keys are fine).
+    """Returns the value if it has the shape of the TypedDict `kind`; it may have further keys.
 
     Raises:
-        InputError: `where`, the first thing that is missing or of another type, and what was expected.
+        InputError: it names `where`, the first key that is missing or of another type, and `expected`.
     """
     try:
         _adapter(kind).validate_python(value, strict=True)
@@ -266,16 +263,16 @@ def check(value: Any, kind: Any, where: str, expected: str) -> Any:
 
 
 def refuse_device(path: str | Path, expected: str) -> None:
-    """Raises InputError for a device such as /dev/zero or a pipe, which a read may never come to the end of."""
+    """Raises InputError for a device such as /dev/zero and for a pipe, because reading them may never end."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{path}: is a device or a pipe, which may have no end. Expected {expected}.")
 
 
 def read_text(path: str | Path, expected: str) -> str:
-    """A UTF-8 text file, without the byte order mark that some editors write.
+    """The text of a UTF-8 file, without the byte order mark that some editors write.
 
-    Raises InputError; `expected` ends the message, for example "a JSONL file of problems".
+    Raises InputError, whose message ends with `expected`, for example "a JSONL file of problems".
     """
     refuse_device(path, expected)
     try:
@@ -287,7 +284,7 @@ def read_text(path: str | Path, expected: str) -> str:
 
 
 def read_object(path: str | Path, expected: str) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises InputError naming the file."""
+    """The object that a JSON file holds. Raises InputError that names the file."""
     value = parse_json(read_text(path, expected), str(path), expected)
     if not isinstance(value, dict):
         raise InputError(f"{path}: {type(value).__name__}, expected {expected}, which is a JSON object.")
@@ -295,8 +292,7 @@ def read_object(path: str | Path, expected: str) -> dict[str, Any]:
 
 
 def read_rows(path: str | Path, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) for every line of a JSONL file that is not blank. Raises InputError naming file and
-    line."""
+    """(line number, object) of every line of a JSONL file that is not blank. Raises InputError that names the line."""
     for number, line in enumerate(read_text(path, expected).split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"

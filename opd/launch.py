@@ -2,10 +2,11 @@
 
     python -m opd.launch opd.train --config configs/qwen3_8b_to_4b.json [...]
 
-With engine.kind "deepspeed" that is one process per GPU of this machine; else, or where there is one GPU, it is
-`python -m opd.train ...` itself. NUM_GPUS sets the number (without GPUs: of CPU processes). On several machines the
-same command runs on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. `torchrun` and `deepspeed
---no_local_rank` do as well; this one picks the numbers, keeps the exit code, and says in one line which process failed.
+With engine.kind "deepspeed" it starts one process per GPU of this machine. With another engine, or with one GPU, it
+becomes `python -m opd.train ...` itself. NUM_GPUS sets the number of processes, on a machine without GPUs too. On
+several machines the same command runs on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. `torchrun` and
+`deepspeed --no_local_rank` work as well; this launcher also picks the numbers, keeps the exit code, and says in one
+line which process failed.
 """
 
 import os
@@ -23,11 +24,11 @@ from opd.config import EngineSection, load_config
 from opd.errors import InputError, Interrupted, RunError
 
 MASTER_PORT = 29500
-PATIENCE = 3600  # seconds after a signal in which processes may finish their update and write a checkpoint
+PATIENCE = 3600  # seconds that processes have after a signal to finish their update and write a checkpoint
 
 
 def processes(engine: EngineSection) -> tuple[int, int]:
-    """(processes on this machine, machines) of a run. Raises InputError for what is no number."""
+    """(processes on this machine, machines) of a run. Raises InputError for a variable that is no number."""
     if engine.kind == "torch":
         return 1, 1
     gpus = torch.cuda.device_count() if engine.device != "cpu" else 0
@@ -38,20 +39,20 @@ def processes(engine: EngineSection) -> tuple[int, int]:
 
 
 def machine() -> int:
-    """Which of the machines this is, from 0; the first one writes tables. Raises InputError for none of them."""
-    machines, which = _number("NNODES", 1), _number("NODE_RANK", 0, least=0)
-    if machines > 1 and ("NODE_RANK" not in os.environ or which >= machines):
+    """The number of this machine, from 0. Raises InputError when it is missing or too large."""
+    machines, number = _number("NNODES", 1), _number("NODE_RANK", 0, least=0)
+    if machines > 1 and ("NODE_RANK" not in os.environ or number >= machines):
         got = os.environ.get("NODE_RANK", "not set")
         raise InputError(
             f"NNODES is {machines} and NODE_RANK is {got}: give every machine its number, 0 to {machines - 1}."
         )
-    return which
+    return number
 
 
 def pick_device(engine: EngineSection) -> torch.device:
-    """The device of this process, by the config section engine; also sets the number of CPU threads.
+    """The device of this process, as the config section `engine` says. It also sets the number of CPU threads.
 
-    Raises InputError when a GPU is asked for and missing, or when the processes do not fit the GPUs.
+    Raises InputError when the configured GPU is missing, or when the processes do not fit the GPUs.
     """
     if engine.kind == "torch" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
@@ -62,22 +63,24 @@ def pick_device(engine: EngineSection) -> torch.device:
         raise InputError("engine.device is 'cuda' and torch sees no GPU. Set engine.device to 'auto' or 'cpu'.")
     if engine.cpu_threads is not None:
         torch.set_num_threads(engine.cpu_threads)
-    if engine.device != "cpu" and torch.cuda.is_available():
-        if engine.kind == "deepspeed":
-            local, here = (int(os.environ.get(f"LOCAL_{name}", n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
-            if here > torch.cuda.device_count():
-                raise InputError(
-                    f"{here} processes on this machine, and torch sees {torch.cuda.device_count()} GPUs. Start as many "
-                    "processes as there are GPUs (NUM_GPUS)."
-                )
-            torch.cuda.set_device(local)
-            return torch.device("cuda", local)
+    if engine.device == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on import that it guesses the device
+        return torch.device("cpu")
+    if engine.kind == "torch":
         return torch.device("cuda")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns that it guessed
-    return torch.device("cpu")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > gpus:
+        raise InputError(
+            f"{here} processes on this machine, and torch sees {gpus} GPUs. Start as many processes as there are GPUs "
+            "(NUM_GPUS)."
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _number(name: str, default: int, least: int = 1) -> int:
+    """The whole number in an environment variable. Raises InputError for another value."""
     text = os.environ.get(name, str(default))
     try:
         return number_argument(least)(text)
@@ -102,15 +105,13 @@ def command(arguments: list[str]) -> None:
         )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // here)))
     port = _number("MASTER_PORT", MASTER_PORT)
-    where = (
-        {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # any free port
-        if machines == 1
-        else {
+    meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # on one machine, at any free port
+    if machines > 1:
+        meeting = {
             "rdzv_backend": "static",
             "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{port}",
             "rdzv_configs": {"rank": machine(), "timeout": 900},
         }
-    )
     settings = LaunchConfig(
         min_nodes=machines,
         max_nodes=machines,
@@ -118,28 +119,31 @@ def command(arguments: list[str]) -> None:
         run_id="opd",
         max_restarts=0,
         shutdown_timeout=PATIENCE,
-        **where,
+        **meeting,
     )
     try:
         elastic_launch(settings, sys.executable)("-u", "-m", module, *rest)
     except SignalException as stop:
         raise Interrupted(int(stop.sigval)) from None
     except ChildFailedError as error:
-        # who was killed explains the others, which only lost the connection
-        killed = [r for r, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
-        rank = killed[0] if killed else error.get_first_failure()[0]
-        failure = error.failures[rank]
-        if failure.exitcode == 2:
-            sys.exit(2)  # it has said what is wrong with the input
-        how = (
-            f"was killed by signal {-failure.exitcode}"
-            if failure.exitcode < 0
-            else f"ended with code {failure.exitcode}"
-        )
-        raise RunError(
-            f"process {rank} (pid {failure.pid}) {how}, so the others were stopped. Checkpoints are intact; the same "
-            "command continues from the newest."
-        ) from None
+        raise _explained(error) from None
+
+
+def _explained(error: ChildFailedError) -> RunError | SystemExit:
+    """The error that ends this process after one of its children failed."""
+    # A process that was killed explains why the others lost their connections, so it goes first.
+    killed = [
+        r for r, failure in error.failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+    ]
+    rank = killed[0] if killed else error.get_first_failure()[0]
+    pid, code = error.failures[rank].pid, error.failures[rank].exitcode
+    if code == 2:
+        return SystemExit(2)  # the process itself has said what is wrong with the input
+    end = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return RunError(
+        f"process {rank} (pid {pid}) {end}, so the others were stopped. Checkpoints are intact; the same command "
+        "continues from the newest."
+    )
 
 
 if __name__ == "__main__":

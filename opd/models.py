@@ -212,10 +212,7 @@ def _read_model(
 
 
 def _check_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    section: StudentSection | TeacherSection,
-    name: str,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: StudentSection | TeacherSection, name: str
 ) -> None:
     """Refuses a model that loads and that this trainer cannot use. Raises InputError."""
     where = f"{name}.path {section.path!r}"
@@ -295,8 +292,8 @@ def _embeddable(lm: LanguageModel) -> int:
 def sampled_vocabulary(lm: LanguageModel, reader: LanguageModel) -> int:
     """How many ids a model samples from in an evaluation: all of its own that `reader` can embed as well.
 
-    All of its own, so that the accuracy of a model does not depend on its partner. The reader is the model that scores
-    the responses.
+    The reader is the model that scores the responses. Its tokenizer does not matter, so the accuracy of a model does
+    not depend on its partner.
     """
     return min(len(lm.tokenizer), _embeddable(reader))
 

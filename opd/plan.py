@@ -1,11 +1,12 @@
-"""What a run will need, before it starts: memory per phase and hours. Printed by --dry-run and at the start of a run.
+"""The plan of a run: memory per phase and hours, before it starts. --dry-run and the start of a run print it.
 
-Sizes are exact (models are built on torch's meta device, without weights); activations and time are estimates, for
-responses of full length, of one process where several share the work. The device's speed is measured for a moment with
-one matrix product and one copy.
+The sizes of parameters are exact, because the models are built on torch's meta device, without weights. Activations and
+times are estimates for responses of full length. Where several processes share a run, the numbers are of one of them.
+One matrix product and one copy measure the speed of the device.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,31 +14,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opd.benchmarks import read_benchmarks
 from opd.config import Config, StudentSection, TeacherSection
-from opd.errors import InputError
+from opd.errors import InputError, first_line
 from opd.files import amount
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of one model; counts of numbers, not bytes."""
+    """The size of one model, in numbers and not in bytes."""
 
-    parameters: int  # tied weights once
-    multiplied: int  # parameters that meet every token in a matrix product (an untied input embedding does not)
+    parameters: int  # tied ones count once
+    multiplied: int  # parameters that every token is multiplied with; an untied input embedding is not among them
     head: int
     vocab: int
     layers: int
     hidden: int
     intermediate: int
-    cache_per_token: int  # key and value numbers of all layers
+    cache_per_token: int  # numbers of the keys and values of all layers
 
 
 def size_of(model: PreTrainedModel) -> Size:
+    """The size of a model, which may lie on the meta device."""
     config = model.config.get_text_config()
-    values = config.to_dict()  # for what only some architectures have
+    optional = config.to_dict()  # for keys that only some architectures have
     parameters = sum(p.numel() for p in model.parameters())
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = values.get("head_dim") or hidden // heads
+    head_dim = optional.get("head_dim") or hidden // heads
     return Size(
         parameters=parameters,
         multiplied=parameters - (0 if head is embedding else embedding.numel()),
@@ -45,41 +47,48 @@ def size_of(model: PreTrainedModel) -> Size:
         vocab=head.shape[0],
         layers=config.num_hidden_layers,
         hidden=hidden,
-        intermediate=values.get("intermediate_size") or 4 * hidden,
-        cache_per_token=2 * config.num_hidden_layers * (values.get("num_key_value_heads") or heads) * head_dim,
+        intermediate=optional.get("intermediate_size") or 4 * hidden,
+        cache_per_token=2 * config.num_hidden_layers * (optional.get("num_key_value_heads") or heads) * head_dim,
     )
 
 
 def size_without_weights(section: StudentSection | TeacherSection, name: str) -> Size:
-    """From config.json alone. Raises InputError when it cannot be read."""
+    """The size of a config section's model, from its config.json alone. Raises InputError when it cannot be read."""
     try:
         config = AutoConfig.from_pretrained(section.path, revision=section.revision)
         with torch.device("meta"):
             return size_of(AutoModelForCausalLM.from_config(config))
-    except Exception as error:  # as in models.load
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"{name}.path {section.path!r}: its config.json cannot be used ({first}).") from None
+    except Exception as error:  # a broken config.json can raise anything, as in opd.models.load
+        raise InputError(
+            f"{name}.path {section.path!r}: its config.json cannot be used ({first_line(error)})."
+        ) from None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes and seconds; of one process, where several share the work."""
+    """What one process needs, in bytes and seconds."""
 
     processes: int
-    phases: dict[str, dict[str, int]]  # phase -> what takes how much of the device
-    host: dict[str, int]  # in host memory throughout
-    spilled: int  # teacher states on disk, during an update
-    checkpoint: int
-    seconds: dict[str, float]  # per phase of one update
+    phases: dict[str, dict[str, int]]  # phase -> name of a part -> bytes that it takes on the device
+    host: dict[str, int]  # name of a part -> bytes in host memory, all the time
+    spilled: int  # bytes of teacher states on disk, during an update
+    checkpoint: int  # bytes
+    seconds: dict[str, float]  # phase of one update -> seconds
     updates: int
 
     @property
     def peaks(self) -> dict[str, int]:
+        """Phase -> bytes on the device."""
         return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
 
 
-LIVE = 10**9  # parameters that ZeRO-3 keeps gathered at once, by DeepSpeed's default
-BUCKET = 5 * 10**8  # numbers of a reduction
+LIVE = 10**9  # the most parameters that ZeRO-3 keeps gathered at once, by DeepSpeed's default
+BUCKET = 5 * 10**8  # how many numbers DeepSpeed reduces at once, by its default
+
+
+def _bytes_each(section: StudentSection | TeacherSection) -> int:
+    """Bytes of a number in the dtype of a section."""
+    return 2 if section.dtype == "bfloat16" else 4
 
 
 def make_plan(
@@ -92,31 +101,32 @@ def make_plan(
     zero: dict | None = None,
     processes: int = 1,
 ) -> Plan:
-    """Estimates for responses of full length.
+    """The plan of a run whose responses are all of full length.
 
     Args:
-        longest_answer: max_response_tokens of the benchmarks; 0: none.
-        zero: DeepSpeed's zero_optimization; None: the plain engine.
-        processes: of the whole run, one per device.
+        updates: how many updates the run makes.
+        longest_answer: the largest max_response_tokens of the benchmarks; 0 when there are none.
+        zero: DeepSpeed's zero_optimization; None for the plain engine.
+        processes: how many processes the run has, one per device.
     """
-    s_bytes, t_bytes = (2 if section.dtype == "bfloat16" else 4 for section in (config.student, config.teacher))
+    s_bytes, t_bytes = _bytes_each(config.student), _bytes_each(config.teacher)
     work = _Work.of(config, processes)
-    held, host = _student_memory(student, s_bytes, zero, processes)
+    held, host = _student_memory(student, s_bytes, zero, processes)  # on the device, in host memory
     gradients = held.pop("gradients")
     scoring = _teacher_memory(teacher, t_bytes, config.teacher.placement, processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
-    states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
-    limit = states if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
-    host["teacher states"] = min(states, limit)
+    teacher_states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
+    limit = teacher_states if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
+    host["teacher states"] = min(teacher_states, limit)
     beside_student = beside_teacher = learning = held | scoring
     if config.engine.phases == 2:
         waiting = {"student": held["weights"], "moments": held["optimizer"], "teacher": scoring["teacher"]}
         host |= {f"{name} waiting": size for name, size in waiting.items()}
         beside_student = {name: size for name, size in held.items() if name != "optimizer"}
         beside_teacher, learning = scoring, held | {"teacher head": teacher.head * t_bytes}
-    rounds_float32 = zero is not None and zero["stage"] in (1, 2) and s_bytes == 2  # as DeepSpeed loads the student
+    loads_float32 = zero is not None and zero["stage"] in (1, 2) and s_bytes == 2  # and DeepSpeed rounds it to bfloat16
     phases = {
-        "loading": scoring | {"float32 weights": 4 * student.parameters} if rounds_float32 else {},
+        "loading": scoring | {"float32 weights": 4 * student.parameters} if loads_float32 else {},
         "rollout": beside_student | _generation(config, student, work.together, config.rollout.max_response_tokens),
         "teacher": beside_teacher
         | {
@@ -134,18 +144,20 @@ def make_plan(
         del phases["evaluation"]
     phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items() if parts}
     seconds = _seconds(config, student, teacher, device, work)
-    return Plan(processes, phases, host, states - host["teacher states"], 12 * student.parameters, seconds, updates)
+    return Plan(
+        processes, phases, host, teacher_states - host["teacher states"], 12 * student.parameters, seconds, updates
+    )
 
 
 @dataclass(frozen=True)
 class _Work:
-    """How much one process does in an update."""
+    """The work of one process in an update."""
 
     rollouts: int
-    together: int  # responses that are generated at once
-    length: int  # tokens of the longest prompt and response
+    together: int  # responses that it generates at once
+    length: int  # tokens of the longest prompt and the longest response
     micro: int  # padded tokens of a micro-batch
-    processes: int  # that share the run
+    processes: int  # how many processes share the run
 
     @classmethod
     def of(cls, config: Config, processes: int) -> "_Work":
@@ -157,17 +169,16 @@ class _Work:
 
 def _generation(config: Config, student: Size, responses: int, tokens: int) -> dict[str, int]:
     """Bytes that transformers takes to generate so many responses of so many tokens at once."""
-    compute_bytes = 2 if config.student.dtype == "bfloat16" else 4
-    cache = responses * (config.data.max_prompt_tokens + tokens) * student.cache_per_token * compute_bytes
+    length = config.data.max_prompt_tokens + tokens
     return {
-        "KV cache": cache,
-        "logits": responses * student.vocab * (4 + 4 + 8 + 8),
-    }  # scores, softmax, both as float64
+        "KV cache": responses * length * student.cache_per_token * _bytes_each(config.student),
+        "logits": responses * student.vocab * (4 + 4 + 8 + 8),  # scores and softmax, both also in float64
+    }
 
 
 def _backward(config: Config, student: Size, zero: dict | None, work: _Work, moments_on_host: bool) -> dict[str, int]:
-    """Bytes of the larger of two peaks of an update: the backward pass, and AdamW's step."""
-    compute_bytes = 2 if config.student.dtype == "bfloat16" else 4
+    """Bytes of the larger one of two peaks of an update: the backward pass and AdamW's step."""
+    compute_bytes = _bytes_each(config.student)
     one_layer = work.micro * (8 * student.hidden + 3 * student.intermediate) * compute_bytes
     kept = work.micro * student.hidden * compute_bytes if config.engine.gradient_checkpointing else one_layer
     loss = min(config.loss.chunk_bytes, 12 * work.micro * student.vocab)  # three (tokens, vocabulary) buffers
@@ -178,10 +189,10 @@ def _backward(config: Config, student: Size, zero: dict | None, work: _Work, mom
 
 
 def _seconds(config: Config, student: Size, teacher: Size, device: torch.device, work: _Work) -> dict[str, float]:
-    """Seconds of an update's phases, by what the device does in a moment."""
-    compute_bytes = 2 if config.student.dtype == "bfloat16" else 4
+    """Seconds of an update's phases, from the measured speed of the device."""
+    compute_bytes = _bytes_each(config.student)
     flops, bandwidth = device_speed(device, torch.bfloat16 if compute_bytes == 2 else torch.float32)
-    overhead = 2e-4 * student.layers  # launching a layer's kernels
+    overhead = 2e-4 * student.layers  # for the launch of the layers' kernels
     batches = -(-work.rollouts // work.together)
     reading = student.parameters * compute_bytes / bandwidth
     one_token = max(2 * student.multiplied * work.together / flops, reading) + overhead
@@ -196,7 +207,7 @@ def _seconds(config: Config, student: Size, teacher: Size, device: torch.device,
 
 
 def _vllm(config: Config, device: torch.device, weights: int) -> int:
-    """Bytes it takes while it is awake."""
+    """Bytes that vLLM takes while it is awake; on a CPU they are `weights` bytes and a GiB for its cache."""
     if device.type == "cuda":
         return int(config.rollout.gpu_memory * torch.cuda.get_device_properties(device).total_memory)
     return weights + 2**30
@@ -205,20 +216,17 @@ def _vllm(config: Config, device: torch.device, weights: int) -> int:
 def _student_memory(
     student: Size, compute_bytes: int, zero: dict | None, processes: int
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What the student holds on the device, "gradients" of the update among it, and in host memory."""
-    parameters = student.parameters
-    if zero is None:  # float32, and a copy in the compute dtype while autocast holds
-        copy = 2 * parameters if compute_bytes == 2 else 0
-        return {
-            "weights": 4 * parameters,
-            "copy for autocast": copy,
-            "gradients": 4 * parameters,
-            "optimizer": 8 * parameters,
-        }, {}
-    stage, part = zero["stage"], -(-parameters // processes)
+    """Bytes that the student takes on the device and in host memory, as two dictionaries from part to bytes.
+
+    The part "gradients" is there during the update only.
+    """
+    parameters, half = student.parameters, compute_bytes == 2
+    stage = 0 if zero is None else zero["stage"]
     if stage == 0:
-        return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters}, {}
-    device, host = {}, {}
+        copy = 2 * parameters if half and zero is None else 0  # the plain engine's, while autocast holds
+        four = 4 * parameters
+        return {"weights": four, "copy for autocast": copy, "gradients": four, "optimizer": 2 * four}, {}
+    device, host, part = {}, {}, -(-parameters // processes)
     if stage == 3:
         live = min(parameters, zero.get("stage3_max_live_parameters", LIVE))
         (host if zero.get("offload_param") else device)["weights"] = part * compute_bytes
@@ -226,13 +234,13 @@ def _student_memory(
     else:
         device["weights"] = parameters * compute_bytes
     (host if zero.get("offload_optimizer") else device)["optimizer"] = 12 * part  # float32 copy and two moments
-    # gradients add up in float32: whole in stage 1, where a bfloat16 model has its own as well; else this rank's part
     bucket = zero.get("reduce_bucket_size", BUCKET)
     buckets = bucket * compute_bytes * (2 if zero.get("overlap_comm") else 1)
-    if compute_bytes == 2:  # reduced in float32; a gradient larger than a bucket, such as the head's, goes whole
+    if half:  # reduced in float32; a gradient larger than a bucket, such as the head's, goes as a whole
         buckets += 4 * max(bucket, student.head)
+    # Gradients add up in float32. In stage 1 every process has all of them, and a bfloat16 model has its own as well.
     if stage == 1:
-        device["gradients"] = 4 * parameters + (2 * parameters if compute_bytes == 2 else 0)
+        device["gradients"] = 4 * parameters + (2 * parameters if half else 0)
     elif zero.get("offload_optimizer"):
         host["gradients"], device["gradients"] = 4 * part, buckets
     else:
@@ -243,54 +251,49 @@ def _student_memory(
 def _teacher_memory(
     teacher: Size, bytes_each: int, placement: str, processes: int, host: dict[str, int]
 ) -> dict[str, int]:
-    """What the teacher holds on the device, "teacher layers gathered" only while it scores; adds to `host`."""
+    """Bytes that the teacher takes on the device; bytes in host memory are added to `host`.
+
+    The part "teacher layers gathered" is there only while the teacher scores.
+    """
     if placement == "device":
         return {"teacher": teacher.parameters * bytes_each}
-    part = -(-teacher.parameters // processes) * bytes_each
     device = {
         "teacher head": teacher.head * bytes_each,
         "teacher layers gathered": min(teacher.parameters, LIVE) * bytes_each,
     }
-    if placement == "host":
-        host["teacher"] = part
-    else:
-        device["teacher"] = part
+    (host if placement == "host" else device)["teacher"] = -(-teacher.parameters // processes) * bytes_each
     return device
 
 
 def device_speed(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(multiply-add FLOP/s, bytes/s), each the best of three short measurements."""
+    """Floating-point operations per second and bytes per second, each the best of three short measurements."""
     n = 512 if device.type == "cpu" else 4096
-    a, block = torch.ones(n, n, device=device, dtype=dtype), torch.ones(2**24, device=device)
+    matrix, block = torch.ones(n, n, device=device, dtype=dtype), torch.ones(2**24, device=device)
 
-    def best(work) -> float:
-        times = []
+    def shortest(work: Callable[[], object]) -> float:
+        seconds = []
         for _ in range(3):
             begin = time.perf_counter()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - begin)
-        return min(times)
+            seconds.append(time.perf_counter() - begin)
+        return min(seconds)
 
-    return 2 * n**3 / best(lambda: a @ a), 2 * block.nbytes / best(block.clone)
+    return 2 * n**3 / shortest(lambda: matrix @ matrix), 2 * block.nbytes / shortest(block.clone)
 
 
 def describe(config: Config, device: torch.device, updates: int, zero: dict | None, processes: int) -> str:
-    """The plan of a configuration in a few lines. Raises InputError when a model's config.json cannot be read.
+    """The plan of a configuration in a few lines; `updates`, `zero` and `processes` are as in make_plan.
 
-    Args:
-        zero: DeepSpeed's zero_optimization; None: the plain engine.
+    Raises InputError when a model's config.json cannot be read.
     """
-    sizes = size_without_weights(config.student, "student"), size_without_weights(config.teacher, "teacher")
-    longest = max((b.max_response_tokens for b in read_benchmarks(config).values()), default=0)
-    return text(make_plan(config, *sizes, device, updates, longest, zero, processes), config, *sizes, device)
-
-
-def text(plan: Plan, config: Config, student: Size, teacher: Size, device: torch.device) -> str:
-    """The plan in a few lines."""
+    student = size_without_weights(config.student, "student")
+    teacher = size_without_weights(config.teacher, "teacher")
+    longest = max((benchmark.max_response_tokens for benchmark in read_benchmarks(config).values()), default=0)
+    plan = make_plan(config, student, teacher, device, updates, longest, zero, processes)
     per_update = sum(plan.seconds.values())
-    times = ", ".join(f"{name} {value:.2g} s" for name, value in plan.seconds.items())
+    times = ", ".join(f"{phase} {seconds:.2g} s" for phase, seconds in plan.seconds.items())
     each = f" of each of {plan.processes} processes" if plan.processes > 1 else ""
     peaks = [
         f"    {phase}: {amount(plan.peaks[phase])} = "

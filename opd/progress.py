@@ -1,4 +1,4 @@
-"""What a phase took and how far it is: seconds by phase, peak memory, progress bars."""
+"""Seconds by phase, peak memory and progress bars."""
 
 import datetime
 import resource
@@ -14,16 +14,18 @@ from tqdm import tqdm
 from opd import distributed
 from opd.cli import say
 
-RESIDENCE = {"score": "update", "sync": "update"}  # phase of an update -> phase of opd.phases, where their names differ
+RESIDENCE = {"score": "update", "sync": "update"}  # phase of an update -> phase of opd.phases, if it has another name
 
 
 class Watch:
-    """Wall seconds of an update's phases, under `time/<phase>`; waits for the device at both ends.
+    """Measures the phases of an update in wall seconds, as metrics `time/<phase>`.
+
+    It waits for the device at both ends of a phase, because a GPU works on while Python goes on.
 
     Args:
-        enter: called before each phase with where the models must lie for it (opd.phases); its own seconds are
-            `time/move`.
-        advance: called by the update with a number of micro-batches and of tokens that are done.
+        enter: called before each phase with the name of the phase of opd.phases in which the models must lie. Its own
+            seconds are the metric `time/move`.
+        advance: the update calls it with the number of micro-batches and of tokens that it has just done.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Watch:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak since the last reset, in GiB: allocated by torch on a GPU; resident size of the process on a CPU."""
+    """Peak memory since the last reset, in GiB: torch's allocations on a GPU, the process's resident size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     with suppress(OSError):
@@ -67,21 +69,21 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """From now on `peak_memory_gb` is the peak since now; where the system cannot do that, since the process began."""
+    """Starts the peak of `peak_memory_gb` anew. A system that cannot do that keeps the peak of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark of resident memory
+            Path("/proc/self/clear_refs").write_text("5")  # on Linux this resets the peak of resident memory
 
 
 class Progress:
-    """A long phase, visibly: a bar with tokens/s and time left on a terminal, else a line at most every 30 seconds."""
+    """Shows how far long work is: a progress bar on a terminal, else a line at most every 30 seconds."""
 
     def __init__(self, label: str, total: int, unit: str = "responses"):
         self.label, self.total, self.unit = label, total, unit
         self.done = self.tokens = 0
-        self.begin = self.said = time.monotonic()
+        self.begin = self.last_line = time.monotonic()
         visible = sys.stderr.isatty() and distributed.is_first()
         self.bar = tqdm(total=total, desc=label, unit=" " + unit, leave=False, disable=not visible)
 
@@ -98,17 +100,17 @@ class Progress:
         rate = self.tokens / max(now - self.begin, 1e-9)
         self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
         self.bar.update(responses)
-        if self.bar.disable and now - self.said > 30:
-            self.said = now
+        if self.bar.disable and now - self.last_line > 30:
+            self.last_line = now
             left = f", {duration((now - self.begin) / self.done * (self.total - self.done))} left" if self.done else ""
             say(f"{self.label}: {self.done}/{self.total} {self.unit}, {self.tokens} tokens, {rate:.0f} tokens/s{left}")
 
 
 def duration(seconds: float) -> str:
-    """1:02:03"""
+    """A number of seconds for people to read, such as 1:02:03."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many updates happens after this one; `every` 0: never."""
+    """Whether something that happens every so many updates happens after this one. With `every` 0 it never does."""
     return every > 0 and step % every == 0

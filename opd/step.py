@@ -236,10 +236,7 @@ def _metrics(loss: float, weights: TokenWeights, rate: float, norm: float) -> di
 
 
 def stats_by_batch(
-    pair: Pair,
-    batches: Sequence[MicroBatch],
-    needs: frozenset[str],
-    enter: Callable[[str], None] = lambda phase: None,
+    pair: Pair, batches: Sequence[MicroBatch], needs: frozenset[str], enter: Callable[[str], None] = lambda phase: None
 ) -> Iterator[dict[str, Tensor]]:
     """Per micro-batch its (N,) columns of TokenStats, outside of an update; on the CPU, in the batch's own order.
 

@@ -2,9 +2,9 @@
 
     python -m opd.train --config configs/PAIR.json [--set KEY=VALUE ...] [--dry-run]
 
-A run is a function of its configuration. Everything random is seeded by what it is (opd.seeds), so a run that was
-stopped continues from its newest checkpoint exactly as if it had not been. Of several processes each samples and trains
-on a share of the rollouts and knows all of them; the first one alone writes, grades and speaks.
+A run is a function of its configuration. Every random draw is seeded by its name (opd.seeds), so a run that was stopped
+continues from its newest checkpoint exactly as an unbroken run. Of several processes each one samples and trains on a
+share of the rollouts and knows all of them. The first process alone writes files, grades and speaks.
 """
 
 import argparse
@@ -53,14 +53,15 @@ def run(
 
     Args:
         weighter: decides which tokens count; None is UniformWeighter(), plain on-policy distillation.
-        sections: extension sections (name -> dataclass) that made the weighter; recorded and compared on resume.
-        resume: "auto" continues an existing run folder of the same configuration; "none" refuses an existing one;
-            else the path of one of its checkpoints to continue from.
-        observer: further diagnostics and columns of token dumps; changes nothing.
-        shared: folder in which runs that start alike keep the evaluations of teacher and step-0 student, made by the
-            first of them that needs one.
+        sections: the extension sections, name -> dataclass, that the weighter was made from. They are recorded, and a
+            run continues only with the same ones.
+        resume: "auto" continues an existing run folder of the same configuration; "none" refuses an existing one; any
+            other text is the path of the checkpoint to continue from.
+        observer: adds diagnostics and columns of token dumps, and changes nothing in the training.
+        shared: folder in which runs that start alike keep their evaluations of teacher and step-0 student. The first
+            run that needs such an evaluation makes it.
     Raises:
-        InputError: something in the configuration cannot be used; nothing was written.
+        InputError: the configuration cannot be used; nothing was written.
         RunError: loss or gradient are not finite, or a checkpoint cannot be written.
         Interrupted: a signal stopped the run after it wrote a checkpoint.
     """
@@ -70,24 +71,26 @@ def run(
     if config.engine.kind == "deepspeed":
         distributed.start(device)
     with _only_writer(config.run_dir):
-        start = _where_to_start(config.run_dir, identity, resume)
-        if start == folder.DONE:
+        continue_from = _resume_point(config.run_dir, identity, resume)
+        if continue_from == folder.DONE:
             say(f"{config.run_dir}: this run is complete")
             return config.run_dir
-        _make_repeatable(device)
-        this = build(config, weighter, observer, identity, start, shared, device)
-        with _guarded(this):
-            loop(this)
-        if this.record:
-            figures = folder.write_summary(config.run_dir, [b.name for b in this.benchmarks])
-            spent = duration(figures["seconds"]["step"])
-            say(f"{config.run_dir}: done, {spent} in {this.total_steps} updates")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # filling would write every chunk of logits twice
+        reset_peak_memory(device)
+        built = build(config, weighter, observer, identity, continue_from, shared, device)
+        with _guarded(built):
+            loop(built)
+        if built.record:
+            figures = folder.write_summary(config.run_dir, [loaded.name for loaded in built.benchmarks])
+            seconds = duration(figures["seconds"]["step"])
+            say(f"{config.run_dir}: done, {seconds} in {built.total_steps} updates")
         distributed.wait()
     return config.run_dir
 
 
 def loop(run: Run) -> None:
-    """All updates of a run. Evaluation comes first, so that one which was stopped is finished on resume."""
+    """All updates of a run. Evaluation comes first, so that a resumed run finishes an evaluation that was stopped."""
     if difference := send_weights(run):
         say(f"vLLM has the student's weights: probe within {difference['rollout/parity']:.1e} nats")
     evaluate_teacher(run)
@@ -119,42 +122,33 @@ def update(run: Run) -> None:
 
 
 def sample_rollouts(run: Run, step: int) -> list[Rollout]:
-    """The responses of update `step`, the same whatever was sampled before."""
-    config = run.config
-    chosen = prompts_of_step(run.prompts, step, config.rollout.prompts_per_step, config.data.shuffle, config.seed)
-    chosen = [prompt for prompt in chosen for _ in range(config.rollout.n)]
-    decoding = Decoding(config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens)
-    seeds = [(config.seed, "rollout", step, i) for i in range(len(chosen))]
-    with Progress(f"rollouts of step {step}", len(chosen)) as progress:
+    """The rollouts of update `step`. They do not depend on what was sampled before."""
+    config, rollout = run.config, run.config.rollout
+    chosen = prompts_of_step(run.prompts, step, rollout.prompts_per_step, config.data.shuffle, config.seed)
+    prompts = [prompt for prompt in chosen for _ in range(rollout.n)]
+    decoding = Decoding(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+    seeds = [(config.seed, "rollout", step, i) for i in range(len(prompts))]
+    with Progress(f"rollouts of step {step}", len(prompts)) as progress:
 
         def advance(responses: int, tokens: int) -> None:
             progress.advance(responses, tokens)
             run.stop.check()
 
-        return run.sampler.sample(chosen, decoding, run.pair.vocab_size, seeds, advance)
+        return run.sampler.sample(prompts, decoding, run.pair.vocab_size, seeds, advance)
 
 
 def learn(run: Run, step: int, rollouts: list[Rollout], watch: Watch) -> Update:
-    """The training step on this process's share of the rollouts."""
-    config = run.config
-    mine = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
-    batches = make_micro_batches(
-        mine, config.optim.micro_batch_tokens, run.student.eos_ids[0], config.rollout.truncated
-    )
+    """The training step on this process's share of the rollouts. Raises RunError where a number is not finite."""
+    config, pad_id = run.config, run.student.eos_ids[0]
+    share = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
+    batches = make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, config.rollout.truncated)
     measure = fields_to_measure(config, run.observer, step)
     passes = 3 if run.weighter.needs | measure else 2
     with Progress(f"scoring and update of step {step}", passes * len(batches), "micro-batches") as progress:
         watch.advance = progress.advance
         try:
             return train_step(
-                run.pair,
-                run.engine,
-                batches,
-                run.weighter,
-                step=step,
-                seed=config.seed,
-                measure=measure,
-                watch=watch,
+                run.pair, run.engine, batches, run.weighter, step=step, seed=config.seed, measure=measure, watch=watch
             )
         except FloatingPointError as error:
             raise RunError(_dump_offenders(run, step, rollouts, str(error))) from error
@@ -163,9 +157,9 @@ def learn(run: Run, step: int, rollouts: list[Rollout], watch: Watch) -> Update:
 
 
 def send_weights(run: Run, compare: bool = True) -> dict[str, float]:
-    """Gives the sampler the student's weights; with `compare`, vLLM's logprobs are held against the student's.
+    """Gives the sampler the student's parameters, and with `compare` compares vLLM's logprobs with the student's.
 
-    Returns the comparison as a metric. transformers samples the student itself, so there is nothing to send.
+    Returns the largest difference as a metric. transformers samples the student itself and gets nothing.
     """
     if run.config.rollout.engine != "vllm":
         return {}
@@ -179,7 +173,7 @@ def send_weights(run: Run, compare: bool = True) -> dict[str, float]:
 
 
 def save(run: Run) -> None:
-    """A checkpoint of the last update, and before it the metrics that lead to it."""
+    """Writes the metrics up to the last update to the disk, and then a checkpoint of it."""
     if run.record:
         run.record.log.flush()
     memory = run.weighter.state() if isinstance(run.weighter, Remembering) else {}
@@ -187,36 +181,34 @@ def save(run: Run) -> None:
 
 
 def evaluate_student(run: Run) -> None:
-    """The student after the last update; the step-0 student may be one that another run has evaluated."""
-    name = f"step_{run.step:06d}"
+    """Evaluates the student after the last update. Another run may have evaluated the same step-0 student before."""
     vocab_size = models.sampled_vocabulary(run.student, run.teacher)
     subject = evaluate.Subject(run.student, run.sampler, vocab_size, run.pair_outside_updates)
-    _evaluate(run, name, nullcontext(subject), "eval", shared=run.step == 0)
+    _evaluate(run, f"step_{run.step:06d}", nullcontext(subject), "eval", shared=run.step == 0)
 
 
 def evaluate_teacher(run: Run) -> None:
-    """The teacher, unless it is evaluated already. Where vLLM samples, the student's makes room for the teacher's."""
+    """Evaluates the teacher, unless a resumed run has evaluated it already."""
     names = [loaded.name for loaded in run.benchmarks]
-    known = evaluate.finished(run.config.run_dir / "eval" / "teacher", names) is not None
-    if run.step > 0 and distributed.from_first(str(known)) == "True":
+    if run.step > 0 and evaluate.known_figures(run.config.run_dir / "eval" / "teacher", names) is not None:
         return
     _evaluate(run, "teacher", _teacher_as_subject(run), "teacher", shared=True)
 
 
 @contextmanager
 def _teacher_as_subject(run: Run) -> Iterator[evaluate.Subject]:
+    """The teacher with a sampler of its own. The student's vLLM makes room for the teacher's and comes back after."""
     teacher, vllm = run.teacher, run.config.rollout.engine == "vllm"
     vocab_size = models.sampled_vocabulary(teacher, teacher)
-    prompts = [prompt for b in run.benchmarks for prompt in b.prompts]
-    longest = max(b.benchmark.max_response_tokens for b in run.benchmarks)
+    prompts = [prompt for loaded in run.benchmarks for prompt in loaded.prompts]
+    longest = max(loaded.benchmark.max_response_tokens for loaded in run.benchmarks)
     if vllm:
         run.sampler.close()
         run.phases.sampler = run.sampler = None
         run.phases.enter("teacher")
-    before_start = partial(run.phases.enter, "rollout")  # vLLM has weights of its own, so the teacher can go
-    phase = "rollout" if vllm else "teacher"
-    with fixed_sampler(teacher, run.config.teacher, run.config, prompts, longest, before_start) as sampler:
-        yield evaluate.Subject(teacher, sampler, vocab_size, None, phase)
+    make_room = partial(run.phases.enter, "rollout")  # vLLM has parameters of its own, so the teacher's can go
+    with fixed_sampler(teacher, run.config.teacher, run.config, prompts, longest, make_room) as sampler:
+        yield evaluate.Subject(teacher, sampler, vocab_size, None, "rollout" if vllm else "teacher")
     if vllm:
         open_student_sampler(run)
         send_weights(run)
@@ -225,7 +217,10 @@ def _teacher_as_subject(run: Run) -> Iterator[evaluate.Subject]:
 def _evaluate(
     run: Run, name: str, subject: AbstractContextManager[evaluate.Subject], prefix: str, shared: bool
 ) -> None:
-    """Evaluates into the run's folder, by way of the folder that runs which start alike share."""
+    """Evaluates into the run's folder. With `shared` the runs that start alike share the evaluation.
+
+    Such an evaluation is made in their common folder and copied into the run's.
+    """
     if not run.benchmarks:
         return
     target = run.config.run_dir / "eval" / name
@@ -234,9 +229,9 @@ def _evaluate(
     with _made_once(run, out):
         figures = evaluate.known_figures(out, names)
         if figures is None:
-            with subject as who:
+            with subject as model:
                 figures = evaluate.evaluate(
-                    who, run.benchmarks, run.config, out, run.grader, run.stop.check, run.phases.enter
+                    model, run.benchmarks, run.config, out, run.grader, run.stop.check, run.phases.enter
                 )
     if run.record:
         if out != target:
@@ -246,7 +241,7 @@ def _evaluate(
 
 
 def _made_once(run: Run, out: Path) -> AbstractContextManager:
-    """Runs that share an evaluation make it once: the others wait for the one that began."""
+    """The lock with which one of the runs that share an evaluation makes it, while the others wait."""
     if out.parent == run.config.run_dir / "eval" or not run.record:
         return nullcontext()
     return files.lock(out, "output_dir", wait=run.stop.check)
@@ -254,11 +249,11 @@ def _made_once(run: Run, out: Path) -> AbstractContextManager:
 
 @contextmanager
 def _only_writer(run_dir: Path) -> Iterator[None]:
-    """Holds the lock of a run's folder, and names the folder where the disk refuses."""
+    """Holds the lock of a run's folder. Raises RunError that names the folder when the disk refuses."""
     with files.lock(run_dir, "output_dir") if distributed.is_first() else nullcontext():
         try:
             yield
-        except ConnectionError:  # it comes from a server, not from the disk
+        except ConnectionError:  # from a server, and not from the disk
             raise
         except OSError as error:
             raise RunError(
@@ -267,35 +262,30 @@ def _only_writer(run_dir: Path) -> Iterator[None]:
             ) from error
 
 
-def _where_to_start(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | str | None:
-    start = folder.open_run(run_dir, identity, resume)
-    if distributed.largest(str(start) != distributed.from_first(str(start))):
+def _resume_point(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | str | None:
+    """As folder.open_run. Raises InputError also when the processes do not see the same folder."""
+    continue_from = folder.open_run(run_dir, identity, resume)
+    if distributed.largest(str(continue_from) != distributed.from_first(str(continue_from))):
         raise InputError(
-            f"the processes do not see the same {run_dir}: here it continues from {start}. Set output_dir to a folder "
-            "that all machines share."
+            f"the processes do not see the same {run_dir}: here it continues from {continue_from}. Set output_dir to a "
+            "folder that all machines share."
         )
-    return start
-
-
-def _make_repeatable(device: torch.device) -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every chunk of logits once more
-    reset_peak_memory(device)
+    return continue_from
 
 
 @contextmanager
 def _guarded(run: Run) -> Iterator[None]:
-    """Ends a run well however it ends: a signal after a checkpoint, a failure with one message, all parts closed."""
+    """Ends a run in good order: a signal leaves a checkpoint, a failure leaves one message, and all parts close."""
     try:
         with run.stop:
             try:
                 yield
             except Interrupted:
-                there = checkpoint.folder(run.config.run_dir, run.step).exists()
-                if distributed.from_first(str(there)) == "False":
+                is_saved = checkpoint.folder(run.config.run_dir, run.step).exists()
+                if distributed.from_first(str(is_saved)) == "False":
                     save(run)
                 say(f"checkpoint of step {run.step} is written; the same command continues from it")
-                distributed.wait()  # a process that ended now would look like one that failed
+                distributed.wait()  # to the others, a process that ends earlier looks like one that failed
                 raise
     except FloatingPointError as error:
         raise RunError(
@@ -318,36 +308,35 @@ def _guarded(run: Run) -> Iterator[None]:
 
 
 def _newest(run: Run) -> str:
-    saved = checkpoint.newest(run.config.run_dir)
-    return f"The newest checkpoint is {saved}." if saved else "There is no checkpoint yet."
+    """A sentence about the newest checkpoint."""
+    newest = checkpoint.newest(run.config.run_dir)
+    return f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet."
 
 
 def _dump_offenders(run: Run, step: int, rollouts: list[Rollout], reason: str) -> str:
-    """Writes the update's rollouts, each with whether its statistics are finite, and says what happened."""
+    """Writes the update's rollouts, each with whether its statistics are finite, and returns a message about them."""
     path = run.config.run_dir / f"not_finite_step_{step:06d}.jsonl"
     lines, broken = [], []
     batches = [make_micro_batches([r], 1, run.student.eos_ids[0], "keep")[0] for r in rollouts]
     needs = frozenset({"reverse_kl", "forward_kl"})
     scored = stats_by_batch(run.pair_outside_updates, batches, needs, run.phases.enter)
     for rollout, columns in zip(rollouts, scored, strict=True):
-        finite = all(column.isfinite().all() for column in columns.values())
+        finite = all(bool(column.isfinite().all()) for column in columns.values())
         broken += [] if finite else [rollout.sequence_id]
         record = {
             "sequence_id": rollout.sequence_id,
             "id": rollout.prompt.id,
-            "finite": bool(finite),
+            "finite": finite,
             "prompt_ids": rollout.prompt.token_ids,
             "response_ids": rollout.response_ids,
         }
         lines.append(json.dumps(record) + "\n")
     if run.record:
         files.write_whole(path, "".join(lines))
-    which = (
-        f"rollouts {broken} have statistics that are not finite" if broken else "every rollout's statistics are finite"
-    )
+    which = f"rollouts {broken} have statistics that are not" if broken else "every rollout's statistics are"
     return (
-        f"{reason}; {which}, all of the update are in {path}. Weights and optimizer were not changed. {_newest(run)} "
-        "Lower optim.lr, or look at these rollouts and at the teacher."
+        f"{reason}; {which} finite, all of the update are in {path}. Weights and optimizer were not changed. "
+        f"{_newest(run)} Lower optim.lr, or look at these rollouts and at the teacher."
     )
 
 
@@ -358,30 +347,29 @@ def start(
     options: argparse.Namespace,
     observer: Observer | None = None,
 ) -> None:
-    """The training commands behind their arguments: prints the run folder, or with --dry-run what would be done."""
+    """Does what the arguments of a training command ask: trains and prints the run's folder, or only plans."""
     if options.dry_run:
-        dry_run(config, sections)
-        return
+        return dry_run(config, sections)
     run_dir = run(config, weighter, sections, options.resume, observer)
     if distributed.is_first():
         print(run_dir)
 
 
 def dry_run(config: Config, sections: Mapping[str, Any]) -> None:
-    """Prints the resolved configuration, memory, hours and command line; starts nothing."""
+    """Prints the resolved configuration, memory, hours and command line, and starts nothing."""
     device = pick_device(config.engine)
     models.check_paths(config)
     updates = config.optim.steps
     if updates is None:
         data = config.data
         problems = [read_problems(path, data.prompt_field, data.answer_field) for path in data.train]
-        count = sum(map(len, problems)) - data.validation
-        updates = count_steps(range(count), config.rollout.prompts_per_step, data.epochs, None)
+        prompts = range(sum(map(len, problems)) - data.validation)
+        updates = count_steps(prompts, config.rollout.prompts_per_step, data.epochs, None)
     zero = read_deepspeed(config)["zero_optimization"] if config.engine.kind == "deepspeed" else None
     here, machines = launch.processes(config.engine)
-    described = plan.describe(config, device, updates, zero, here * machines)
-    print(json.dumps({**asdict(config), **{name: asdict(s) for name, s in sections.items()}}, indent=1))
-    print(f"{described}\n  command: {command_line()}\ndry run: nothing was started")
+    description = plan.describe(config, device, updates, zero, here * machines)
+    print(json.dumps({**asdict(config), **{name: asdict(section) for name, section in sections.items()}}, indent=1))
+    print(f"{description}\n  command: {command_line()}\ndry run: nothing was started")
 
 
 def command(arguments: list[str]) -> None:

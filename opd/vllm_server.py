@@ -1,13 +1,13 @@
-"""The process that has vLLM: it generates for one trainer at a time, with the weights that trainer gives it.
+"""The process that runs vLLM. It generates for one trainer at a time, with the parameters that the trainer sends.
 
     OPD_VLLM_KEY=SECRET python -m opd.vllm_server --listen 0.0.0.0:8500
 
-A trainer starts one beside itself, or is told in rollout.servers where some run, on other GPUs or other hosts. vLLM has
-a process of its own, because then a crash or a hang of vLLM costs its rollouts and not the run, and its packages need
-not be the trainer's. A server knows nothing about a run: model, lengths and memory come with the first message. Each
-trainer gets a fresh process, which ends when the trainer is gone, so no GPU stays occupied.
+A trainer starts a server beside itself, or finds servers on other GPUs or other hosts through rollout.servers. vLLM has
+a process of its own, so its crash or hang costs some rollouts and not the run, and it can use other packages than the
+trainer. A server knows nothing about a run; model, lengths and memory come with the first message. Each trainer gets a
+fresh process. That process ends with its trainer, so that no GPU stays occupied.
 
-What travels is JSON and safetensors, never a pickle. A server listens only to a trainer that knows the key; nothing is
+JSON and safetensors travel, and never a pickle. The server listens only to a trainer that knows the key. Nothing is
 encrypted.
 """
 
@@ -32,7 +32,7 @@ def command(arguments: list[str]) -> None:
         "--child-of",
         type=number_argument(1),
         metavar="PID",
-        help="end after one trainer, or with that process; for our own use",
+        help="end after one trainer, or with that process; the server itself uses it",
     )
     options = cli.parse_args(arguments)
     address, key = address_of(options.listen), os.environ.get(KEY, "")

@@ -18,7 +18,7 @@ import pytest
 from helpers import LOSS, pair_of, random_lm, tiny_config
 from helpers import response as row
 
-from opd import benchmarks, evaluate
+from opd import accuracy, benchmarks, evaluate
 from opd.data import Prompt, Rollout
 from opd.errors import InputError
 from opd.grading import Grader, Verdict
@@ -62,7 +62,7 @@ def test_pass_at_k_equals_brute_force():
         samples = [True] * right + [False] * (n - right)
         for j in range(1, n + 1):
             draws = list(itertools.combinations(samples, j))
-            assert evaluate.pass_at(n, right, j) == pytest.approx(sum(map(any, draws)) / len(draws))
+            assert accuracy.pass_at(n, right, j) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_majority_equals_brute_force():
@@ -71,17 +71,18 @@ def test_majority_equals_brute_force():
     verdicts = {"7": True, "8": False, "9": None, None: False}
     for _ in range(300):
         votes = rng.choices([*verdicts], k=5)
-        group = [row("p", i, verdicts[vote], vote=vote) for i, vote in enumerate(votes)]
         cast = [vote for vote in votes if vote is not None]
         wins = []
         for order in itertools.permutations(sorted(set(cast))):
             wins.append(bool(order) and max(order, key=lambda a: (cast.count(a), -order.index(a))) == "7")
-        assert evaluate.majority(group) == pytest.approx(statistics.fmean(wins) if cast else 0.0)
+        assert accuracy.majority((vote, verdicts[vote]) for vote in votes) == pytest.approx(
+            statistics.fmean(wins) if cast else 0.0
+        )
 
 
 def test_one_right_voter_makes_its_answer_right():
     """One of two equal texts may be ungraded, on a busy machine."""
-    assert evaluate.majority([row("p", 0, None, "7"), row("p", 1, True, "7"), row("p", 2, False, "8")]) == 1.0
+    assert accuracy.majority([("7", None), ("7", True), ("8", False)]) == 1.0
 
 
 def majority_of(texts, answer, grader):
