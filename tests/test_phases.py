@@ -87,7 +87,7 @@ def test_spilled_states_give_the_same_run_bit_for_bit_and_are_gone_afterwards(sh
     def added(self, states):
         add(self, states)
         if self.folder:
-            whole.append(self.states[-1])
+            whole.append(self.entries[-1])
 
     def cleared(self):
         if self.folder and self.folder.exists():
@@ -245,9 +245,11 @@ def test_vllm_sleeps_before_the_teacher_comes_and_gets_the_new_weights_when_the_
     assert all(torch.equal(phases.sampler.weights[name], expected[name]) for name in expected)
     assert held() == (0, 0, 0, 0)
     # and a checkpoint can be written of what is put away
-    assert all(torch.equal(engine.weights()[name], expected[name]) for name in expected)
-    moments = reference.state()
-    assert engine.state().keys() == moments.keys() and all(torch.equal(engine.state()[n], moments[n]) for n in moments)
+    assert all(torch.equal(engine.parameters_by_name()[name], expected[name]) for name in expected)
+    moments = reference.moments_by_name()
+    assert engine.moments_by_name().keys() == moments.keys() and all(
+        torch.equal(engine.moments_by_name()[n], moments[n]) for n in moments
+    )
 
 
 def test_a_cache_keeps_what_fits_and_reads_the_rest_back(tmp_path):

@@ -52,7 +52,7 @@ def save(
     """
     final = folder(run_dir, step)
     temporary = final.with_name(f".{final.name}.tmp")
-    weights, moments = engine.weights(), engine.state()
+    weights, moments = engine.parameters_by_name(), engine.moments_by_name()
     if not distributed.is_first():
         return final
     optimizer = {name: value.detach().cpu().contiguous() for name, value in moments.items()}
