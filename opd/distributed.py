@@ -1,8 +1,8 @@
-"""What a run needs from its other processes; in a single process each of these is the identity.
+"""What a process of a run exchanges with the others. In a single process every function returns what it was given.
 
-Statistics of all tokens meet on every rank, so that selection over the update is the same everywhere; gradients are
-*summed*, because every rank already divides by the global sum of weights. Every rank calls these, whatever it kept.
-What travels are tensors: nothing that comes from another process is unpickled.
+The statistics of all tokens meet on every rank, so that every rank makes the same selection. Gradients are *summed*,
+because every rank already divides by the global sum of weights. Every rank calls every function, whatever it kept. Only
+tensors travel, and nothing from another process is unpickled.
 """
 
 import datetime
@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A rank that waits for the slowest one's responses is not stuck. What ends a run whose process died is the launcher,
-# and gloo's closed connection; this is left for a machine that vanished without a word.
+# A rank may wait long for the responses of the slowest one. The launcher, or gloo's closed connection, ends a run whose
+# process has died, so this limit only matters when a machine vanishes without a word.
 PATIENCE = datetime.timedelta(hours=6)
 
 
 def start(device: torch.device) -> None:
-    """Joins the processes that a launcher started (RANK, WORLD_SIZE, ...); without a launcher, a group of one."""
+    """Joins the processes that a launcher started, which set RANK, WORLD_SIZE and so on; else makes a group of one."""
     if dist.is_initialized():
         return
     if "WORLD_SIZE" not in os.environ:
@@ -29,7 +29,7 @@ def start(device: torch.device) -> None:
             port = free.getsockname()[1]
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in alone.items()})
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics meet on the CPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # statistics are gathered on the CPU
     dist.init_process_group(backend, timeout=PATIENCE)
 
 
@@ -42,50 +42,49 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """The one process that writes files, evaluations' grades and the console."""
+    """Whether this is the process that writes files, grades evaluations and prints."""
     return rank() == 0
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone."""
+    """Whether a collective failed because another process has ended."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Waits until every rank has called this."""
     if world_size() > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU; a barrier would ask for a GPU
+        dist.all_reduce(torch.zeros(1))  # a barrier would need a GPU where there is one
 
 
 def gather_rows(columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], slice]:
-    """Concatenates the rows of all ranks, in rank order.
+    """Concatenates the rows of all ranks, in the order of ranks.
 
     Args:
-        columns: name -> (n, ...) CPU tensors, n of this rank's own; the same names, dtypes and widths on every rank.
+        columns: name -> (n, ...) CPU tensor, with n rows of this rank. Names, dtypes and widths are the same on every
+            rank.
     Returns:
-        name -> (N, ...) of all ranks, and where this rank's rows stand in them.
+        name -> (N, ...) tensor with the rows of all ranks, and the slice that holds the rows of this rank.
     """
+    count = len(next(iter(columns.values())))
     if world_size() == 1:
-        rows = len(next(iter(columns.values())))
-        return dict(columns), slice(0, rows)
-    mine = torch.tensor([len(next(iter(columns.values())))])
-    counts = [torch.zeros_like(mine) for _ in range(world_size())]
-    dist.all_gather(counts, mine)
-    sizes = [int(count) for count in counts]
+        return dict(columns), slice(0, count)
+    counts = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([count]))
+    sizes = [int(size) for size in counts]
     joined = {}
-    for name in sorted(columns):  # the same order everywhere
-        column = columns[name]
-        padded = column.new_zeros((max(sizes), *column.shape[1:]))
-        padded[: len(column)] = column
+    for name in sorted(columns):  # every rank gathers in the same order
+        padded = columns[name].new_zeros((max(sizes), *columns[name].shape[1:]))
+        padded[:count] = columns[name]
         parts = [torch.zeros_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
         joined[name] = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    start = sum(sizes[: rank()])
-    return joined, slice(start, start + sizes[rank()])
+    before = sum(sizes[: rank()])
+    return joined, slice(before, before + count)
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Adds the gradients of all ranks; a parameter without one counts as zeros."""
+    """Replaces every gradient by its sum over all ranks; a parameter without a gradient counts as zeros."""
     if world_size() == 1:
         return
     for parameter in parameters:
@@ -94,39 +93,43 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         dist.all_reduce(parameter.grad)
 
 
-def sum_number(value: float) -> float:
-    return _reduced(value, dist.ReduceOp.SUM)
+def sum_number(number: float) -> float:
+    """The sum over all ranks, in float64."""
+    return _reduced(number, dist.ReduceOp.SUM)
 
 
-def largest(value: float) -> float:
-    """The largest of all ranks' values."""
-    return _reduced(value, dist.ReduceOp.MAX)
+def largest(number: float) -> float:
+    """The largest number of all ranks."""
+    return _reduced(number, dist.ReduceOp.MAX)
 
 
-def _reduced(value: float, operation: dist.ReduceOp) -> float:
+def _reduced(number: float, operation: dist.ReduceOp) -> float:
     if world_size() == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.float64)
+        return number
+    total = torch.tensor(number, dtype=torch.float64)
     dist.all_reduce(total, op=operation)
     return total.item()
 
 
 def from_first(text: str) -> str:
-    """The first rank's text, everywhere."""
+    """The text of the first rank, on every rank."""
     if world_size() == 1:
         return text
-    raw = text.encode() if is_first() else b""
-    data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.zeros(0, dtype=torch.uint8)
-    joined, _ = gather_rows({"text": data})
+    joined, _ = gather_rows({"text": _bytes_of(text if is_first() else "")})
     return joined["text"].numpy().tobytes().decode()
 
 
 def from_first_of_machine(path: str) -> str:
-    """The path, of up to 4,095 bytes, that the first process of this machine gives; all processes call it."""
+    """The path of the first process of this machine, on every process of it; at most 4,095 bytes."""
     if world_size() == 1:
         return path
-    raw = torch.zeros(1, 4096, dtype=torch.uint8)
-    raw[0, : len(path.encode())] = torch.frombuffer(bytearray(path.encode()), dtype=torch.uint8) if path else 0
-    joined, _ = gather_rows({"path": raw})
+    encoded, row = _bytes_of(path), torch.zeros(1, 4096, dtype=torch.uint8)
+    row[0, : len(encoded)] = encoded
+    joined, _ = gather_rows({"path": row})
     first = rank() - int(os.environ.get("LOCAL_RANK", "0"))
     return joined["path"][first].numpy().tobytes().rstrip(b"\0").decode()
+
+
+def _bytes_of(text: str) -> Tensor:
+    """The UTF-8 bytes of a text as uint8; torch.frombuffer refuses an empty buffer."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.zeros(0, dtype=torch.uint8)

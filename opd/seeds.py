@@ -1,5 +1,4 @@
-"""All randomness of a run is a pure function of its seed and of what is drawn, so a resumed run needs no saved
-state."""
+"""All randomness is a function of the run's seed and of what is drawn, so a resumed run needs no saved generator."""
 
 import hashlib
 
@@ -7,7 +6,7 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from a run seed and the name of a draw, e.g. (seed, "rollout", step, sequence_id)."""
+    """A 63-bit seed from the seed of a run and the name of a draw, as in (seed, "rollout", step, sequence_id)."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

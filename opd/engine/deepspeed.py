@@ -1,9 +1,9 @@
 """DeepSpeed's ZeRO: it splits the optimizer (stage 1), the gradients (2) and the parameters (3) over the processes.
 
 ZeRO-3 makes a parameter whole only while a module that owns it runs. So every use of the model goes through the forward
-of the DeepSpeed engine (LanguageModel.run). Without it the gradients are silently wrong: after ten updates a small model
-is off by 28 % of its parameters' norm. The fused loss runs in a module that owns the LM head (opd.models.HeadScope) for
-the same reason. Both are tested.
+of the DeepSpeed engine (LanguageModel.run). Without it the gradients are silently wrong, and after ten updates a small
+model is off by 28 % of its parameters' norm. For the same reason the fused loss runs in a module that owns the LM head
+(opd.models.HeadScope). Both are tested.
 
 DeepSpeed's checkpoints are pickles for a fixed number of processes, so they are not used. Parameters and moments are
 gathered by parameter name instead.

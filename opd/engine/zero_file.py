@@ -12,10 +12,7 @@ DECIDED = {  # key of DeepSpeed's file -> the key of the pair file that decides 
     "optimizer": "optim.lr, optim.betas and optim.weight_decay (AdamW)",
     "scheduler": "optim.schedule and optim.warmup_steps",
     "gradient_clipping": "optim.grad_clip",
-    "bf16": "student.dtype",
-    "fp16": "student.dtype",
-    "amp": "student.dtype",
-    "torch_autocast": "student.dtype",
+    **dict.fromkeys(("bf16", "fp16", "amp", "torch_autocast"), "student.dtype"),
     "data_types": "student.dtype; gradients add up in float32",
     "communication_data_type": "nothing: gradients are reduced in float32",
     "train_batch_size": "rollout.prompts_per_step and rollout.n",
@@ -38,22 +35,19 @@ REFUSED = {  # key of zero_optimization -> why it is refused
     "cpu_offload": "it is offload_optimizer by an old name",
     "compute_grad_norm": "gradients are clipped",
 }
+NUMBERS = ("stage", "sub_group_size", "reduce_bucket_size", "allgather_bucket_size")
+STAGE3_NUMBERS = (
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+)
+SWITCHES = ("overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions", "round_robin_gradients")
+OFFLOADS = ("offload_optimizer", "offload_param")
 ZERO_KEYS = {
-    "stage": int,
-    "overlap_comm": bool,
-    "contiguous_gradients": bool,
-    "reduce_scatter": bool,
-    "reduce_bucket_size": int,
-    "allgather_partitions": bool,
-    "allgather_bucket_size": int,
-    "sub_group_size": int,
-    "offload_optimizer": dict,
-    "offload_param": dict,
-    "round_robin_gradients": bool,
-    "stage3_max_live_parameters": int,
-    "stage3_max_reuse_distance": int,
-    "stage3_prefetch_bucket_size": int,
-    "stage3_param_persistence_threshold": int,
+    **dict.fromkeys(NUMBERS + STAGE3_NUMBERS, int),
+    **dict.fromkeys(SWITCHES, bool),
+    **dict.fromkeys(OFFLOADS, dict),
 }
 WORDS = {int: "a whole number", bool: "true or false", dict: "an object with device and pin_memory"}
 
@@ -110,7 +104,7 @@ def _fault(settings: Mapping[str, Any], bf16: bool) -> str | None:
 def _combination_fault(zero: Mapping[str, Any], bf16: bool) -> str | None:
     """As _fault, for a stage, offloads and a dtype that do not go together, or not exactly."""
     stage = zero["stage"]
-    offloads = {key: zero[key] for key in ("offload_optimizer", "offload_param") if key in zero}
+    offloads = {key: zero[key] for key in OFFLOADS if key in zero}
     for key, offload in offloads.items():
         if offload.get("device") != "cpu":
             return (

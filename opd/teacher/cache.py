@@ -5,7 +5,7 @@ gives the same logits later. So the teacher's body can leave the device before t
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -58,9 +58,6 @@ class Cache(Sequence[Tensor]):
     def __getitem__(self, number: int) -> Tensor:
         entry = self.entries[number]
         return load_file(entry)["states"] if isinstance(entry, Path) else entry
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[number] for number in range(len(self)))
 
     def clear(self) -> None:
         """Forgets all hidden states, and removes the files of this process."""
