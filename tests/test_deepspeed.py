@@ -179,7 +179,10 @@ def mine_of(rank):
 
 
 def bytes_of(engine):
-    return [{n: v.clone() for n, v in tensors.items()} for tensors in (engine.weights(), engine.state())]
+    return [
+        {n: v.clone() for n, v in tensors.items()}
+        for tensors in (engine.parameters_by_name(), engine.moments_by_name())
+    ]
 
 
 def resumed(rank, folder):
@@ -233,7 +236,7 @@ def in_bfloat16(rank, folder):
         whole = engine.engine.module
         assert engine.student.head_scope is whole.head_scope  # the one whose calls gather the head
         external = [len(m._external_params) for m in whole.modules() if "_external_params" in vars(m)]
-        found[stage] = kinds, states, [k[:2] for k in kept], engine.weights(), sum(external)
+        found[stage] = kinds, states, [k[:2] for k in kept], engine.parameters_by_name(), sum(external)
     torch.save(found, f"{folder}/bfloat16_{rank}.pt")
 
 
@@ -261,7 +264,7 @@ def with_split_teacher(rank, folder):
         prompts = [r.prompt for r in rollouts_of(1, random_lm(1))][: 5 + rank]
         seeds = [(0, i) for i in range(len(prompts))]
         responses = TransformersSampler(teacher, 2).sample(prompts[:5], Decoding(1.0, 1.0, 9), 35, seeds[:5])
-        found[placement, stage, untied] = kept, engine.weights(), [r.response_ids for r in responses]
+        found[placement, stage, untied] = kept, engine.parameters_by_name(), [r.response_ids for r in responses]
     torch.save(found, f"{folder}/teacher_{rank}.pt")
 
 
@@ -295,7 +298,7 @@ def all_cases(rank, folder):
         kept = updates(
             student, engine, teacher, RULES[rule](), lambda i, m=mine: m(i) == (rank == 1), range(1, UPDATES + 1)
         )
-        found[stage, rule, split] = kept, engine.weights(), engine.state()
+        found[stage, rule, split] = kept, engine.parameters_by_name(), engine.moments_by_name()
     torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -315,7 +318,7 @@ def plain():
         student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
         engine = engine_for(student, *SETTINGS)
         kept = updates(student, engine, teacher, RULES[rule](), lambda i: True, range(1, UPDATES + 1))
-        found[rule] = kept, engine.weights(), engine.state()
+        found[rule] = kept, engine.parameters_by_name(), engine.moments_by_name()
     return found
 
 
@@ -371,7 +374,9 @@ def test_a_checkpoint_continues_bit_for_bit_and_on_another_number_of_processes(f
             checkpoint.load_optimizer(saved, engine)
             teacher = random_lm(2, hidden=48, layers=3, name="teacher")
             updates(lm, engine, teacher, UniformWeighter(), lambda i: True, range(4, 6))
-            assert relative(flat({n: engine.weights()[n] for n in unbroken[0]}), flat(unbroken[0])) < 1e-5, case
+            assert relative(flat({n: engine.parameters_by_name()[n] for n in unbroken[0]}), flat(unbroken[0])) < 1e-5, (
+                case
+            )
     names = random_lm(1).model.state_dict().keys()
     assert "lm_head.weight" in names  # tied, and by its own name
     for case, weights in sent.items():  # what vLLM gets, on every rank
@@ -407,7 +412,7 @@ def test_a_split_teacher_scores_and_samples_as_a_whole_one(files):
             assert all(torch.equal(a[2], b[2]) for a, b in zip(kept, expected, strict=True))
             assert ids == [r.response_ids for r in responses]
         weights = found[0][case][1]
-        assert relative(flat(weights), flat({n: engine.weights()[n] for n in weights})) < 1e-5, case
+        assert relative(flat(weights), flat({n: engine.parameters_by_name()[n] for n in weights})) < 1e-5, case
 
 
 @pytest.mark.skipif(

@@ -58,7 +58,7 @@ def test_state_goes_out_and_in_again():
     first, second = engine_for(random_lm(0)), engine_for(random_lm(0))
     gradients = [torch.ones_like(p) for p in first.named_parameters.values()]
     step_with(first, gradients)
-    second.load({k: v.clone() for k, v in first.state().items()}, {})
+    second.load({k: v.clone() for k, v in first.moments_by_name().items()}, {})
     for name, p in second.named_parameters.items():
         p.data.copy_(first.named_parameters[name].data)
     step_with(first, gradients, 2), step_with(second, gradients, 2)
@@ -74,5 +74,5 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
         step_with(engine, gradients)
     assert (
         all(torch.equal(p, b) for p, b in zip(engine.named_parameters.values(), before, strict=True))
-        and not engine.state()
+        and not engine.moments_by_name()
     )

@@ -265,9 +265,11 @@ def test_vllm_sleeps_before_the_teacher_comes_and_gets_the_new_weights_when_the_
     assert all(torch.equal(sampler.weights[name], expected[name]) for name in expected)
     assert held() == (0, 0, 0, 0)
     # and a checkpoint can be written of what is put away
-    assert all(torch.equal(engine.weights()[name], expected[name]) for name in expected)
-    moments = plain.engine.state()
-    assert engine.state().keys() == moments.keys() and all(torch.equal(engine.state()[n], moments[n]) for n in moments)
+    assert all(torch.equal(engine.parameters_by_name()[name], expected[name]) for name in expected)
+    moments = plain.engine.moments_by_name()
+    assert engine.moments_by_name().keys() == moments.keys() and all(
+        torch.equal(engine.moments_by_name()[n], moments[n]) for n in moments
+    )
 
 
 def test_a_cache_keeps_what_fits_and_reads_the_rest_back(tmp_path):

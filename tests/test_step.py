@@ -152,7 +152,7 @@ def test_empty_selection_changes_neither_weights_nor_moments_and_warns_once():
     pair, batches = pair_of(student, random_lm(2, name="teacher")), one_each(rollouts)
     train_step(pair, engine, batches, UniformWeighter(), step=1, seed=0)
     weights = {n: p.clone() for n, p in student.model.named_parameters()}
-    moments = {n: v.clone() for n, v in engine.state().items()}
+    moments = {n: v.clone() for n, v in engine.moments_by_name().items()}
     original = engine.start
 
     def start(number):
@@ -168,7 +168,7 @@ def test_empty_selection_changes_neither_weights_nor_moments_and_warns_once():
     assert len(caught) == 1 and result.loss == 0 and result.metrics["tokens/kept"] == 0
     assert result.metrics["optim/lr"] > 0  # the schedule goes on
     assert all(torch.equal(p, weights[n]) for n, p in student.model.named_parameters())
-    assert all(torch.equal(v, moments[n]) for n, v in engine.state().items()) and moments
+    assert all(torch.equal(v, moments[n]) for n, v in engine.moments_by_name().items()) and moments
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))

@@ -2,10 +2,12 @@
 
     python -m tip.analyze --config configs/tiny.json [--prompts 64] [--oracle-tokens N] [--out DIR]
 
-The student answers prompts once, both models score the answers once, and every rule selects from these statistics:
-which quadrants it takes, how much it shares with the other rules, and how much of the divergence and of the gradient
-it covers at each retention. For a student small enough to take the gradient of single tokens, each rule is also held
-against the oracle weight of a token, by brute force.
+The student answers prompts once, both models score the answers once, and every rule selects from these statistics. The
+table says which quadrants a rule takes, what it shares with the other rules, and how much of the divergence and of the
+gradient it covers at each retention. For a small student every rule is also compared with the oracle weight of a token,
+which takes the gradient of every single token (tip.oracle).
+
+Shapes: N scored tokens.
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
 from tip import oracle, taxonomy
 from tip.config import SECTIONS, TipConfig
-from tip.diagnostics import correlation, jaccard, keep_by_every_rule, kept_by_decile, max_over_p99
+from tip.diagnostics import correlation, jaccard, keep_by_every_rule, kept_by_decile, max_over_p99, normalised_entropy
 from tip.oracle import DRAWS
 from tip.results import figures
 from tip.results.grid import grid
@@ -47,7 +49,8 @@ from tip.scores import Axes
 from tip.weighter import TipWeighter
 
 RETENTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
-SHOWN = (0.5, 0.2, 0.1)  # in the table and the overlap matrices: the paper's
+SHOWN = (0.5, 0.2, 0.1)  # in the table and the overlap matrices, as in the paper
+QUADRANTS = (1, 2, 3, 4)
 COVERED = {  # TokenStats field -> what it is called
     "reverse_kl": "reverse KL",
     "forward_kl": "forward KL",
@@ -55,49 +58,39 @@ COVERED = {  # TokenStats field -> what it is called
     "forward_kl_energy": "gradient energy of forward KL",
 }
 GRADIENTS = 2**30  # bytes of single-token gradients held at once
-SMALL_STUDENT = 2_000_000  # parameters, up to which they are taken by default
-
-
-def needs() -> frozenset[str]:
-    """TokenStats fields of all rules, and those that are summed."""
-    return BOTH_AXES.union(COVERED, *(rule.needs for rule in RULES.values()))
+SMALL_STUDENT = 2_000_000  # parameters up to which single-token gradients are taken by default
 
 
 def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
-    """Taxonomy, retained share, covered mass and energy, and overlap of every rule on these tokens.
+    """Quadrants, retained share, covered divergence and energy, and overlap of every rule on these tokens.
 
-    Args:
-        stats: with the fields needs().
+    `stats` holds the fields of all rules and those of COVERED.
     """
-    axes = Axes(stats, config)
-    quadrants = taxonomy.of(axes)
-    h, d = stats.student_entropy.double() / np.log(stats.vocab_size), stats.reverse_kl.double()
-    everything = torch.ones(len(h), dtype=torch.bool)
-    shares = taxonomy.describe(quadrants, stats.reverse_kl, everything)
-    kept = keep_by_every_rule(stats, config, RETENTIONS, generator(seed, "analyze", 0))
+    quadrants, h_N, d_N = taxonomy.of(Axes(stats, config)), normalised_entropy(stats), stats.reverse_kl
+    shares = taxonomy.describe(quadrants, d_N, torch.ones(len(h_N), dtype=torch.bool))
     sampled = [name for name, rule in RULES.items() if rule.mechanic == "sample"]
-    again = [
-        keep_by_every_rule(stats, config, RETENTIONS, generator(seed, "analyze", i), sampled) for i in range(1, DRAWS)
+    draws = [
+        keep_by_every_rule(stats, config, RETENTIONS, generator(seed, "analyze", i), sampled if i else RULES)
+        for i in range(DRAWS)
     ]
     rules = {}
-    for label, selected in kept.items():
-        draws = [selected] + [other[label] for other in again if label in other]
-        taken = [taxonomy.describe(quadrants, stats.reverse_kl, draw) for draw in draws]
+    for label in draws[0]:
+        kept = [draw[label] for draw in draws if label in draw]
+        described = [taxonomy.describe(quadrants, d_N, kept_N) for kept_N in kept]
+        deciles = zip(*(kept_by_decile(h_N, kept_N) for kept_N in kept), strict=True)
         rules[label] = {
-            "draws": len(draws),  # the figures are means over them
-            "retained": fmean(draw.double().mean().item() for draw in draws),
-            "covered": {name: fmean(_share(vars(stats)[name], draw) for draw in draws) for name in COVERED},
-            "kept_in_quadrant": {f"q{q}": fmean(t[f"tip/kept_q{q}"] for t in taken) for q in (1, 2, 3, 4)},
-            "kept_by_entropy_decile": [
-                fmean(d) for d in zip(*(kept_by_decile(h, draw) for draw in draws), strict=True)
-            ],
+            "draws": len(kept),  # the figures are means over them
+            "retained": fmean(kept_N.double().mean().item() for kept_N in kept),
+            "covered": {name: fmean(_share(vars(stats)[name], kept_N) for kept_N in kept) for name in COVERED},
+            "kept_in_quadrant": {f"q{q}": fmean(metrics[f"tip/kept_q{q}"] for metrics in described) for q in QUADRANTS},
+            "kept_by_entropy_decile": [fmean(decile) for decile in deciles],
         }
     overlap = {}
     for retention in SHOWN:
-        names = [label for label in kept if label.endswith(f"@{retention:g}") or "@" not in label]
-        overlap[f"{retention:g}"] = {a: {b: jaccard(kept[a], kept[b]) for b in names} for a in names}
+        kept = {label: kept_N for label, kept_N in draws[0].items() if _is_at(label, retention)}
+        overlap[f"{retention:g}"] = {a: {b: jaccard(kept[a], kept[b]) for b in kept} for a in kept}
     return {
-        "tokens": len(h),
+        "tokens": len(h_N),
         "rollouts": len(stats.sequence_id.unique()),
         "means": {
             name: vars(stats)[name].double().mean().item() for name in ("student_entropy", "teacher_entropy", *COVERED)
@@ -105,85 +98,84 @@ def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
         "quadrants": {
             "threshold_entropy": quadrants.threshold_entropy,
             "threshold_divergence": quadrants.threshold_divergence,
-            **{f"{what}_q{q}": shares[f"tip/{what}_q{q}"] for what in ("share", "mass") for q in (1, 2, 3, 4)},
+            **{f"{what}_q{q}": shares[f"tip/{what}_q{q}"] for what in ("share", "mass") for q in QUADRANTS},
         },
-        "corr_entropy_divergence": correlation(h, d),
-        "divergence_max_over_p99": max_over_p99(d),
+        "corr_entropy_divergence": correlation(h_N, d_N),
+        "divergence_max_over_p99": max_over_p99(d_N),
         "rules": rules,
         "overlap": overlap,
     }
 
 
-def _share(values: Tensor, selected: Tensor) -> float:
-    total = values.double().sum().item()
-    return values[selected].double().sum().item() / total if total > 0 else 1.0
+def _share(column_N: Tensor, kept_N: Tensor) -> float:
+    """The kept tokens' share of the sum of a column; 1 where the sum is 0."""
+    total = column_N.double().sum().item()
+    return column_N[kept_N].double().sum().item() / total if total > 0 else 1.0
+
+
+def _is_at(label: str, retention: float) -> bool:
+    """Whether `<rule>@<retention>` is at this retention; a label without one is at every retention."""
+    return label.partition("@")[2] in ("", f"{retention:g}")
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown."""
+    """The result as Markdown."""
     quadrants = result["quadrants"]
-    shares = [
-        (f"Q{q}", f"{100 * quadrants[f'share_q{q}']:.1f} %", f"{100 * quadrants[f'mass_q{q}']:.1f} %")
-        for q in (1, 2, 3, 4)
-    ]
+    shares = [(f"Q{q}", *(f"{100 * quadrants[f'{what}_q{q}']:.1f} %" for what in ("share", "mass"))) for q in QUADRANTS]
     parts = [
         f"{result['tokens']} tokens of {result['rollouts']} rollouts; {result['command']}",
         f"quadrants (high: h above {quadrants['threshold_entropy']:.3f}, d above "
-        f"{quadrants['threshold_divergence']:.3f} nats)"
-        "\n\n" + grid(("", "tokens", "divergence"), shares),
+        f"{quadrants['threshold_divergence']:.3f} nats)\n\n" + grid(("", "tokens", "divergence"), shares),
         f"correlation of h and d {result['corr_entropy_divergence']:.3f}; largest d is "
         f"{result['divergence_max_over_p99']:.1f} times its 99th percentile",
     ]
-    header = ("rule", "retained", *COVERED.values(), "Q1", "Q2", "Q3", "Q4")
+    header = ("rule", "retained", *COVERED.values(), *(f"Q{q}" for q in QUADRANTS))
     for retention in SHOWN:
         rows = []
-        for label, found in result["rules"].items():
-            name, _, at = label.partition("@")
-            if at in ("", f"{retention:g}"):
-                covered = [f"{100 * found['covered'][what]:.1f} %" for what in COVERED]
-                inside = [f"{100 * found['kept_in_quadrant'][f'q{q}']:.0f} %" for q in (1, 2, 3, 4)]
-                rows.append((name, f"{100 * found['retained']:.1f} %", *covered, *inside))
-        parts.append(
-            f"retention {retention:g}: covered share of each sum, and kept share of each "
-            f"quadrant\n\n{grid(header, rows)}"
-        )
+        for label, rule in result["rules"].items():
+            if _is_at(label, retention):
+                sums = (f"{100 * share:.1f} %" for share in (rule["retained"], *rule["covered"].values()))
+                inside = (f"{100 * share:.0f} %" for share in rule["kept_in_quadrant"].values())
+                rows.append((label.partition("@")[0], *sums, *inside))
+        title = f"retention {retention:g}: covered share of each sum, and kept share of each quadrant"
+        parts.append(f"{title}\n\n{grid(header, rows)}")
     if result["oracle"]:
-        rows = []
-        for name, found in result["oracle"]["rules"].items():
-            at = [f"{name}@{r:g}" if f"{name}@{r:g}" in found["cosine"] else name for r in SHOWN]
-            correlations = ["-" if found[k] is None else f"{found[k]:.2f}" for k in ("score_weight", "score_gain")]
-            rows.append((name, *correlations, *(f"{found['cosine'][label]:.3f}" for label in at)))
-        header = ("rule", "score ~ oracle weight", "score ~ its gain", *(f"cosine at {r:g}" for r in SHOWN))
-        parts.append(
-            f"oracle by brute force on {result['oracle']['tokens']} tokens: Spearman correlation of the score with the "
-            "oracle "
-            "weight and with what it gains; cosine of the selection's gradient with that of a fresh batch, both "
-            f"under {result['config']['loss']['divergence']}, whatever loss the rule takes itself (all tokens: "
-            f"{result['oracle']['cosine_of_all']:.3f})\n\n{grid(header, rows)}"
-        )
+        parts.append(_oracle_table(result))
     return "\n\n".join(parts)
 
 
+def _oracle_table(result: dict[str, Any]) -> str:
+    rows = []
+    for name, rule in result["oracle"]["rules"].items():
+        correlations = ("-" if rule[key] is None else f"{rule[key]:.2f}" for key in ("score_weight", "score_gain"))
+        cosines = (rule["cosine"].get(f"{name}@{retention:g}", rule["cosine"].get(name)) for retention in SHOWN)
+        rows.append((name, *correlations, *(f"{cosine:.3f}" for cosine in cosines)))
+    header = ("rule", "score ~ oracle weight", "score ~ its gain", *(f"cosine at {r:g}" for r in SHOWN))
+    return (
+        f"oracle by brute force on {result['oracle']['tokens']} tokens: Spearman correlation of the score with the "
+        "oracle weight and with what it gains; cosine of the selection's gradient with that of a fresh batch, both "
+        f"under {result['config']['loss']['divergence']}, whatever loss the rule takes itself (all tokens: "
+        f"{result['oracle']['cosine_of_all']:.3f})\n\n{grid(header, rows)}"
+    )
+
+
 def plots(result: dict[str, Any], stats: TokenStats, out: Path) -> None:
+    """Draws coverage, overlap and quadrants into the folder `out`."""
     about = f"{result['tokens']} tokens of {result['rollouts']} rollouts. {result['command']}"
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for what, title in COVERED.items():
-        panels[title] = {}
-        for name, rule in RULES.items():
-            if rule.mechanic != "weights":
-                found = [result["rules"][f"{name}@{r:g}"] for r in RETENTIONS]
-                panels[title][name] = [f["retained"] for f in found], [f["covered"][what] for f in found]
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {title: {} for title in COVERED.values()}
+    for name in (name for name, rule in RULES.items() if rule.mechanic != "weights"):
+        rules = [result["rules"][f"{name}@{retention:g}"] for retention in RETENTIONS]
+        for field, title in COVERED.items():
+            panels[title][name] = [rule["retained"] for rule in rules], [rule["covered"][field] for rule in rules]
     figures.save(figures.lines(panels, "retained share of tokens", "covered share of the sum"), out, "coverage", about)
-    for retention, matrix in result["overlap"].items():
-        names = list(matrix)
-        values = np.array([[matrix[a][b] for b in names] for a in names])
-        drawn = figures.heat_map(
-            values, [n.partition("@")[0] for n in names], f"Jaccard overlap at retention {retention}"
-        )
+    for retention, overlap in result["overlap"].items():
+        matrix = np.array([list(row.values()) for row in overlap.values()])
+        names = [label.partition("@")[0] for label in overlap]
+        drawn = figures.heat_map(matrix, names, f"Jaccard overlap at retention {retention}")
         figures.save(drawn, out, f"overlap_{retention}", about)
-    h = (stats.student_entropy.double() / np.log(stats.vocab_size)).numpy()
     thresholds = result["quadrants"]["threshold_entropy"], result["quadrants"]["threshold_divergence"]
-    figures.save(figures.quadrant_map(h, stats.reverse_kl.double().numpy(), thresholds), out, "quadrants", about)
+    h, d = normalised_entropy(stats).numpy(), stats.reverse_kl.double().numpy()
+    figures.save(figures.quadrant_map(h, d, thresholds), out, "quadrants", about)
 
 
 def _rollouts(config: Config, pair: Pair, sampler: Sampler, prompts: list[Prompt], part: str) -> list[MicroBatch]:
@@ -197,8 +189,8 @@ def _rollouts(config: Config, pair: Pair, sampler: Sampler, prompts: list[Prompt
     )
 
 
-def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int | None, out: Path, command: str) -> str:
-    """Samples, scores, compares; writes analysis.json, table.md and the plots into `out`. Returns the table."""
+def _load(config: Config) -> tuple[Pair, list[Prompt]]:
+    """Both models, and the prompts of training checked against them. Raises InputError for what cannot be used."""
     device = pick_device(config.engine)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("an analysis runs in one process, and WORLD_SIZE says there are more. Start it plainly.")
@@ -210,6 +202,15 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
     models.check_prompt_ids(prompts, teacher)
+    return pair, prompts
+
+
+def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int | None, out: Path, command: str) -> str:
+    """Samples, scores and compares, and writes analysis.json, table.md and the plots into `out`. Returns the table.
+
+    The oracle takes the gradients of `oracle_tokens` tokens; None means 1,024 for a small student, else none.
+    """
+    pair, prompts = _load(config)
     TipWeighter(tip)  # refuses settings that do not go together
     if tip.scope != "update":
         raise InputError(f"tip.scope is {tip.scope!r}: an analysis has one batch and no past. Leave it at 'update'.")
@@ -217,33 +218,33 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
         raise InputError(
             f"--prompts is {prompts_wanted} and data.train has {len(prompts)} prompts: expected at most half."
         )
-    parameters = sum(p.numel() for p in student.model.parameters())
+    parameters = sum(p.numel() for p in pair.student.model.parameters())
     if oracle_tokens is None:
         oracle_tokens = 1024 if parameters <= SMALL_STUDENT else 0
     oracle_tokens = min(oracle_tokens, GRADIENTS // (4 * parameters))
-    halves = [prompts_of_step(prompts, i, prompts_wanted, config.data.shuffle, config.seed) for i in (1, 2)]
-    asked = [prompt for half in halves for prompt in half]
-    with fixed_sampler(student, config.student, config, asked, config.rollout.max_response_tokens) as sampler:
-        batches, fresh = (
-            _rollouts(config, pair, sampler, half, part) for half, part in zip(halves, ("a", "b"), strict=True)
-        )
-    if not batches or not fresh:
+    scored, fresh = (prompts_of_step(prompts, i, prompts_wanted, config.data.shuffle, config.seed) for i in (1, 2))
+    longest = config.rollout.max_response_tokens
+    with fixed_sampler(pair.student, config.student, config, scored + fresh, longest) as sampler:
+        batches = _rollouts(config, pair, sampler, scored, "a")
+        fresh_batches = _rollouts(config, pair, sampler, fresh, "b")
+    if not batches or not fresh_batches:
         raise InputError(
             f"no response token counts with rollout.truncated = {config.rollout.truncated!r}. Set it to 'keep'."
         )
+    needs = BOTH_AXES.union(COVERED, *(rule.needs for rule in RULES.values()))
     with Progress("scoring", len(batches), "micro-batches") as progress:
-        stats = score_update(pair, batches, needs(), 1, progress.advance)
+        stats = score_update(pair, batches, needs, 1, progress.advance)
     result = {"command": command, "config": dataclasses.asdict(config), "tip": dataclasses.asdict(tip)}
     result |= analyse(stats, tip, config.seed) | {"oracle": None}
     if oracle_tokens:
-        names, gradients, target = oracle.token_gradients(pair, batches, fresh, oracle_tokens, config.seed)
-        if len(names):
-            result["oracle"] = oracle.against_oracle(stats, tip, config.seed, RETENTIONS, names, gradients, target)
+        measured = oracle.token_gradients(pair, batches, fresh_batches, oracle_tokens, config.seed)
+        if len(measured[0]):
+            result["oracle"] = oracle.against_oracle(stats, tip, config.seed, RETENTIONS, *measured)
     text = table(result)
-    with filled(out, "--out") as new:
-        write_whole(new / "analysis.json", json.dumps(result, indent=1) + "\n")
-        write_whole(new / "table.md", text + "\n")
-        plots(result, stats, new)
+    with filled(out, "--out") as folder:
+        write_whole(folder / "analysis.json", json.dumps(result, indent=1) + "\n")
+        write_whole(folder / "table.md", text + "\n")
+        plots(result, stats, folder)
     say(f"{out}: analysis.json, table.md, coverage, overlap and quadrants (.png, .svg)")
     return text
 

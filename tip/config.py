@@ -38,9 +38,7 @@ class TipConfig:
             "forward KL in a token's loss."
         ),
     ] = "soft_or"
-    retention: Annotated[
-        Retention, doc("The share of the response tokens that is kept. The paper takes 0.5, 0.2 and 0.1.")
-    ] = 0.5
+    retention: Annotated[Retention, doc("The share of the tokens that is kept. The paper takes 0.5, 0.2, 0.1.")] = 0.5
     retention_end: Annotated[
         Retention | None,
         doc(
@@ -76,7 +74,7 @@ class TipConfig:
     ] = 0.98
     divergence_clip_quantile: Annotated[
         Quantile | None,
-        doc("The same cap for divergence. null, as in the paper: no cap, so that one outlier squeezes the axis."),
+        doc("The same cap for divergence. null, as in the paper: no cap, so one outlier squeezes the axis."),
     ] = None
     normalization: Annotated[
         Literal["minmax", "quantile", "rank"],
@@ -90,16 +88,12 @@ class TipConfig:
         doc("Where an axis becomes high: above its mean, above a quantile, or above a number. The paper does not say."),
     ] = "mean"
     quadrant_entropy: Annotated[
-        float | None,
-        doc("The quantile or the number for entropy divided by ln V. null: with quadrant_threshold mean.", ge=0, le=1),
+        float | None, doc("The quantile or the number for entropy divided by ln V; null for the mean.", ge=0, le=1)
     ] = None
     quadrant_divergence: Annotated[
-        float | None,
-        doc("The quantile, or the number in nats, for KL(P_S || P_T). null: with quadrant_threshold mean.", ge=0),
+        float | None, doc("The quantile, or the number in nats, for KL(P_S || P_T); null for the mean.", ge=0)
     ] = None
-    quadrants: Annotated[
-        tuple[Quadrant, ...], doc("The quadrants that the rule quadrant keeps, for example [1, 3].")
-    ] = (1, 3)
+    quadrants: Annotated[tuple[Quadrant, ...], doc("What the rule quadrant keeps, for example [1, 3].")] = (1, 3)
     product_alpha: Annotated[float, doc("The exponent of h in the rule product.", ge=0)] = 1.0
     product_gamma: Annotated[float, doc("The exponent of JSD / ln 2 in the rule product.", ge=0)] = 1.0
     mixture: Annotated[

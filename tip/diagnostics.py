@@ -1,4 +1,7 @@
-"""What a selection does to the tokens of an update: diagnostics while training, and columns of token dumps."""
+"""What a selection does to the tokens of an update: diagnostics while training, and columns of token dumps.
+
+Shapes: N tokens of the update.
+"""
 
 import dataclasses
 import math
@@ -14,9 +17,9 @@ from tip.rules import BOTH_AXES, RULES
 from tip.scores import Axes, Spread
 from tip.weighter import TipWeighter
 
-RETENTIONS = (0.5, 0.2, 0.1)  # the paper's
-LITTLE_MASS = 0.1
-SQUEEZED = 10.0  # then 99 % of the tokens share the lowest tenth of a min-max axis
+RETENTIONS = (0.5, 0.2, 0.1)  # those of the paper
+LITTLE_MASS = 0.1  # share of the divergence below which a selection is warned about
+SQUEEZED = 10.0  # from this ratio on, 99 % of the tokens share the lowest tenth of a min-max axis
 
 
 class TipObserver:
@@ -32,66 +35,68 @@ class TipObserver:
         return BOTH_AXES.union(*(rule.needs for rule in RULES.values()))
 
     def diagnose(self, stats: TokenStats, weights: TokenWeights) -> Diagnosis:
-        """Needs at least one token."""
-        kept, h, d = weights.weights > 0, _normalised_entropy(stats), stats.reverse_kl.double()
+        """Compares the kept tokens with what Soft-OR and entropy would keep, and with the axes. N is at least 1."""
+        kept_N, h_N, d_N = weights.weights > 0, normalised_entropy(stats), stats.reverse_kl.double()
         config, mechanic = self.weighter.config, self.weighter.rule.mechanic
-        retention = kept.double().mean().item() if mechanic == "weights" else config.retention_at(stats.step)
+        retention = kept_N.double().mean().item() if mechanic == "weights" else config.retention_at(stats.step)
         axes = Axes(stats, config)
-        others = {"soft_or": RULES["soft_or"].score(stats, axes), "entropy": h}
         scalars = {
-            f"tip/jaccard_{name}": jaccard(kept, select.top(score, stats.sequence_id, retention, self.weighter.budget))
-            for name, score in others.items()
+            f"tip/jaccard_{name}": jaccard(
+                kept_N, select.top(score_N, stats.sequence_id, retention, self.weighter.budget)
+            )
+            for name, score_N in (("soft_or", RULES["soft_or"].score(stats, axes)), ("entropy", h_N))
         }
-        scalars["tip/corr_entropy_divergence"] = correlation(h, d)
-        scalars["tip/divergence_max_over_p99"] = max_over_p99(d)
-        for decile, share in enumerate(kept_by_decile(h, kept)):
+        scalars["tip/corr_entropy_divergence"] = correlation(h_N, d_N)
+        scalars["tip/divergence_max_over_p99"] = max_over_p99(d_N)
+        for decile, share in enumerate(kept_by_decile(h_N, kept_N)):
             scalars[f"tip/kept_by_entropy_decile_{decile}"] = share
-        histograms = {"tip/entropy": h, "tip/divergence": d, "tip/score": self.weighter.look_back(stats)[0]}
-        if kept.any():
-            histograms["tip/divergence_kept"] = d[kept]
-        return Diagnosis(scalars=scalars, histograms=histograms, warnings=self._warnings(kept, axes, scalars))
+        score_N, quadrants = self.weighter.look_back(stats)
+        histograms = {"tip/entropy": h_N, "tip/divergence": d_N, "tip/score": score_N}
+        if kept_N.any():
+            histograms["tip/divergence_kept"] = d_N[kept_N]
+        ratio, threshold = scalars["tip/divergence_max_over_p99"], quadrants.threshold_entropy
+        return Diagnosis(
+            scalars=scalars, histograms=histograms, warnings=self._warnings(kept_N, axes, ratio, threshold)
+        )
 
     def columns(self, stats: TokenStats, weights: TokenWeights, generator: torch.Generator) -> dict[str, Tensor]:
-        """Quadrant and score as the update was weighed, and whether each rule would keep the token:
-        `keep/<rule>@<retention>`.
+        """Quadrant and score as the update was weighed, and `keep/<rule>@<retention>` for every rule; each (N,).
 
-        The run's own rule at its own retention: what it did keep. The others: one draw where they sample, scope update.
+        The column of the run's rule and retention shows what the run kept. The other columns normalise by the update
+        itself, and show one draw where a rule samples.
         """
         config = self.weighter.config
-        score, found = self.weighter.look_back(stats)
+        score_N, quadrants = self.weighter.look_back(stats)
         kept = keep_by_every_rule(stats, config, RETENTIONS, generator)
-        own = next((n for n in (f"{config.rule}@{config.retention_at(stats.step):g}", config.rule) if n in kept), None)
-        if own:
-            kept[own] = weights.weights > 0
-        return {"quadrant": found.quadrant, "score": score.double()} | {
-            f"keep/{n}": column for n, column in kept.items()
-        }
+        for label in {config.rule, f"{config.rule}@{config.retention_at(stats.step):g}"} & kept.keys():
+            kept[label] = weights.weights > 0
+        keep_columns = {f"keep/{label}": kept_N for label, kept_N in kept.items()}
+        return {"quadrant": quadrants.quadrant, "score": score_N.double(), **keep_columns}
 
-    def _warnings(self, kept: Tensor, axes: Axes, scalars: dict[str, float]) -> dict[str, str]:
-        d, config = axes.stats.reverse_kl.double(), self.weighter.config
-        found = {}
-        covered = (d[kept].sum() / d.sum()).item() if d.sum() > 0 else 1.0
+    def _warnings(self, kept_N: Tensor, axes: Axes, ratio: float, threshold: float) -> dict[str, str]:
+        """Kind -> message, for a largest divergence of `ratio` times its 99th percentile and a threshold of h."""
+        d_N, config, warnings = axes.stats.reverse_kl.double(), self.weighter.config, {}
+        covered = (d_N[kept_N].sum() / d_N.sum()).item() if d_N.sum() > 0 else 1.0
         if covered < LITTLE_MASS:
-            found["little_mass"] = (
+            warnings["little_mass"] = (
                 f"the kept tokens carry {100 * covered:.1f} % of the divergence. Adam makes full-size steps of what "
                 "little signal is left, which un-teaches the student: keep more tokens, or select by a rule that sees "
                 "divergence."
             )
-        ratio = scalars["tip/divergence_max_over_p99"]
         squeezable = config.normalization == "minmax" and config.divergence_clip_quantile is None
         if ratio > SQUEEZED and squeezable and self.weighter.needs >= BOTH_AXES:
-            found["squeezed"] = (
+            warnings["squeezed"] = (
                 f"the largest divergence is {ratio:.0f} times its 99th percentile, so min-max normalisation squeezes "
                 "nearly all tokens to 0 on that axis and entropy decides. Set tip.normalization=quantile."
             )
-        at_h, median = self.weighter.look_back(axes.stats)[1].threshold_entropy, axes.h.median().item()
-        if at_h < median * (1 - 1e-9):  # equal values: equal, whatever a mean rounds to
-            found["low_entropy_cut"] = (
-                f"tokens count as low-entropy up to h = {at_h:.4g}, below the median {median:.4g}. Confident mistakes "
-                "usually lie above the median, so Q3 misses them: set tip.quadrant_threshold=quantile with "
+        median = axes.h.median().item()
+        if threshold < median * (1 - 1e-9):  # rounding must not put the mean of equal numbers below their median
+            warnings["low_entropy_cut"] = (
+                f"tokens count as low-entropy up to h = {threshold:.4g}, below the median {median:.4g}. Confident "
+                "mistakes usually lie above the median, so Q3 misses them: set tip.quadrant_threshold=quantile with "
                 "tip.quadrant_entropy at 0.75 or so."
             )
-        return found
+        return warnings
 
 
 def keep_by_every_rule(
@@ -101,44 +106,46 @@ def keep_by_every_rule(
     generator: torch.Generator,
     names: Iterable[str] = RULES,
 ) -> dict[str, Tensor]:
-    """`<rule>@<retention>` -> (N,) bool, for every named rule with the other settings of `config`; `<rule>` where the
-    retention changes nothing."""
-    found = {}
+    """What each named rule keeps with the other settings of `config`, as `<rule>@<retention>` -> (N,) bool.
+
+    The label is `<rule>` alone where the retention changes nothing.
+    """
+    kept = {}
+    plain = dataclasses.replace(config, retention_end=None, retention_steps=None, scope="update")
     for name in names:
-        rule = RULES[name]
-        for retention in retentions if rule.mechanic != "weights" else (1.0,):
-            one = dataclasses.replace(
-                config, rule=name, retention=retention, retention_end=None, retention_steps=None, scope="update"
-            )
-            label = name if rule.mechanic == "weights" else f"{name}@{retention:g}"
-            found[label] = TipWeighter(one)(stats, generator).weights > 0
-    return found
+        ignores_retention = RULES[name].mechanic == "weights"
+        for retention in (1.0,) if ignores_retention else retentions:
+            weighter = TipWeighter(dataclasses.replace(plain, rule=name, retention=retention))
+            label = name if ignores_retention else f"{name}@{retention:g}"
+            kept[label] = weighter(stats, generator).weights > 0
+    return kept
 
 
-def jaccard(a: Tensor, b: Tensor) -> float:
-    """Intersection over union of two sets, (N,) bool; 1 when both are empty."""
-    union = (a | b).sum().item()
-    return (a & b).sum().item() / union if union else 1.0
+def jaccard(a_N: Tensor, b_N: Tensor) -> float:
+    """Intersection over union of two sets of tokens, (N,) bool; 1 when both are empty."""
+    union = (a_N | b_N).sum().item()
+    return (a_N & b_N).sum().item() / union if union else 1.0
 
 
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's; 0 when a column is constant."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    scale = (a.norm() * b.norm()).item()
-    return (a @ b).item() / scale if scale > 0 else 0.0
+def correlation(a_N: Tensor, b_N: Tensor) -> float:
+    """Pearson's correlation; 0 when a column is constant."""
+    a_N, b_N = (column.double() - column.double().mean() for column in (a_N, b_N))
+    scale = (a_N.norm() * b_N.norm()).item()
+    return (a_N @ b_N).item() / scale if scale > 0 else 0.0
 
 
-def max_over_p99(d: Tensor) -> float:
-    """How far the largest value lies beyond the 99th percentile, at most 1e9; 1 when there is no divergence at all."""
-    largest, p99 = d.max().item(), Spread.of(d).quantile(0.99)
+def max_over_p99(d_N: Tensor) -> float:
+    """The largest divergence divided by the 99th percentile, at most 1e9; 1 when there is no divergence at all."""
+    largest, p99 = d_N.max().item(), Spread.of(d_N).quantile(0.99)
     return min(largest / p99, 1e9) if p99 > 0 else 1e9 if largest > 0 else 1.0
 
 
-def kept_by_decile(h: Tensor, kept: Tensor) -> list[float]:
-    """Share kept in each tenth of the tokens by entropy, lowest first; 0 for a tenth without tokens."""
-    order = h.argsort(stable=True)
-    return [float(part.double().mean()) if len(part) else 0.0 for part in kept[order].tensor_split(10)]
+def kept_by_decile(h_N: Tensor, kept_N: Tensor) -> list[float]:
+    """The share kept in each tenth of the tokens by entropy, lowest first; 0 for a tenth without tokens."""
+    parts = kept_N[h_N.argsort(stable=True)].tensor_split(10)
+    return [part.double().mean().item() if len(part) else 0.0 for part in parts]
 
 
-def _normalised_entropy(stats: TokenStats) -> Tensor:
+def normalised_entropy(stats: TokenStats) -> Tensor:
+    """The student's entropy divided by ln V, (N,) float64, without the clip of the axes."""
     return stats.student_entropy.double() / math.log(stats.vocab_size)

@@ -1,8 +1,8 @@
-"""Engines: what holds the student's weights and its optimizer, and applies an update.
+"""Engines: an engine holds the student's parameters and their optimizer, and applies an update.
 
-`plain.py` is torch on one device, `deepspeed.py` is DeepSpeed's ZeRO on many. `zero_file.py` reads its settings.
-Both are AdamW on float32 weights with one learning-rate schedule and one clipping (`adamw.py`), and both keep their
-state by parameter name. So a checkpoint that one process wrote continues on eight, and the other way round.
+`plain.py` is torch on one device. `deepspeed.py` is DeepSpeed's ZeRO on many devices, with the settings of
+`zero_file.py`. Both run AdamW on float32 parameters with one learning-rate schedule and one clipping (`adamw.py`). Both
+hand over parameters and moments by parameter name, so a checkpoint of one process continues on eight, and back.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from opd.models import LanguageModel
 class Engine(Protocol):
     """What the update and the run ask of an engine. Every process of a run calls every method."""
 
-    student: LanguageModel  # the student whose forward passes go through this engine
+    student: LanguageModel  # its forward passes go through this engine
     lockstep: bool  # True: the processes must make equally many backward passes, with or without kept tokens
 
     def start(self, step: int) -> float:
@@ -28,26 +28,30 @@ class Engine(Protocol):
         ...
 
     def finish(self, apply: bool) -> float:
-        """Clips the gradient and steps; returns the norm of the whole gradient before clipping.
+        """Clips the gradient, steps, and returns the norm of the whole gradient before clipping.
 
-        With `apply` False it drops the gradient: weights and moments stay as they are, and the norm is 0.
+        With `apply` False it drops the gradient, changes neither parameters nor moments, and returns 0.
 
-        Raises FloatingPointError, with weights and moments unchanged, when the norm is not finite.
+        Raises:
+            FloatingPointError: the norm is not finite; parameters and moments are unchanged.
         """
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under every name it has: a tied LM head comes under its own name too. For a sampler."""
+        """Every parameter under every name that it has, for a sampler. A tied LM head comes under two names."""
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """The float32 weights by name, as save_pretrained takes them; on the first process, elsewhere empty."""
+    def parameters_by_name(self) -> dict[str, Tensor]:
+        """The float32 parameters, as save_pretrained takes them; empty on all processes but the first."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """AdamW's moments by `<moment>.<parameter name>`, on the first process; empty before the first step."""
+    def moments_by_name(self) -> dict[str, Tensor]:
+        """AdamW's moments by `<moment>.<parameter name>`.
+
+        It is empty before the first step, and on all processes but the first.
+        """
         ...
 
-    def load(self, moments: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Restores what `state` and `weights` returned. Raises KeyError when a moment is missing."""
+    def load(self, moments: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+        """Restores what the two methods above returned. Raises KeyError when a moment is missing."""
         ...

@@ -1,4 +1,4 @@
-"""AdamW on float32 weights, its learning-rate schedule, and its moments by parameter name. All engines share it."""
+"""What all engines share: AdamW on float32 parameters, its learning-rate schedule, and its moments by name."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from opd.config import Config
+from opd.models import LanguageModel
 
 
 def learning_rate(step: int, total_steps: int, lr: float, schedule: str, warmup_steps: int) -> float:
-    """Rate of update `step` (from 1): linear warm-up to `lr`, then constant, or a cosine that reaches 0 after the last.
+    """The rate of update `step`, which counts from 1: linear warm-up to `lr`, then constant or cosine.
 
-    A function of the step alone, so resuming needs no scheduler state.
+    The cosine reaches 0 one update after the last. The rate depends on the step alone, so a run resumes without a saved
+    schedule.
     """
     if step <= warmup_steps:
         return lr * step / warmup_steps
@@ -22,21 +24,30 @@ def learning_rate(step: int, total_steps: int, lr: float, schedule: str, warmup_
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def prepare_model(student: LanguageModel, config: Config) -> dict[str, torch.nn.Parameter]:
+    """Switches gradient checkpointing on where it is configured. Returns the trainable parameters by name."""
+    if config.engine.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return {name: p for name, p in student.model.named_parameters() if p.requires_grad}
+
+
 def make_adamw(
     parameters: Collection[Tensor], config: Config, sharded: bool = False, fused: bool | None = None
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone. What ZeRO-3 has split keeps its dimensions in ds_shape."""
+    """AdamW with weight decay on matrices, and none on norms and biases.
+
+    With `sharded` the parameters are split by ZeRO-3, which keeps their shape in ds_shape.
+    """
     dimensions = {p: len(p.ds_shape) if sharded else p.ndim for p in parameters}
-    matrices = [p for p in parameters if dimensions[p] >= 2]
-    vectors = [p for p in parameters if dimensions[p] < 2]  # norms and biases
     groups = [
-        {"params": matrices, "weight_decay": config.optim.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if dimensions[p] >= 2], "weight_decay": config.optim.weight_decay},
+        {"params": [p for p in parameters if dimensions[p] < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=fused)
 
 
 def set_rate(optimizer: torch.optim.AdamW, config: Config, step: int, total_steps: int) -> float:
+    """Gives the optimizer the learning rate of update `step`, and returns it."""
     optim = config.optim
     rate = learning_rate(step, total_steps, optim.lr, optim.schedule, optim.warmup_steps)
     for group in optimizer.param_groups:
@@ -44,18 +55,18 @@ def set_rate(optimizer: torch.optim.AdamW, config: Config, step: int, total_step
     return rate
 
 
-def moments_by_name(optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def named_moments(optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The moments by `<moment>.<parameter name>`; the step counts are among them, as `step`."""
     return {
-        f"{key}.{name}": value
+        f"{moment}.{name}": tensor
         for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
+        for moment, tensor in optimizer.state[parameter].items()
     }
 
 
 def load_moments(optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        if moments:  # a run that never stepped has none
-            optimizer.state[parameter] = {
-                key: moments[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+    """Restores what `named_moments` returned; a run that never stepped has none."""
+    for name, parameter in parameters.items() if moments else ():
+        optimizer.state[parameter] = {"step": moments[f"step.{name}"].cpu()} | {
+            moment: moments[f"{moment}.{name}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")
+        }

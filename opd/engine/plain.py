@@ -1,4 +1,4 @@
-"""The plain engine: torch on one device."""
+"""The plain engine: torch in one process, on one device."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -8,38 +8,32 @@ from torch import Tensor
 
 from opd import distributed
 from opd.config import Config
-from opd.engine.adamw import load_moments, make_adamw, moments_by_name, set_rate
+from opd.engine.adamw import load_moments, make_adamw, named_moments, prepare_model, set_rate
 from opd.models import LanguageModel
 
 
 class TorchEngine:
-    """The engine of one device. The student's parameters are float32; autocast gives the compute dtype.
+    """Implements opd.engine.Engine. The parameters are float32, and autocast gives the compute dtype.
 
     Args:
-        value: gives a tensor's content where the tensor itself may be put away in host memory (opd.phases).
+        content: reads a tensor that may wait in host memory while another phase runs (opd.phases).
     """
 
-    lockstep = False  # a micro-batch without kept tokens need not be run
+    lockstep = False  # it skips a micro-batch without kept tokens
 
     def __init__(
         self,
         student: LanguageModel,
         config: Config,
         total_steps: int,
-        value: Callable[[Tensor], Tensor] = Tensor.detach,
+        content: Callable[[Tensor], Tensor] = Tensor.detach,
     ):
-        self.student = student
-        self.value = value
-        self.config = config
-        self.total_steps = total_steps
-        model = student.model
-        if config.engine.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.named_parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.student, self.config, self.total_steps, self.content = student, config, total_steps, content
+        self.named_parameters = prepare_model(student, config)
         self.optimizer = make_adamw(self.named_parameters.values(), config)
 
     def start(self, step: int) -> float:
-        self.student.model.train()  # checkpointing asks for it; there is no dropout
+        self.student.model.train()  # gradient checkpointing asks for this mode; there is no dropout
         self.optimizer.zero_grad(set_to_none=True)
         return set_rate(self.optimizer, self.config, step, self.total_steps)
 
@@ -58,20 +52,20 @@ class TorchEngine:
         self.student.model.eval()
         return norm
 
-    def weights(self) -> dict[str, Tensor]:
+    def parameters_by_name(self) -> dict[str, Tensor]:
         return dict(self.named_weights())
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.student.model.state_dict(keep_vars=True).items():
-            yield name, self.value(tensor)
+            yield name, self.content(tensor)
 
-    def state(self) -> dict[str, Tensor]:
-        moments = moments_by_name(self.optimizer, self.named_parameters)
-        return {name: self.value(moment) for name, moment in moments.items()}
+    def moments_by_name(self) -> dict[str, Tensor]:
+        moments = named_moments(self.optimizer, self.named_parameters)
+        return {name: self.content(moment) for name, moment in moments.items()}
 
     def moments(self) -> list[Tensor]:
-        """AdamW's moments as they lie on the device; its step counts always lie in host memory."""
-        return [m for state in self.optimizer.state.values() for key, m in state.items() if key != "step"]
+        """AdamW's moments that lie on the device. Its step counts always lie in host memory, so they are left out."""
+        return [m for moments in self.optimizer.state.values() for name, m in moments.items() if name != "step"]
 
-    def load(self, moments: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    def load(self, moments: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
         load_moments(self.optimizer, self.named_parameters, moments)

@@ -1,10 +1,12 @@
-"""Checkpoints that are there whole or not at all.
+"""Checkpoints that are on disk whole or not at all.
 
-`checkpoints/step_000020/` holds the student in Hugging Face format (safetensors, float32, tokenizer beside it), in
-trainer/ the optimizer's moments and what a running weighter remembers (safetensors; beside the model vLLM would take
-them for it), trainer.json, and manifest.json with size and SHA-256 of every file. It is written under a temporary name,
-flushed to disk, then renamed; `latest` names the newest one. Nothing is ever unpickled. It is the same whatever number
-of processes wrote it, so any number continues from it.
+`checkpoints/step_000020/` holds the student in Hugging Face format, as float32 safetensors with its tokenizer, and
+trainer.json. Its folder trainer/ holds the optimizer's moments and the memory of the weighter: vLLM would take
+safetensors beside the model for parts of it.
+
+A checkpoint is written under a temporary name, flushed to disk, and renamed; then `latest` names it. manifest.json
+lists size and SHA-256 of every file. Nothing is ever unpickled. The files do not depend on the number of processes, so
+any number continues from them.
 """
 
 import json
@@ -25,7 +27,7 @@ from opd.files import amount, flush, sha256, step_number, write_whole
 from opd.models import LanguageModel
 
 MANIFEST = "manifest.json"
-ESSENTIAL = ("config.json", "trainer.json", "trainer/optimizer.safetensors")  # without which nothing continues
+ESSENTIAL = ("config.json", "trainer.json", "trainer/optimizer.safetensors")  # a run cannot continue without them
 
 
 class CheckpointError(Exception):
@@ -37,50 +39,36 @@ def folder(run_dir: Path, step: int) -> Path:
 
 
 def save(
-    run_dir: Path,
-    step: int,
-    student: LanguageModel,
-    engine: Engine,
-    memory: dict[str, Tensor],
-    keep: int,
+    run_dir: Path, step: int, student: LanguageModel, engine: Engine, memory: dict[str, Tensor], keep: int
 ) -> Path:
     """Writes the checkpoint of update `step`, points `latest` at it, and removes all but the newest `keep`.
 
-    All ranks call it, the first one writes. `memory` is what the weighter remembers, if anything.
+    All processes call it and the first one writes. `memory` is what the weighter remembers of earlier updates.
 
-    Raises RunError, with the earlier checkpoints untouched, when there is no room or a write fails.
+    Raises:
+        RunError: there is no room or a write failed; earlier checkpoints are untouched.
     """
     final = folder(run_dir, step)
-    temporary = final.with_name(f".{final.name}.tmp")
-    weights, moments = engine.weights(), engine.state()
+    parameters, moments = engine.parameters_by_name(), engine.moments_by_name()
     if not distributed.is_first():
         return final
-    optimizer = {name: value.detach().cpu().contiguous() for name, value in moments.items()}
-    needed = sum(v.nbytes for v in optimizer.values()) + sum(v.nbytes for v in weights.values())
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(".step_*"):  # of a process that was killed while it wrote
         shutil.rmtree(leftover)
+    needed = sum(tensor.nbytes for tensors in (parameters, moments) for tensor in tensors.values())
     free = shutil.disk_usage(final.parent).free
     if free < needed * 1.05:
         raise RunError(
             f"no room for the checkpoint of step {step}: it takes {amount(needed)} and {final.parent} has "
             f"{amount(free)} free. Earlier checkpoints are intact; make room and start the same command again."
         )
+    temporary = final.with_name(f".{final.name}.tmp")
     try:
-        student.model.save_pretrained(temporary, state_dict=weights)
+        student.model.save_pretrained(temporary, state_dict=parameters)
         student.tokenizer.save_pretrained(temporary)
-        _say_float32(temporary / "config.json")
-        (temporary / "trainer").mkdir()
-        save_file(optimizer, temporary / "trainer" / "optimizer.safetensors")
-        if memory:
-            save_file(memory, temporary / "trainer" / "weighter.safetensors")
-        trainer = {"step": step, "processes": distributed.world_size()}
-        (temporary / "trainer.json").write_text(json.dumps(trainer) + "\n")
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        for path in (*files, temporary / MANIFEST, temporary / "trainer", temporary):
-            flush(path)
+        _record_float32(temporary / "config.json")
+        _write_trainer(temporary, step, moments, memory)
+        _write_manifest(temporary)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         flush(final.parent)
@@ -96,20 +84,45 @@ def save(
     return final
 
 
+def _record_float32(config: Path) -> None:
+    """Writes the dtype of the saved parameters down: under DeepSpeed the model that transformers sees is bfloat16."""
+    content = json.loads(config.read_text()) | {"dtype": "float32"}
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_trainer(checkpoint: Path, step: int, moments: dict[str, Tensor], memory: dict[str, Tensor]) -> None:
+    (checkpoint / "trainer").mkdir()
+    optimizer = {name: moment.detach().cpu().contiguous() for name, moment in moments.items()}
+    save_file(optimizer, checkpoint / "trainer" / "optimizer.safetensors")
+    if memory:
+        save_file(memory, checkpoint / "trainer" / "weighter.safetensors")
+    trainer = {"step": step, "processes": distributed.world_size()}
+    (checkpoint / "trainer.json").write_text(json.dumps(trainer) + "\n")
+
+
+def _write_manifest(checkpoint: Path) -> None:
+    """Lists all files with size and SHA-256, and flushes everything to disk."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    manifest = {str(p.relative_to(checkpoint)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in (*files, checkpoint / MANIFEST, checkpoint / "trainer", checkpoint):
+        flush(path)
+
+
 def point(checkpoint: Path) -> None:
     """Makes `latest` name a checkpoint."""
     write_whole(checkpoint.parent / "latest", checkpoint.name + "\n")
 
 
 def remove_after(run_dir: Path, step: int) -> None:
-    """Removes the checkpoints of later updates than `step`."""
+    """Removes the checkpoints of updates after `step`."""
     for later in _all(run_dir):
         if step_number(later) > step:
             shutil.rmtree(later)
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; a damaged one is named on the console and the one before is tried."""
+    """The newest checkpoint that is whole, or None. A damaged one is named on the console and passed over."""
     for candidate in reversed(_all(run_dir)):
         try:
             verify(candidate)
@@ -120,7 +133,7 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def verify(checkpoint: Path) -> int:
-    """Checks every file against the manifest; returns the step. Raises CheckpointError naming what is damaged."""
+    """Checks every file against the manifest, and returns the step. Raises CheckpointError naming what is damaged."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if missing := [name for name in ESSENTIAL if name not in manifest]:
@@ -145,17 +158,17 @@ def processes_of(checkpoint: Path) -> int:
 
 
 def load_optimizer(checkpoint: Path, engine: Engine) -> None:
-    """The moments; the student itself is loaded from the folder like any Hugging Face checkpoint.
+    """Gives the engine its moments, and to an engine with bfloat16 parameters the float32 ones beneath them too.
 
-    An engine whose parameters are bfloat16 takes the float32 weights beneath them from here too.
+    The student itself is loaded from the folder like any Hugging Face checkpoint.
     """
-    manifest = json.loads((checkpoint / MANIFEST).read_text())  # a foreign file beside the weights is none of them
-    weights = [checkpoint / name for name in manifest if name.endswith(".safetensors") and "/" not in name]
-    engine.load(_Tensors([checkpoint / "trainer" / "optimizer.safetensors"]), _Tensors(weights))
+    manifest = json.loads((checkpoint / MANIFEST).read_text())  # it leaves out foreign files beside the model
+    model = [checkpoint / name for name in manifest if name.endswith(".safetensors") and "/" not in name]
+    engine.load(_Tensors([checkpoint / "trainer" / "optimizer.safetensors"]), _Tensors(model))
 
 
 class _Tensors(Mapping):
-    """Tensors of safetensors files by name, read when asked for: no process holds all of a large model's moments."""
+    """The tensors of safetensors files by name. Each is read on demand, because all of them may not fit in memory."""
 
     def __init__(self, paths: Iterable[Path]):
         files = [safe_open(path, framework="pt") for path in sorted(paths)]
@@ -172,19 +185,12 @@ class _Tensors(Mapping):
 
 
 def load_weighter(checkpoint: Path) -> dict[str, Tensor]:
-    """What the weighter remembered; empty if it had learnt nothing."""
+    """The memory of the weighter; empty if it remembered nothing."""
     path = checkpoint / "trainer" / "weighter.safetensors"
     return load_file(path) if path.exists() else {}
 
 
-def _say_float32(config: Path) -> None:
-    """Under DeepSpeed the student runs in bfloat16 and transformers writes that down, but the saved weights are
-    float32."""
-    values = json.loads(config.read_text()) | {"dtype": "float32"}
-    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
 def _all(run_dir: Path) -> list[Path]:
-    """Folders of checkpoints, the oldest first; whatever else lies there is no business of the run."""
-    found = (p for p in (run_dir / "checkpoints").glob("step_*") if step_number(p) is not None and p.is_dir())
-    return sorted(found, key=step_number)
+    """The folders of checkpoints, the oldest first. Other files beside them belong to the user and are left out."""
+    folders = (p for p in (run_dir / "checkpoints").glob("step_*") if step_number(p) is not None and p.is_dir())
+    return sorted(folders, key=step_number)

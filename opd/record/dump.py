@@ -4,12 +4,13 @@
      "weight": [n], "forward_share": [n], <TokenStats field>: [n], ..., <observer's column>: [n], ...,
      "student_top5": [n lists of [text, probability]], "teacher_top5": ...}
 
-n is the number of *counted* tokens of the response. Numbers are rounded to six digits; entropies and divergences in
+n is the number of *counted* tokens of the response. Numbers are rounded to six digits; entropies and divergences are in
 nats.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,10 @@ from opd.errors import InputError
 from opd.files import check, read_rows, write_whole
 from opd.hooks import TokenStats, TokenWeights
 
-TOP5 = frozenset(f"{who}_top5_{what}" for who in ("student", "teacher") for what in ("ids", "logprobs"))
-STATS = frozenset(
-    {
-        "student_entropy",
-        "teacher_entropy",
-        "reverse_kl",
-        "forward_kl",
-        "total_variation",
-        "student_logprob",
-        "teacher_logprob",
-    }
-)
+MODELS = ("student", "teacher")
+TOP5 = frozenset(f"{who}_top5_{what}" for who in MODELS for what in ("ids", "logprobs"))
+DIVERGENCES = frozenset({"reverse_kl", "forward_kl", "total_variation"})
+STATS = DIVERGENCES | {f"{who}_{what}" for who in MODELS for what in ("entropy", "logprob")}
 
 
 def write(
@@ -47,20 +40,16 @@ def write(
     """Writes the dump of these rollouts, whole or not at all.
 
     Args:
-        stats: of the whole update, with the fields STATS and TOP5.
-        columns: further columns by name, (N,) like the statistics.
+        stats: statistics of all N tokens of the update, with the fields STATS and TOP5.
+        columns: further columns by name, each (N,).
     """
-    text_of: dict[int, str] = {}
-
-    def text(token: int) -> str:
-        return text_of.setdefault(token, tokenizer.decode([token]))
-
+    text = cache(lambda token: tokenizer.decode([token]))
     lines = []
     for rollout in rollouts:
         rows = (stats.sequence_id == rollout.sequence_id).nonzero().squeeze(1)
-        mine = stats.rows(rows)
+        fields = vars(stats.rows(rows))
         ids = list(rollout.response_ids[: len(rows)])
-        record = {
+        line = {
             "step": stats.step,
             "sequence_id": rollout.sequence_id,
             "id": rollout.prompt.id,
@@ -73,22 +62,24 @@ def write(
             "weight": _numbers(weights.weights[rows]),
         }
         if weights.forward_share is not None:
-            record["forward_share"] = _numbers(weights.forward_share[rows])
-        record |= {name: _numbers(vars(mine)[name]) for name in sorted(STATS)}
-        record |= {name: _numbers(column[rows]) for name, column in columns.items()}
-        for who in ("student", "teacher"):
-            likeliest, logprobs = vars(mine)[f"{who}_top5_ids"], vars(mine)[f"{who}_top5_logprobs"]
-            record[f"{who}_top5"] = [
-                [[text(i), round(p, 6)] for i, p in zip(ids_of_token, ps, strict=True)]
-                for ids_of_token, ps in zip(likeliest.tolist(), logprobs.exp().tolist(), strict=True)
+            line["forward_share"] = _numbers(weights.forward_share[rows])
+        line |= {name: _numbers(fields[name]) for name in sorted(STATS)}
+        line |= {name: _numbers(column[rows]) for name, column in columns.items()}
+        for who in MODELS:
+            likeliest = zip(
+                fields[f"{who}_top5_ids"].tolist(), fields[f"{who}_top5_logprobs"].exp().tolist(), strict=True
+            )
+            line[f"{who}_top5"] = [
+                [[text(i), round(p, 6)] for i, p in zip(top_ids, probabilities, strict=True)]
+                for top_ids, probabilities in likeliest
             ]
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(lines))
 
 
 class Dump(TypedDict):
-    """What is read again of a line; statistics and the observer's columns stand beside it."""
+    """What `read` requires of a line; other statistics and the observer's columns may stand beside it."""
 
     step: int
     sequence_id: int
@@ -110,17 +101,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, row in read_rows(path, expected):
         where = f"{path}, line {number}"
         check(row, Dump, where, expected)
-        uneven = [
-            name for name, value in row.items() if isinstance(value, list) and len(value) != len(row["token_ids"])
-        ]
-        if uneven or (rows and row.keys() != rows[0].keys()):
-            what = f"{uneven[0]} is not as long as token_ids" if uneven else "it has other columns than the first line"
-            raise InputError(f"{where}: {what}. Expected {expected}.")
+        count = len(row["token_ids"])
+        if uneven := [name for name, column in row.items() if isinstance(column, list) and len(column) != count]:
+            raise InputError(f"{where}: {uneven[0]} is not as long as token_ids. Expected {expected}.")
+        if rows and row.keys() != rows[0].keys():
+            raise InputError(f"{where}: it has other columns than the first line. Expected {expected}.")
         rows.append(row)
     return rows
 
 
 def _numbers(column: Tensor) -> list[float] | list[int]:
     if column.is_floating_point():
-        return [float(f"{value:.6g}") for value in column.tolist()]
+        return [float(f"{number:.6g}") for number in column.tolist()]
     return column.int().tolist()

@@ -1,4 +1,4 @@
-"""The folder of a run: where to continue, what it was started with, and its final figures."""
+"""The folder of a run: where the run continues, what it was started with, and its final figures."""
 
 import json
 import platform
@@ -26,7 +26,7 @@ DONE = "done"
 
 
 class Evaluations(TypedDict):
-    """Benchmark -> figures, of each model; None: not evaluated."""
+    """The figures of each model by benchmark; None where it was not evaluated."""
 
     teacher: dict[str, evaluate.Figures] | None
     step_0: dict[str, evaluate.Figures] | None
@@ -34,14 +34,14 @@ class Evaluations(TypedDict):
 
 
 class Tokens(TypedDict):
-    """Of all updates."""
+    """Counts over all updates."""
 
     response: float
     kept: float
 
 
 class Seconds(TypedDict):
-    """Of all updates, by phase."""
+    """Seconds of each phase over all updates."""
 
     rollout: float
     teacher: float
@@ -51,7 +51,7 @@ class Seconds(TypedDict):
 
 
 class Recorded(TypedDict):
-    """What is read again of a run's configuration; any section may stand beside it."""
+    """The parts of a recorded configuration that are read again; other sections may stand beside them."""
 
     student: dict[str, Any]
     teacher: dict[str, Any]
@@ -60,8 +60,8 @@ class Recorded(TypedDict):
     run_name: str
 
 
-class Record(TypedDict):
-    """What is read again of a run's config.json."""
+class ConfigFile(TypedDict):
+    """The parts of a run's config.json that are read again."""
 
     config: Recorded
     versions: dict[str, str]
@@ -80,22 +80,23 @@ class Summary(TypedDict):
 
 
 def read_final(run_dir: Path) -> Summary:
-    """The final figures of a finished run. Raises InputError where it is none."""
+    """The final figures of a finished run. Raises InputError where the file does not hold them."""
     path, expected = run_dir / "summary.json", "the final figures of a finished run"
     return check(read_object(path, expected), Summary, str(path), expected)
 
 
-def read_record(run_dir: Path) -> Record:
-    """How a run was started. Raises InputError where the folder is none of a run."""
+def read_record(run_dir: Path) -> ConfigFile:
+    """What a run was started with. Raises InputError where the folder is not that of a run."""
     path, expected = run_dir / "config.json", "what a run was started with"
-    return check(read_object(path, expected), Record, str(path), expected)
+    return check(read_object(path, expected), ConfigFile, str(path), expected)
 
 
 def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | str | None:
-    """Where to start: None for the beginning, the path of a checkpoint, or DONE. Changes nothing on disk.
+    """Where the run begins: None for the first update, the path of a checkpoint, or DONE. Changes nothing on disk.
 
-    Raises InputError for a folder that is not a run, a run of another configuration (naming the differing keys), or a
-    `resume` that does not fit.
+    Raises:
+        InputError: the folder is not that of a run, or holds a run of another configuration (the message names the
+            keys that differ), or `resume` does not fit.
     """
     if not run_dir.exists() or all(p.name.startswith(".") for p in run_dir.iterdir()):
         if resume not in ("auto", "none"):
@@ -105,9 +106,21 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
         return None
     if resume == "none":
         raise InputError(f"{run_dir} exists, and --resume none starts a new run. Choose another --set run_name=NAME.")
+    _check_same_run(run_dir, identity)
+    if resume == "auto" and _is_complete(run_dir):
+        return DONE
+    begin = checkpoint.newest(run_dir) if resume == "auto" else _named_checkpoint(run_dir, resume)
+    if begin is not None:
+        config = identity["config"]
+        names = [*identity["benchmarks"], *([VALIDATION] if config["data"]["validation"] else [])]
+        _check_history(run_dir, checkpoint.step_of(begin), config["eval"]["every"], names)
+    return begin
+
+
+def _check_same_run(run_dir: Path, identity: Mapping[str, Any]) -> None:
+    """Raises InputError where the folder holds another run, or none."""
     try:
-        recorded = read_object(run_dir / "config.json", "what a run was started with")
-        differing = differences(recorded, identity)
+        differing = differences(read_object(run_dir / "config.json", "what a run was started with"), identity)
     except (InputError, AttributeError, KeyError, TypeError):
         raise InputError(
             f"{run_dir} exists and is not a run folder (no readable config.json). Choose another --set run_name=NAME."
@@ -117,30 +130,24 @@ def open_run(run_dir: Path, identity: Mapping[str, Any], resume: str) -> Path | 
             f"{run_dir} holds a run of another configuration; it differs in {'; '.join(differing)}. "
             "Choose another --set run_name=NAME, or give the same configuration to continue it."
         )
-    if resume != "auto":
-        try:
-            if path_fault(resume) or Path(resume).resolve().parent != (run_dir / "checkpoints").resolve():
-                raise checkpoint.CheckpointError(f"{resume[:200]} does not stand in {run_dir / 'checkpoints'}")
-            checkpoint.verify(Path(resume))
-        except checkpoint.CheckpointError as error:
-            raise InputError(f"--resume {resume[:200]}: {error}. Expected a whole checkpoint of {run_dir}.") from None
-        found = Path(resume)
-    elif _is_complete(run_dir):
-        return DONE
-    else:
-        found = checkpoint.newest(run_dir)
-    if found is not None:
-        config = identity["config"]
-        names = [*identity["benchmarks"], *([VALIDATION] if config["data"]["validation"] else [])]
-        check_history(run_dir, checkpoint.step_of(found), config["eval"]["every"], names)
-    return found
+
+
+def _named_checkpoint(run_dir: Path, resume: str) -> Path:
+    """The checkpoint that --resume names. Raises InputError where it is not a whole checkpoint of this run."""
+    try:
+        if path_fault(resume) or Path(resume).resolve().parent != (run_dir / "checkpoints").resolve():
+            raise checkpoint.CheckpointError(f"{resume[:200]} does not stand in {run_dir / 'checkpoints'}")
+        checkpoint.verify(Path(resume))
+    except checkpoint.CheckpointError as error:
+        raise InputError(f"--resume {resume[:200]}: {error}. Expected a whole checkpoint of {run_dir}.") from None
+    return Path(resume)
 
 
 def _is_complete(run_dir: Path) -> bool:
-    """Whether a run has its final figures; unreadable ones are said to be, and are made again.
+    """Whether a run has its final figures. A summary that cannot be read is named, and is made again.
 
-    Raises InputError for a complete run whose last checkpoint is damaged: to train it once more is for the user to
-    decide. A last checkpoint that was removed is not missed.
+    Raises InputError for a complete run whose last checkpoint is damaged, because the user has to decide whether to
+    train it once more. A user who removed the last checkpoint does not want to.
     """
     path = run_dir / "summary.json"
     try:
@@ -148,27 +155,28 @@ def _is_complete(run_dir: Path) -> bool:
     except InputError as error:
         say(f"warning: {error} It is made again.")
         return False
-    if last is not None and not last.exists():
+    if last is None:
+        return False
+    if not last.exists():
         say(f"note: {last} was removed")
-    elif last is not None:
-        try:
-            checkpoint.verify(last)
-        except checkpoint.CheckpointError as error:
-            raise InputError(
-                f"{run_dir} is complete, and {error}. To have the run go on from the checkpoint before it, or from the "
-                f"start where there is none, remove {path} and give the same command."
-            ) from None
-    return last is not None
+        return True
+    try:
+        checkpoint.verify(last)
+    except checkpoint.CheckpointError as error:
+        raise InputError(
+            f"{run_dir} is complete, and {error}. To have the run go on from the checkpoint before it, or from the "
+            f"start where there is none, remove {path} and give the same command."
+        ) from None
+    return True
 
 
-def check_history(run_dir: Path, step: int, every: int, names: Collection[str]) -> None:
-    """Refuses a run that continues after `step` without what it has recorded up to there and cannot make again.
+def _check_history(run_dir: Path, step: int, every: int, names: Collection[str]) -> None:
+    """Refuses to continue after `step` without the metrics and evaluations up to it, which cannot be made again.
 
-    Args:
-        every: of eval.every.
-        names: of the benchmarks that each evaluation holds.
+    An evaluation is due after every `every` updates, and holds the benchmarks `names`.
+
     Raises:
-        InputError: naming the file, and how to go on.
+        InputError: a file is damaged or missing; the message names it, and says how to go on.
     """
     then = (
         f"A run cannot make that again once it has gone on. Restore it, continue from an earlier checkpoint of "
@@ -189,20 +197,18 @@ def check_history(run_dir: Path, step: int, every: int, names: Collection[str]) 
             raise InputError(f"{folder}: the evaluation after update {number} is damaged or missing. {then}")
 
 
-def rewind(run_dir: Path, step: int, start: Path | None) -> None:
-    """Removes what a run wrote after `step`, from where it continues: checkpoints, evaluations, token dumps, the
-    summary.
+def rewind(run_dir: Path, step: int, begin: Path | None) -> None:
+    """Removes what the run wrote after `step`: checkpoints, evaluations, token dumps, lines of metrics, the summary.
 
-    For a run that goes on from an older checkpoint they are an abandoned future; damaged checkpoints go with them.
-    Checkpoints go first: stopped half-way, the run still continues from `step`. What the run did not write is left
-    alone.
+    A run that continues from an older checkpoint abandons them; damaged checkpoints go with them. Checkpoints go first,
+    so that a process killed half-way still continues from `step`. Files that the run did not write stay.
 
     Args:
-        start: the checkpoint it continues from, if any.
+        begin: the checkpoint that the run continues from; None where it begins anew.
     """
     checkpoint.remove_after(run_dir, step)
-    if start is not None:
-        checkpoint.point(start)
+    if begin is not None:
+        checkpoint.point(begin)
     (run_dir / "summary.json").unlink(missing_ok=True)
     for path, kind in ((run_dir / "metrics.jsonl", Row), (run_dir / "warnings.jsonl", Warned)):
         if path.exists():
@@ -210,14 +216,13 @@ def rewind(run_dir: Path, step: int, start: Path | None) -> None:
             if damaged:
                 say(f"warning: {path}: damaged lines are dropped, {damaged} in number")
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    for path in ((run_dir / "tokens").glob("step_*"), (run_dir / "eval").glob("step_*")):
-        for written in path:
-            if (number := step_number(written)) is not None and number > step:
-                shutil.rmtree(written) if written.is_dir() else written.unlink()
+    for path in (*(run_dir / "tokens").glob("step_*"), *(run_dir / "eval").glob("step_*")):
+        if (number := step_number(path)) is not None and number > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
-    """Creates the folder and config.json, unless a run that continues already has them."""
+    """Creates the folder and its config.json. A run that continues has them already."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if (run_dir / "config.json").exists():
@@ -237,35 +242,29 @@ def write_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _git_commit() -> str | None:
-    result = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip() or None
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def write_summary(run_dir: Path, names: Collection[str]) -> Summary:
-    """summary.json: the final figures of a run, computed from its own files; `names` are its benchmarks."""
+    """Writes summary.json: the final figures of a run, from its own files. `names` are its benchmarks."""
     rows = read_metrics(run_dir)
-    evals = {
-        folder.name: evaluate.finished(folder, names) for folder in (run_dir / "eval").glob("*") if folder.is_dir()
-    }
-    evals = {name: found for name, found in evals.items() if found is not None}
-    steps = sorted((n for n in evals if step_number(Path(n)) is not None), key=lambda n: step_number(Path(n)))
-    phases = sorted({k for row in rows for k in row if k.startswith("time/")})
-    figures = {
+    folders = (folder for folder in (run_dir / "eval").glob("*") if folder.is_dir())
+    evaluations = {f.name: figures for f in folders if (figures := evaluate.finished(f, names)) is not None}
+    steps = sorted((n for n in evaluations if step_number(Path(n)) is not None), key=lambda n: step_number(Path(n)))
+    timed = [evaluations[name] for name in (*steps, "teacher") if name in evaluations]
+    phases = sorted({name for row in rows for name in row if name.startswith("time/")})
+    summary = {
         "steps": len(rows),
         "eval": {
-            "teacher": evals.get("teacher"),
-            "step_0": evals.get("step_000000"),
-            "final": evals[steps[-1]] if steps else None,
+            "teacher": evaluations.get("teacher"),
+            "step_0": evaluations.get("step_000000"),
+            "final": evaluations[steps[-1]] if steps else None,
         },
-        "tokens": {k: sum(r[f"tokens/{k}"] for r in rows) for k in ("response", "kept")},
-        "seconds": {k.removeprefix("time/"): sum(r.get(k, 0.0) for r in rows) for k in phases},
-        "seconds_evaluating": sum(b["time/evaluation"] for n in (*steps, "teacher") for b in evals.get(n, {}).values()),
-        "peak_memory_gb": max(r["memory/peak_gb"] for r in rows),
+        "tokens": {kind: sum(row[f"tokens/{kind}"] for row in rows) for kind in ("response", "kept")},
+        "seconds": {name.removeprefix("time/"): sum(row.get(name, 0.0) for row in rows) for name in phases},
+        "seconds_evaluating": sum(one["time/evaluation"] for figures in timed for one in figures.values()),
+        "peak_memory_gb": max(row["memory/peak_gb"] for row in rows),
     }
-    write_whole(run_dir / "summary.json", json.dumps(figures, indent=1) + "\n")
-    return figures
+    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary

@@ -1,4 +1,4 @@
-"""What makes a run this run and no other: its configuration, the content of its files, its weighter."""
+"""What decides the numbers of a run: its configuration, the content of its files, and its weighter."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from opd.errors import InputError
 from opd.files import refuse_device, sha256
 from opd.hooks import TokenWeighter
 
-MACHINE = {  # section -> keys that fit a run to a machine and change nothing else: it may continue with others
+MACHINE = {  # section -> keys that fit a run to a machine and change no number, so it may continue with others
     "rollout": ("servers", "timeout", "gpu_memory"),
     "engine": ("phases",),
     "teacher": ("cache_gb",),
@@ -25,10 +25,9 @@ MACHINE = {  # section -> keys that fit a run to a machine and change nothing el
 def identity_of(
     config: Config, sections: Mapping[str, Any], benchmarks: Mapping[str, Benchmark], weighter: TokenWeighter
 ) -> dict[str, Any]:
-    """Everything that decides a run's numbers, as plain data. Raises InputError for files that cannot be read.
+    """Everything that decides the numbers of a run, as plain data. Raises InputError for files that cannot be read.
 
-    Args:
-        sections: extension sections by name, each a dataclass.
+    `sections` are the configurations of extensions by name, each a dataclass.
     """
     return {
         "config": {**asdict(config), **{name: asdict(section) for name, section in sections.items()}},
@@ -42,31 +41,30 @@ def identity_of(
 
 
 def differences(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
-    """In which keys a recorded run is another one than this, with both values; keys of the machine do not count.
+    """The keys in which a recorded run differs from this one, each with both settings. MACHINE does not count.
 
-    Raises KeyError, TypeError or AttributeError for a record that is none.
+    Raises KeyError, TypeError or AttributeError where `recorded` is not what `identity_of` returns.
     """
-    there, here = {key: recorded.get(key) for key in identity}, json.loads(json.dumps(identity))
-    there["config"], here["config"] = without_machine(there["config"]), without_machine(here["config"])
-    return _differences(there, here, "")
+    old, new = {key: recorded.get(key) for key in identity}, json.loads(json.dumps(identity))
+    old["config"], new["config"] = without_machine(old["config"]), without_machine(new["config"])
+    return _differences(old, new, "")
 
 
 def without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what fits it to a machine."""
-    return {
-        section: {key: value for key, value in values.items() if key not in MACHINE[section]}
-        if section in MACHINE
-        else values
-        for section, values in config.items()
+    """A configuration without the keys of MACHINE."""
+    sections = {name: MACHINE[name] for name in MACHINE.keys() & config.keys()}
+    return {**config} | {
+        name: {key: setting for key, setting in config[name].items() if key not in keys}
+        for name, keys in sections.items()
     }
 
 
 def start_folder(shared: Path, identity: Mapping[str, Any]) -> Path:
-    """The folder below `shared` for runs that agree in all that decides how their step-0 models evaluate."""
+    """The folder below `shared` for runs whose step-0 models and teachers evaluate alike."""
     config = without_machine(identity["config"])
     same = {key: config[key] for key in ("student", "teacher", "data", "rollout", "eval", "engine", "seed")}
     same |= {key: identity[key] for key in ("benchmarks", "grader", "files")}
-    same["loss"] = config["loss"]["chunk_bytes"]  # it decides the last bit of the reverse KL that is measured
+    same["loss"] = config["loss"]["chunk_bytes"]  # it decides the last bit of the measured reverse KL
     return shared / f"start_{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
@@ -78,9 +76,8 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 
 
 def _digests(paths: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of the problem files: other problems under the same name make another run. Raises InputError."""
-    digests = {}
-    expected = "a JSONL file of problems"
+    """SHA-256 of the problem files, because other problems under the same name make another run. Raises InputError."""
+    digests, expected = {}, "a JSONL file of problems"
     for path in paths:
         refuse_device(path, expected)
         try:

@@ -1,4 +1,4 @@
-"""Where numbers go: console, metrics.jsonl, TensorBoard. Names are flat with slashes, the same in all three."""
+"""The metrics of a run, on the console, in metrics.jsonl and in TensorBoard, under the same flat names with slashes."""
 
 import json
 import os
@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from typing_extensions import TypedDict
 
@@ -27,7 +26,7 @@ CONSOLE = (  # label, metric, format
 )
 
 
-# A line of metrics.jsonl holds at least these.
+# A line of metrics.jsonl has at least these keys.
 Row = TypedDict("Row", {"step": int, "tokens/response": float, "tokens/kept": float, "memory/peak_gb": float})
 
 
@@ -40,12 +39,11 @@ class Warned(TypedDict):
 
 
 class MetricsLog:
-    """Appends one object per update to metrics.jsonl, mirrors it to TensorBoard, prints a line."""
+    """Writes the metrics of each update to all three places. `board` is the TensorBoard, for texts and histograms."""
 
     def __init__(self, run_dir: Path, total_steps: int, last_step: int):
         self.path = run_dir / "metrics.jsonl"
         self.total_steps = total_steps
-        self.last_step = last_step
         self.warned: set[str] = set()
         self.seconds: deque[float] = deque(maxlen=20)  # of the latest updates
         self.file = self.path.open("a", encoding="utf-8")
@@ -54,36 +52,29 @@ class MetricsLog:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        self.scalars(metrics, step)
         shown = " ".join(f"{label} {metrics[name]:{form}}" for label, name, form in CONSOLE if name in metrics)
         self.seconds.append(metrics["time/step"])
         left = duration(statistics.median(self.seconds) * (self.total_steps - step))
         say(f"step {step}/{self.total_steps} {shown} left {left}")
 
     def flush(self) -> None:
-        """Everything written so far is on the disk, whatever happens to the machine."""
+        """Puts on disk what was written so far, so that it survives a power cut."""
         os.fsync(self.file.fileno())
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        self.board.add_text(tag, text, step)
-
-    def histogram(self, tag: str, values: Tensor, step: int) -> None:
-        self.board.add_histogram(tag, values, step)
-
     def warn(self, kind: str, message: str, step: int) -> None:
-        """On the console the first time; in warnings.jsonl and TensorBoard always."""
+        """Writes a warning to warnings.jsonl and TensorBoard; the first one of its kind also to the console."""
         if kind not in self.warned:
             say(f"warning: {message}")
-        with (self.path.with_name("warnings.jsonl")).open("a", encoding="utf-8") as file:
+        with self.path.with_name("warnings.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, "message": message}) + "\n")
         self.warned.add(kind)
         self.board.add_text(f"warning/{kind}", message, step)
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """TensorBoard only: evaluations have files of their own."""
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+    def scalars(self, metrics: Mapping[str, float], step: int) -> None:
+        """Writes to TensorBoard alone, as for the accuracies of evaluations, which have files of their own."""
+        for name, number in metrics.items():
+            self.board.add_scalar(name, number, step)
 
     def close(self) -> None:
         self.file.close()
@@ -91,11 +82,12 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl. Raises InputError naming the damaged one."""
+    """The lines of metrics.jsonl. Raises InputError naming the first damaged one."""
     path, expected = run_dir / "metrics.jsonl", "the metrics of an update, with its step"
     rows = []
     for number, row in read_rows(path, expected):
-        rows.append(check(row, Row, f"{path}, line {number}", expected))
-        for name, value in row.items():
-            check(value, float, f"{path}, line {number}: {name[:80]}", "a number")
+        where = f"{path}, line {number}"
+        rows.append(check(row, Row, where, expected))
+        for name, metric in row.items():
+            check(metric, float, f"{where}: {name[:80]}", "a number")
     return rows

@@ -1,7 +1,8 @@
-"""What a run writes after each update: a line of metrics, diagnostics, samples of text, a token dump."""
+"""What a run writes after each update: its metrics, its diagnostics, samples of its rollouts, and a token dump."""
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from opd.record.metrics import MetricsLog
 from opd.seeds import generator
 from opd.step import Update
 
-DIAGNOSTICS = {  # TokenStats field -> metric, the mean over response tokens
+DIAGNOSTICS = {  # TokenStats field -> the metric that is its mean over all response tokens
     "student_entropy": "student/entropy",
     "teacher_entropy": "teacher/entropy",
     "reverse_kl": "divergence/reverse_kl",
@@ -25,32 +26,22 @@ DIAGNOSTICS = {  # TokenStats field -> metric, the mean over response tokens
 }
 
 
+@dataclass(frozen=True)
 class Record:
-    """Writes into a run's folder; of several processes the first one has it, the others have none.
+    """Writes into the folder of a run. Only the first process has one."""
 
-    Args:
-        log: where metrics go.
-        tokenizer: makes text of tokens.
-        observer: further diagnostics, and columns of token dumps.
-    """
+    run_dir: Path
+    config: Config
+    log: MetricsLog
+    tokenizer: PreTrainedTokenizerBase
+    grader: Grader
+    observer: Observer | None  # adds diagnostics, and columns of token dumps
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: Config,
-        log: MetricsLog,
-        tokenizer: PreTrainedTokenizerBase,
-        grader: Grader,
-        observer: Observer | None,
-    ):
-        self.run_dir, self.config, self.log = run_dir, config, log
-        self.tokenizer, self.grader, self.observer = tokenizer, grader, observer
-
-    def update(self, rollouts: Sequence[Rollout], update: Update, more: Mapping[str, float]) -> None:
-        """Writes everything about an update; `more` are metrics that the run has measured around it."""
+    def update(self, rollouts: Sequence[Rollout], update: Update, around: Mapping[str, float]) -> None:
+        """Writes everything about an update; `around` are metrics that the run measured around it."""
         step = update.stats.step
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
-        metrics = {**update.metrics, **rollout_metrics(rollouts, texts, self.grader), **more}
+        metrics = {**update.metrics, **rollout_metrics(rollouts, texts, self.grader), **around}
         if due(step, self.config.log.diagnostics_every):
             metrics |= self._diagnose(update)
             self._show_samples(step, rollouts, texts)
@@ -59,8 +50,7 @@ class Record:
         self.log.write(step, metrics)
 
     def _diagnose(self, update: Update) -> dict[str, float]:
-        """Means of the statistics, and what the observer sees; its histograms go to TensorBoard, its warnings to the
-        console."""
+        """The means of the statistics and the observer's scalars; its histograms and warnings go to the log."""
         stats = update.stats
         if not len(stats.position):
             return {}
@@ -69,7 +59,7 @@ class Record:
             return metrics
         diagnosis = self.observer.diagnose(stats, update.weights)
         for name, column in diagnosis.histograms.items():
-            self.log.histogram(name, column, stats.step)
+            self.log.board.add_histogram(name, column, stats.step)
         for kind, message in diagnosis.warnings.items():
             self.log.warn(kind, f"step {stats.step}: {message}", stats.step)
         return metrics | diagnosis.scalars
@@ -77,19 +67,21 @@ class Record:
     def _show_samples(self, step: int, rollouts: Sequence[Rollout], texts: Sequence[str]) -> None:
         for i, (rollout, text) in enumerate(list(zip(rollouts, texts, strict=True))[: self.config.log.samples]):
             prompt = self.tokenizer.decode(rollout.prompt.token_ids)
-            self.log.text(f"rollout/{i}", f"```\n{prompt}{text}\n```\nreference: `{rollout.prompt.answer}`", step)
+            sample = f"```\n{prompt}{text}\n```\nreference: `{rollout.prompt.answer}`"
+            self.log.board.add_text(f"rollout/{i}", sample, step)
 
     def _dump(self, rollouts: Sequence[Rollout], update: Update) -> None:
         step = update.stats.step
-        random = generator(self.config.seed, "dump", step)
-        columns = self.observer.columns(update.stats, update.weights, random) if self.observer else {}
-        shown = rollouts[: self.config.log.token_dump_rollouts]
+        columns = {}
+        if self.observer:
+            columns = self.observer.columns(update.stats, update.weights, generator(self.config.seed, "dump", step))
+        dumped = rollouts[: self.config.log.token_dump_rollouts]
         path = self.run_dir / "tokens" / f"step_{step:06d}.jsonl"
-        dump.write(path, shown, update.stats, update.weights, columns, self.tokenizer)
+        dump.write(path, dumped, update.stats, update.weights, columns, self.tokenizer)
 
 
 def fields_to_measure(config: Config, observer: Observer | None, step: int) -> frozenset[str]:
-    """The fields of TokenStats that the record of update `step` needs; the same on every process."""
+    """The fields of TokenStats that the record of update `step` needs; every process measures the same ones."""
     fields: frozenset[str] = frozenset()
     if due(step, config.log.diagnostics_every):
         fields |= frozenset(DIAGNOSTICS) | (observer.needs if observer else frozenset())
@@ -99,7 +91,7 @@ def fields_to_measure(config: Config, observer: Observer | None, step: int) -> f
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], texts: Sequence[str], grader: Grader) -> dict[str, float]:
-    """Length and truncation of the responses, and where there are answers the share that is right."""
+    """Length and truncation of the responses, and their accuracy where the prompts have reference answers."""
     metrics = {
         "rollout/length_mean": statistics.fmean(len(r.response_ids) for r in rollouts),
         "rollout/truncated": statistics.fmean(r.finish_reason == "length" for r in rollouts),

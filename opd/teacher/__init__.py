@@ -1,7 +1,7 @@
-"""Teachers: whatever scores the tokens that the student has sampled.
+"""Teachers: a teacher scores the tokens that the student has sampled.
 
-`local.py` is a model beside the student, whole or split over the processes; `cache.py` keeps its hidden states until
-the loss projects them.
+`local.py` is a model in the student's processes, whole or split over them. `cache.py` keeps its hidden states until the
+loss projects them to logits.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ class Teacher(Protocol):
     def hidden_states(
         self, batches: Sequence[MicroBatch], advance: Callable[[int, int], None] = lambda batches, tokens: None
     ) -> Sequence[Tensor]:
-        """Per micro-batch (N, H_t) states that predict its counted tokens, in host memory or read again from disk.
+        """The states that predict the N counted tokens of each micro-batch, (N, H_t), in host memory or on disk.
 
-        They stay valid until the next call. `advance` is called with 1 and a number of tokens after each micro-batch.
+        They stay valid until the next call. `advance` is called after each micro-batch with 1 and its N.
         """
         ...
 
     def head(self, vocab_size: int) -> Head:
-        """The LM head that turns these states into logits, cut to the first `vocab_size` ids."""
+        """The LM head that projects these states to the logits of the first `vocab_size` ids."""
         ...

@@ -1,11 +1,11 @@
-"""The teacher's hidden states between its forward pass and the loss: in host memory, above a limit on disk.
+"""The teacher's hidden states between its forward pass and the loss: in host memory, and beyond a limit on disk.
 
-Hidden states are kept, not logits: a token takes H_t numbers instead of V (a factor of 30 to 100), nothing is lost, and
-the teacher's body can leave the device before the student's backward pass starts.
+A hidden state is kept and not its logits: it has H_t numbers instead of V, which is 30 to 100 times fewer, and the head
+gives the same logits later. So the teacher's body can leave the device before the student's backward pass starts.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,60 +19,57 @@ from opd.errors import RunError
 
 
 class Cache(Sequence[Tensor]):
-    """Hidden states by micro-batch: in host memory, pinned where there is a GPU; above a limit in files.
+    """The hidden states of each micro-batch, (N, H_t), in pinned memory where there is a GPU.
 
     Args:
-        limit: bytes of host memory; None: no limit.
-        folder: where what is above it goes, one safetensors file for a micro-batch. Removed by `clear`.
+        limit: bytes of host memory; None sets no limit.
+        folder: takes what exceeds the limit, one safetensors file for a micro-batch; `clear` removes it.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None):
         self.limit, self.folder = limit, folder
-        self.held = 0
-        self.states: list[Tensor | Path] = []
+        self.held = 0  # bytes in host memory
+        self.entries: list[Tensor | Path] = []
 
-    def add(self, states: Tensor) -> None:
-        """Takes (N, H_t) states from the device. Raises RunError where the file cannot be written."""
-        if self.limit is not None and self.held + states.nbytes > self.limit:
-            path = self.folder / f"rank_{distributed.rank()}_batch_{len(self.states):06d}.safetensors"
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                save_file({"states": states.contiguous().cpu()}, path)
-            except (OSError, SafetensorError) as error:
-                path.unlink(missing_ok=True)
-                free = shutil.disk_usage(self.folder.parent).free
-                raise RunError(
-                    f"the teacher's hidden states are above teacher.cache_gb and {path} cannot be written ({error}): "
-                    f"it takes {states.nbytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free. Checkpoints are "
-                    "intact; make room, or raise teacher.cache_gb, and start the same command again."
-                ) from error
-            self.states.append(path)
-        else:
-            kept = torch.empty_like(states, device="cpu", pin_memory=states.is_cuda)
-            self.states.append(kept.copy_(states, non_blocking=True))
-            self.held += states.nbytes
+    def add(self, hidden_NH: Tensor) -> None:
+        """Copies hidden states from the device. Raises RunError where their file cannot be written."""
+        if self.limit is None or self.held + hidden_NH.nbytes <= self.limit:
+            copy = torch.empty_like(hidden_NH, device="cpu", pin_memory=hidden_NH.is_cuda)
+            self.entries.append(copy.copy_(hidden_NH, non_blocking=True))
+            self.held += hidden_NH.nbytes
+            return
+        path = self.folder / f"rank_{distributed.rank()}_batch_{len(self.entries):06d}.safetensors"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({"states": hidden_NH.contiguous().cpu()}, path)
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.folder.parent).free
+            raise RunError(
+                f"the teacher's hidden states are above teacher.cache_gb and {path} cannot be written ({error}): "
+                f"it takes {hidden_NH.nbytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free. Checkpoints are "
+                "intact; make room, or raise teacher.cache_gb, and start the same command again."
+            ) from error
+        self.entries.append(path)
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self.entries)
 
     def __getitem__(self, number: int) -> Tensor:
-        kept = self.states[number]
-        return load_file(kept)["states"] if isinstance(kept, Path) else kept
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[number] for number in range(len(self)))
+        entry = self.entries[number]
+        return load_file(entry)["states"] if isinstance(entry, Path) else entry
 
     def clear(self) -> None:
-        """Forgets all states, and this process's files."""
-        for kept in self.states:
-            if isinstance(kept, Path):
-                kept.unlink()
+        """Forgets all hidden states, and removes the files of this process."""
+        for entry in self.entries:
+            if isinstance(entry, Path):
+                entry.unlink()
         if self.folder is not None:
-            with suppress(OSError):  # not there, or another process has files in it
+            with suppress(OSError):  # it was never made, or another process has files in it
                 self.folder.rmdir()
-        self.states, self.held = [], 0
+        self.entries, self.held = [], 0
 
 
 def clear_folder(folder: Path) -> None:
-    """Removes what a killed process has left."""
+    """Removes the files that a killed process left behind."""
     shutil.rmtree(folder, ignore_errors=True)
