@@ -222,17 +222,17 @@ def test_a_lost_engine_comes_back_with_the_weights_it_had_and_finished_responses
         finished.append(responses)
         if sum(finished) >= 5 and not sampler.fleet.restarted:
             if how == "killed":
-                os.kill(server.process.pid, signal.SIGKILL)
+                os.kill(server.place.process.pid, signal.SIGKILL)
             else:
-                os.kill(server.process.pid, signal.SIGSTOP)
+                os.kill(server.place.process.pid, signal.SIGSTOP)
                 server.timeout = 2
 
     monkeypatch.setattr(type(server), "send", sent)
-    first = server.process.pid
+    first = server.place.process.pid
     assert draw(sampler, prompts, SAMPLED, hurt) == expected
     server.timeout = 600
     again = asked[len(prompts) :]
-    assert sampler.fleet.restarted and server.process.pid != first and 0 < len(again) <= len(prompts) - 5
+    assert sampler.fleet.restarted and server.place.process.pid != first and 0 < len(again) <= len(prompts) - 5
     assert sum(finished) == len(prompts)
     said = capsys.readouterr().err
     assert "killed by signal 9" in said if how == "killed" else "no sign of life for 2 s" in said
@@ -245,7 +245,7 @@ def test_an_engine_lost_for_the_second_time_ends_the_run_and_names_the_cause(stu
     sampler.fleet.restarted = True
 
     def kill(responses, tokens):
-        os.kill(sampler.fleet.servers[0].process.pid, signal.SIGKILL)
+        os.kill(sampler.fleet.servers[0].place.process.pid, signal.SIGKILL)
 
     with pytest.raises(
         RunError, match=r"vLLM is lost for the second time: its process was killed by signal 9\. Checkpoints are intact"
@@ -260,18 +260,18 @@ def test_a_stop_does_not_wait_for_an_engine_that_hangs(student, sampler, prompts
 
     def stop(responses, tokens):
         if not stopped:
-            os.kill(sampler.fleet.servers[0].process.pid, signal.SIGSTOP)
+            os.kill(sampler.fleet.servers[0].place.process.pid, signal.SIGSTOP)
             stopped.append(time.monotonic())
         elif time.monotonic() - stopped[0] > 0.9:  # asked every second, although nothing comes
             raise Interrupted(15)
 
     with pytest.raises(Interrupted):
         draw(sampler, prompts, SAMPLED, stop)
-    assert time.monotonic() - stopped[0] < 60 and sampler.fleet.servers[0].process.poll() is not None
+    assert time.monotonic() - stopped[0] < 60 and sampler.fleet.servers[0].place.process.poll() is not None
 
 
 def test_an_engine_that_died_between_updates_gets_the_new_weights(student, sampler, prompts):
-    os.kill(sampler.fleet.servers[0].process.pid, signal.SIGKILL)
+    os.kill(sampler.fleet.servers[0].place.process.pid, signal.SIGKILL)
     move(student, seed=1)
     send(student, sampler)
     assert sampler.fleet.restarted and parity(student, sampler, prompts) < 1e-4

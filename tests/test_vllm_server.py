@@ -21,7 +21,7 @@ from helpers import random_lm, tiny_config
 from opd.config import ROOT
 from opd.errors import InputError, RunError
 from opd.rollout import Probe, connection, fleet, server, wire
-from opd.rollout.connection import RemoteServer, ServerLost
+from opd.rollout.connection import Elsewhere, ServerConnection, ServerLost
 from opd.rollout.fleet import gpus_of_server
 from opd.rollout.server import accept_trainer
 from opd.rollout.vllm import VllmSampler
@@ -163,7 +163,7 @@ def test_a_server_that_does_not_read_is_lost_after_the_patience(tmp_path, monkey
     thread.start()
     while not os.path.exists(path):
         time.sleep(0.01)
-    remote = RemoteServer({}, 1, 1, path)
+    remote = ServerConnection(Elsewhere(path), {}, 1, 1)
     remote.start()
     thread.join(20)
     with pytest.raises(ServerLost, match=r"the connection is lost \(BlockingIOError\)"):
@@ -229,11 +229,11 @@ def test_processes_make_and_remove_their_folders_at_the_same_time(tmp_path):
     assert not list(tmp_path.glob("opd-weights-*/"))
 
 
-class Answering(RemoteServer):
+class Answering(ServerConnection):
     """A server that is there and has said what it thinks of a probe."""
 
-    def __init__(self, where, logprobs):
-        super().__init__({}, 1, 1, where)
+    def __init__(self, place, logprobs):
+        super().__init__(place, {}, 1, 1)
         self.answer = {"logprobs": [part.tolist() for part in logprobs]}
 
     def start(self):
@@ -258,7 +258,7 @@ def test_parity_sees_every_server_and_what_is_no_number(fault, tiny_pair, monkey
     elif fault == "second server":
         said["b:2"][1][0] -= 0.5
     monkeypatch.setenv(KEY, "secret")
-    monkeypatch.setattr(fleet, "RemoteServer", lambda model, threads, timeout, where: Answering(where, said[where]))
+    monkeypatch.setattr(fleet, "ServerConnection", lambda place, *_: Answering(place, said[place.where]))
     config = tiny_config("rollout.engine=vllm", 'rollout.servers=["a:1", "b:2"]')
     sampler = VllmSampler(random_lm(0), config.student, config, 64)
     probe = Probe([[3, 4, 5], [6, 7]], trainers)

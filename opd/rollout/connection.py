@@ -14,7 +14,7 @@ from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from opd.cli import address_of
 from opd.config import ROOT
@@ -30,20 +30,51 @@ class ServerLost(Exception):
     """A server died, failed or fell silent; the text says which."""
 
 
+class Place(Protocol):
+    """Where a vLLM server is. There are two: a process that this one starts, and an address."""
+
+    name: str  # what messages call the server
+    reads_our_files: bool  # it runs on this machine, so weights need not travel through the connection
+
+    def start(self) -> tuple[tuple[str, int] | str, bytes, float]:
+        """Its address and key, and the seconds that it may take to answer there."""
+        ...
+
+    def reached(self) -> None:
+        """Called when the server has answered: nobody else will connect."""
+        ...
+
+    def check_alive(self) -> None:
+        """Raises ServerLost when it is known that the server cannot be reached any more."""
+        ...
+
+    def cause(self, error: BaseException) -> str:
+        """Why the connection has failed with this error, for a message."""
+        ...
+
+    def end(self) -> None:
+        """Ends what this process has started there."""
+        ...
+
+
 class ServerConnection:
-    """One vLLM server, as the trainer talks to it. `LocalServer` and `RemoteServer` are the two kinds.
+    """The trainer's end of the line to one vLLM server.
 
     Args:
-        name: what messages call it.
+        place: where the server is, and how it is reached and ended.
         model: the arguments of vllm.LLM that depend on the run.
         threads: CPU threads that it may use.
         timeout: seconds without a sign of life after which it counts as lost.
     """
 
-    def __init__(self, name: str, model: dict[str, Any], threads: int, timeout: int):
-        self.name, self.model, self.threads, self.timeout = name, model, threads, timeout
+    def __init__(self, place: Place, model: dict[str, Any], threads: int, timeout: int):
+        self.place, self.model, self.threads, self.timeout = place, model, threads, timeout
         self.asleep = False
         self.connection: Connection | None = None
+
+    @property
+    def name(self) -> str:
+        return self.place.name
 
     def start(self) -> None:
         """Reaches the server and asks it to load the model, which `wait_until_loaded` waits for.
@@ -52,13 +83,14 @@ class ServerConnection:
             InputError: the server has another key.
             ServerLost: there is no server, or it is lost at once.
         """
-        self._reach()
+        self._connect(*self.place.start())
         self.asleep = False
         self.send(do="open", model=self.model, threads=self.threads)
 
     def wait_until_loaded(self) -> None:
         """Raises InputError when the server has no vLLM or its vLLM does not take the model, and ServerLost."""
         answer = self.receive(LOADING)
+        self.place.reached()
         if "missing" in answer:
             raise InputError(
                 f"rollout.engine is 'vllm', which is not installed ({answer['missing']}). On a GPU it is part of "
@@ -92,7 +124,7 @@ class ServerConnection:
                     raise ServerLost(f"it gave no sign of life for {why}")
             answer = json.loads(self.connection.recv_bytes())
         except (OSError, EOFError) as error:
-            raise ServerLost(self._cause(error)) from None
+            raise ServerLost(self.place.cause(error)) from None
         if "failed" in answer:
             raise ServerLost(f"it failed with {answer['failed']}")
         return answer
@@ -103,13 +135,25 @@ class ServerConnection:
 
     def give(self, folder: Path) -> None:
         """Hands over the weights that lie in `folder`, and wakes the server. Raises ServerLost."""
-        raise NotImplementedError
+        if self.place.reads_our_files:
+            self.send(do="weights", folder=str(folder))
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+            self.send(do="sent_weights", files=len(files), size=sum(path.stat().st_size for path in files))
+            for path in files:
+                self._send_bytes(path.read_bytes())
+                self.receive()
+        self.receive()
+        self.asleep = False
 
     def sleep(self) -> None:
         """Frees the GPU memory of the server, weights included, until `give` wakes it. Raises ServerLost.
 
-        Only a local server sleeps, and only on a GPU: any other takes no memory that the update could use.
+        Only a server of this machine sleeps, and only on a GPU: any other takes no memory that the update could use.
         """
+        if self.place.reads_our_files and not self.asleep:
+            self.send(do="sleep")
+            self.asleep = self.receive()["asleep"]
 
     def stop(self) -> None:
         """Breaks its responses off. The server stays usable; one that does not listen is ended, and started again by
@@ -125,6 +169,7 @@ class ServerConnection:
         """Ends the server at once, in whatever state it is: a server that loses its trainer ends itself."""
         if self.connection is not None:
             self.connection.close()
+        self.place.end()
 
     def close(self) -> None:
         """Ends the server, and gives it time to put vLLM away."""
@@ -133,13 +178,6 @@ class ServerConnection:
             if self.connection.poll(SHUTDOWN):
                 self.connection.recv_bytes()  # raises EOFError when the server has ended
         self.end()
-
-    def _reach(self) -> None:
-        """Makes the connection. Raises InputError and ServerLost as `start`."""
-        raise NotImplementedError
-
-    def _check_alive(self) -> None:
-        """Raises ServerLost when it is known that the server cannot be reached any more."""
 
     def _connect(self, address: tuple[str, int] | str, key: bytes, patience: float) -> None:
         until = time.monotonic() + patience
@@ -153,7 +191,7 @@ class ServerConnection:
             except AuthenticationError:
                 raise InputError(f"{self.name} does not accept the key: {KEY} is another one there.") from None
             except (OSError, EOFError) as error:
-                self._check_alive()
+                self.place.check_alive()
                 if time.monotonic() > until:
                     raise ServerLost(f"nobody there has time for this run ({error})") from None
                 time.sleep(0.1)
@@ -162,53 +200,25 @@ class ServerConnection:
         try:
             self.connection.send_bytes(data)
         except OSError as error:
-            raise ServerLost(self._cause(error)) from None
-
-    def _cause(self, error: BaseException) -> str:
-        """Why the connection has failed, for a message."""
-        return f"the connection is lost ({type(error).__name__})"
+            raise ServerLost(self.place.cause(error)) from None
 
 
-class LocalServer(ServerConnection):
-    """A server in a process that this one starts. It reads weights from this machine's files.
+class OwnProcess:
+    """A server in a process that this one starts.
 
     Args:
+        threads: its CPU threads.
         gpus: its CUDA_VISIBLE_DEVICES; None means that it runs on the CPU.
     """
 
-    def __init__(self, model: dict[str, Any], threads: int, timeout: int, gpus: str | None):
-        super().__init__("vLLM", model, threads, timeout)
-        self.gpus = gpus
+    name, reads_our_files = "vLLM", True
+
+    def __init__(self, threads: int, gpus: str | None):
+        self.threads, self.gpus = threads, gpus
         self.process: subprocess.Popen | None = None
         self.socket_folder: tempfile.TemporaryDirectory | None = None
 
-    def wait_until_loaded(self) -> None:
-        """As ServerConnection.wait_until_loaded."""
-        super().wait_until_loaded()
-        self.socket_folder.cleanup()  # nobody else connects, and a run that is killed later leaves nothing behind
-
-    def give(self, folder: Path) -> None:
-        """As ServerConnection.give."""
-        self.send(do="weights", folder=str(folder))
-        self.receive()
-        self.asleep = False
-
-    def sleep(self) -> None:
-        """As ServerConnection.sleep."""
-        if not self.asleep:
-            self.send(do="sleep")
-            self.asleep = self.receive()["asleep"]
-
-    def end(self) -> None:
-        """As ServerConnection.end."""
-        super().end()
-        if self.process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.socket_folder.cleanup()
-
-    def _reach(self) -> None:
+    def start(self) -> tuple[str, bytes, float]:
         self.socket_folder = tempfile.TemporaryDirectory(prefix="opd-vllm-")  # only this user may open it
         address, key = f"{self.socket_folder.name}/socket", secrets.token_hex()
         self.process = subprocess.Popen(
@@ -216,7 +226,26 @@ class LocalServer(ServerConnection):
             env=self._environment(key),
             start_new_session=True,
         )
-        self._connect(address, key.encode(), LOADING)
+        return address, key.encode(), LOADING
+
+    def reached(self) -> None:
+        self.socket_folder.cleanup()  # a run that is killed later leaves nothing behind
+
+    def check_alive(self) -> None:
+        if self.process.poll() is not None:
+            raise ServerLost(f"its process {self._ending()} before it was ready")
+
+    def cause(self, error: BaseException) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            return f"its process {self._ending()}"
+        return f"its process does not answer ({type(error).__name__})"
+
+    def end(self) -> None:
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.socket_folder.cleanup()
 
     def _environment(self, key: str) -> dict[str, str]:
         """The trainer's environment variables but for its launcher's, and with the server's own device."""
@@ -231,43 +260,38 @@ class LocalServer(ServerConnection):
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus
         return environment
 
-    def _check_alive(self) -> None:
-        if self.process.poll() is not None:
-            raise ServerLost(f"its process {self._ending()} before it was ready")
-
-    def _cause(self, error: BaseException) -> str:
-        with suppress(subprocess.TimeoutExpired):
-            return f"its process {self._ending()}"
-        return f"its process does not answer ({type(error).__name__})"
-
     def _ending(self) -> str:
         """How the process has ended. Raises subprocess.TimeoutExpired when it goes on."""
         code = self.process.wait(SHUTDOWN)
         return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
-class RemoteServer(ServerConnection):
-    """A server that runs already, as a rule on another host. Weights travel to it through the connection.
+class Elsewhere:
+    """A server that runs already, as a rule on another host.
 
     Args:
         where: its address, an entry of rollout.servers.
     """
 
-    def __init__(self, model: dict[str, Any], threads: int, timeout: int, where: str):
-        super().__init__(f"the vLLM server {where}", model, threads, timeout)
-        self.where = where
+    reads_our_files = False
 
-    def give(self, folder: Path) -> None:
-        """As ServerConnection.give."""
-        files = sorted(folder.glob("*.safetensors"))
-        self.send(do="sent_weights", files=len(files), size=sum(path.stat().st_size for path in files))
-        for path in files:
-            self._send_bytes(path.read_bytes())
-            self.receive()
-        self.receive()
+    def __init__(self, where: str):
+        self.where, self.name = where, f"the vLLM server {where}"
 
-    def _reach(self) -> None:
-        self._connect(address_of(self.where), os.environ.get(KEY, "").encode(), CONNECTING)
+    def start(self) -> tuple[tuple[str, int] | str, bytes, float]:
+        return address_of(self.where), os.environ.get(KEY, "").encode(), CONNECTING
+
+    def reached(self) -> None:
+        pass
+
+    def check_alive(self) -> None:
+        pass
+
+    def cause(self, error: BaseException) -> str:
+        return f"the connection is lost ({type(error).__name__})"
+
+    def end(self) -> None:
+        pass
 
 
 def python_of_vllm() -> str:

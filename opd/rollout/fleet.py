@@ -16,7 +16,7 @@ import torch
 from opd import distributed
 from opd.config import RolloutSection
 from opd.errors import InputError, RunError
-from opd.rollout.connection import LocalServer, RemoteServer, ServerConnection, ServerLost
+from opd.rollout.connection import Elsewhere, OwnProcess, ServerConnection, ServerLost
 from opd.rollout.wire import KEY
 
 Answer = TypeVar("Answer")
@@ -131,7 +131,10 @@ def _remote_servers(model: dict[str, Any], rollout: RolloutSection) -> dict[int,
         raise InputError(f"rollout.servers is set and {KEY} is not: set it to the key that the servers have.")
     numbers = range(distributed.rank(), len(rollout.servers), distributed.world_size())
     threads = torch.get_num_threads()
-    return {number: RemoteServer(model, threads, rollout.timeout, rollout.servers[number]) for number in numbers}
+    return {
+        number: ServerConnection(Elsewhere(rollout.servers[number]), model, threads, rollout.timeout)
+        for number in numbers
+    }
 
 
 def _local_servers(model: dict[str, Any], rollout: RolloutSection, device: torch.device) -> dict[int, ServerConnection]:
@@ -150,7 +153,9 @@ def _local_servers(model: dict[str, Any], rollout: RolloutSection, device: torch
     number, member = divmod(distributed.rank(), group)
     if member > 0:
         return {}
-    return {number: LocalServer(model, torch.get_num_threads(), rollout.timeout, gpus_of_server(device, group))}
+    threads = torch.get_num_threads()
+    process = OwnProcess(threads, gpus_of_server(device, group))
+    return {number: ServerConnection(process, model, threads, rollout.timeout)}
 
 
 def gpus_of_server(device: torch.device, group: int) -> str | None:
