@@ -93,11 +93,12 @@ def share_of_rank(rollouts: Sequence[Rollout], rank: int, ranks: int) -> list[Ro
 
 
 def equally_many(batches: Sequence[MicroBatch], pad_id: int) -> list[MicroBatch]:
-    """The micro-batches of this process, filled up with empty ones until every process has equally many.
+    """The micro-batches of this process, filled up with empty ones to as many as any process has, and at least one.
 
-    A model that is split over the processes runs on all of them or on none.
+    A model that is split over the processes runs on all of them or on none. An empty micro-batch gives the columns of
+    an update without tokens their names, dtypes and widths.
     """
-    missing = int(distributed.largest(len(batches))) - len(batches)
+    missing = max(1, int(distributed.largest(len(batches)))) - len(batches)
     return [*batches, *[empty_micro_batch(pad_id)] * missing]
 
 

@@ -18,7 +18,7 @@ from opd.engine.deepspeed import DeepSpeedEngine, sharding
 from opd.engine.plain import TorchEngine
 from opd.errors import InputError
 from opd.grading import Grader
-from opd.hooks import Observer, Remembering, TokenWeighter
+from opd.hooks import Observer, StatefulWeighter, TokenWeighter
 from opd.models import LanguageModel
 from opd.phases import Phases
 from opd.record import checkpoint, folder
@@ -190,7 +190,7 @@ def _enter_folder(run: Run, continue_from: Path | None) -> None:
         run.step = checkpoint.step_of(continue_from)
         run.phases.enter("update")
         checkpoint.load_optimizer(continue_from, run.engine)
-        if isinstance(run.weighter, Remembering):
+        if isinstance(run.weighter, StatefulWeighter):
             run.weighter.load_state(checkpoint.load_weighter(continue_from))
         say(f"{run_dir}: continuing after step {run.step} of {run.total_steps}")
         if (before := checkpoint.processes_of(continue_from)) != distributed.world_size():

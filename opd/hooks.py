@@ -115,7 +115,7 @@ class TokenWeighter(Protocol):
 
 
 @runtime_checkable
-class Remembering(Protocol):
+class StatefulWeighter(Protocol):
     """The additional methods of a weighter that remembers earlier updates. Its memory is part of every checkpoint."""
 
     def state(self) -> dict[str, Tensor]:

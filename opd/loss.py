@@ -451,10 +451,9 @@ SHARED: dict[str, Formula] = {
     "kl_student_mixture": Formula(lambda p, log_m_over_p: -_dot(p, log_m_over_p), ("p", "log_m_over_p")),
 }
 
-# The fields of TokenStats, (c,) or (c, 5). A new statistic needs an entry here and a field of opd.hooks.TokenStats; one
-# that is not a float column of shape (N,) also needs a line of opd.step._empty_column. The order affects how many
-# buffers stand at once and nothing else. The divergences are clamped: rounding can leave -1e-8 where they are 0, and a
-# weighter that scales a column by its minimum would take that as the minimum.
+# The fields of TokenStats, (c,) or (c, 5). A new statistic needs an entry here and a field of opd.hooks.TokenStats. The
+# order affects how many buffers stand at once and nothing else. The divergences are clamped: rounding can leave -1e-8
+# where they are 0, and a weighter that scales a column by its minimum would take that as the minimum.
 STATISTICS: dict[str, Formula] = {
     "student_logprob": Formula(_logprob, ("log_p", "token_ids")),
     "teacher_logprob": Formula(_logprob, ("log_q", "token_ids")),

@@ -62,21 +62,21 @@ class Pair:
 
         return self._forward(batch, torch.arange(len(batch.token_ids)), scored)
 
-    def divergence(self, batch: MicroBatch, teacher_hidden_NH: Tensor, part: "Part") -> Tensor:
+    def weighted_loss(self, batch: MicroBatch, teacher_hidden_NH: Tensor, part: "Part") -> Tensor:
         """Sum over the kept tokens of weight * loss in nats, a float32 scalar with a gradient in the student.
 
         The LM heads project only the kept tokens.
         """
 
-        def weighted_loss(student_hidden_KH: Tensor) -> Tensor:
+        def of_states(student_hidden_KH: Tensor) -> Tensor:
             device = student_hidden_KH.device
             # All rows move before some are picked: rows picked on the CPU would not lie in pinned memory.
             teacher_hidden_KH = teacher_hidden_NH.to(device, non_blocking=True)[part.keep.to(device)]
-            return self.loss_sum(student_hidden_KH, teacher_hidden_KH, part.weights, part.forward_share)
+            return self.weighted_loss_of(student_hidden_KH, teacher_hidden_KH, part.weights, part.forward_share)
 
-        return self._forward(batch, part.keep, weighted_loss)
+        return self._forward(batch, part.keep, of_states)
 
-    def loss_sum(
+    def weighted_loss_of(
         self, student_hidden_KH: Tensor, teacher_hidden_KH: Tensor, weights_K: Tensor, share_K: Tensor | None
     ) -> Tensor:
         """Sum of weight * loss in nats over K tokens, from their hidden states; a float32 scalar. See opd.loss."""
@@ -125,8 +125,7 @@ class TokenTable:
     def gather(self, needs: frozenset[str], vocab_size: int, step: int) -> TokenStats:
         """The rows of all processes, sorted by sequence id and then by position, with the columns in `needs`."""
         columns = {
-            name: torch.cat([c[name] for c in self.columns]) if self.columns else _empty_column(name)
-            for name in ("sequence_id", "position", *sorted(needs))
+            name: torch.cat([c[name] for c in self.columns]) for name in ("sequence_id", "position", *sorted(needs))
         }
         joined, rows_here = distributed.gather_rows(columns)
         by_position = joined["position"].argsort(stable=True)
@@ -170,16 +169,12 @@ def train_step(
 ) -> Update:
     """One update: teacher -> statistics -> weights -> gradient -> optimizer.
 
-    Args:
-        batches: the micro-batches of this process; their sequence ids are unique over all processes.
-        step: number of the update, from 1; with `seed`, which is the same on all processes, it seeds the weighter.
-        measure: fields of TokenStats that diagnostics read, besides those that the weighter needs.
-    Raises:
-        ValueError: the weighter's answer is malformed.
-        FloatingPointError: loss or gradient is not finite; parameters and optimizer are unchanged.
+    `batches` are the micro-batches of this process; sequence ids are unique over all processes, and `seed` is the same
+    on all. `measure` names fields of TokenStats that diagnostics read besides those that the weighter needs. Raises
+    ValueError when the weighter's answer is malformed, and FloatingPointError when loss or gradient is not finite; then
+    parameters and optimizer are unchanged.
     """
-    watch = watch or Watch(pair.student.device)
-    needs = weighter.needs | measure
+    watch, needs = watch or Watch(pair.student.device), weighter.needs | measure
     batches = equally_many(batches, pair.student.eos_ids[0])
     with watch("teacher"):
         table = TokenTable(batches, pair.teacher.hidden_states(batches, watch.advance))
@@ -195,18 +190,17 @@ def train_step(
 
     with watch("update"):
         rate = engine.start(step)
-        weighted_sum = 0.0
+        loss_sum = 0.0
         for batch, teacher_hidden_NH, part in table.deal(relative_N, weights.forward_share):
             # A micro-batch without kept tokens needs no forward pass, unless other processes wait for one.
             if len(part.keep) or (engine.lockstep and total > 0):
-                divergence = pair.divergence(batch, teacher_hidden_NH, part)
-                engine.backward(divergence / total)
-                weighted_sum += divergence.item()
+                weighted_loss = pair.weighted_loss(batch, teacher_hidden_NH, part)
+                engine.backward(weighted_loss / total)
+                loss_sum += weighted_loss.item()
             watch.advance(1, len(part.keep))
-        loss = distributed.sum_number(weighted_sum) / total if total > 0 else 0.0
+        loss = distributed.sum_number(loss_sum) / total if total > 0 else 0.0
         norm = _finish(engine, loss, total, step)
-    metrics = _metrics(loss, weights, rate, norm) | watch.times
-    return Update(loss, metrics, weights, stats)
+    return Update(loss, _metrics(loss, weights, rate, norm) | watch.times, weights, stats)
 
 
 def _finish(engine: Engine, loss: float, total: float, step: int) -> float:
@@ -269,11 +263,3 @@ def score_update(
         columns |= scored
         advance(1, len(batch.token_ids))
     return table.gather(needs, pair.vocab_size, step)
-
-
-def _empty_column(name: str) -> Tensor:
-    """The column of a process without any micro-batch, with the dtype and width of the other processes' columns."""
-    if name in ("sequence_id", "position"):
-        return torch.zeros(0, dtype=torch.long)
-    column = torch.zeros(0, 5) if "top5" in name else torch.zeros(0)
-    return column.long() if name.endswith("_ids") else column

@@ -30,7 +30,7 @@ from opd.config import Config, load_config
 from opd.data import Rollout, count_steps, prompts_of_step, read_problems
 from opd.engine.zero_file import read_deepspeed
 from opd.errors import InputError, Interrupted, RunError
-from opd.hooks import Observer, Remembering, TokenWeighter, UniformWeighter
+from opd.hooks import Observer, StatefulWeighter, TokenWeighter, UniformWeighter
 from opd.launch import pick_device
 from opd.progress import Progress, Watch, due, duration, peak_memory_gb, reset_peak_memory
 from opd.record import checkpoint, folder
@@ -176,7 +176,7 @@ def save(run: Run) -> None:
     """Writes the metrics up to the last update to the disk, and then a checkpoint of it."""
     if run.record:
         run.record.log.flush()
-    memory = run.weighter.state() if isinstance(run.weighter, Remembering) else {}
+    memory = run.weighter.state() if isinstance(run.weighter, StatefulWeighter) else {}
     checkpoint.save(run.config.run_dir, run.step, run.student, run.engine, memory, run.config.checkpoint.keep)
 
 

@@ -9,7 +9,7 @@ from helpers import engine_for, flat_gradient, one_each, pair_of, random_lm, ran
 
 from opd.batch import make_micro_batches
 from opd.config import load_config
-from opd.hooks import Remembering, TokenStats
+from opd.hooks import StatefulWeighter, TokenStats
 from opd.seeds import generator
 from opd.step import train_step
 from opd.train import run
@@ -53,7 +53,7 @@ def two_updates(weighter, cut):
 def test_every_rule_can_remember_and_goes_on_as_it_was(rule):
     """A weighter that takes over another one's memory weighs the next update as that one does."""
     weighter = TipWeighter(TipConfig(rule=rule, retention=0.4, scope="running"))
-    assert isinstance(weighter, Remembering) and weighter.state() == {}
+    assert isinstance(weighter, StatefulWeighter) and weighter.state() == {}
     first, second, _ = two_updates(weighter, one_each)
     before = TipWeighter(weighter.config)
     before(first.stats, torch.Generator())

@@ -54,7 +54,7 @@ def token_gradients(
                 continue
             hidden_KH = _hidden_states(pair, batch, keep)
             for row, token in enumerate(keep.tolist()):
-                loss = pair.loss_sum(*(hidden[row : row + 1] for hidden in hidden_KH), torch.ones(1), None)
+                loss = pair.weighted_loss_of(*(hidden[row : row + 1] for hidden in hidden_KH), torch.ones(1), None)
                 gradients_KP[len(tokens)] = _gradient(pair, loss, keep_graph=True)
                 tokens.append((int(batch.sequence_id[token]), int(batch.position[token])))
                 progress.advance(1, 1)
@@ -65,7 +65,7 @@ def _mean_gradient(pair: Pair, batches: Sequence[MicroBatch]) -> Tensor:
     total_P = torch.zeros(sum(p.numel() for p in pair.student.model.parameters()), device=pair.student.device)
     for batch in batches:
         every_token = torch.arange(len(batch.token_ids))
-        loss = pair.loss_sum(*_hidden_states(pair, batch, every_token), torch.ones(len(every_token)), None)
+        loss = pair.weighted_loss_of(*_hidden_states(pair, batch, every_token), torch.ones(len(every_token)), None)
         total_P += _gradient(pair, loss, keep_graph=False)
     return total_P / sum(len(batch.token_ids) for batch in batches)
 

@@ -16,7 +16,7 @@ class TipWeighter:
     """Implements opd.hooks.TokenWeighter with a rule of tip.rules. Shapes: N tokens of the update.
 
     With scope running it remembers the quantiles of earlier updates and normalises by them, so it implements
-    opd.hooks.Remembering too.
+    opd.hooks.StatefulWeighter too.
 
     Raises:
         InputError: keys of the configuration do not go together.

@@ -37,7 +37,7 @@ def draw(results: Results, out: Path) -> dict[str, str]:
     """Figures in `out`; returns name -> caption, in the order of the page."""
     comparison, seeds = results.comparison, results.comparison.seeds
     about = (
-        f"pair {comparison.pair}, n = {len(seeds)} seeds ({', '.join(map(str, seeds))}), commit {results.git_commit}"
+        f"pair {comparison.pair}, seeds {', '.join(map(str, seeds))} (n = {len(seeds)}), commit {results.git_commit}"
     )
     album = Album(out, f"{comparison.title}; {about}")
     benchmarks = next(iter(results.arms.values())).last

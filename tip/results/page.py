@@ -14,7 +14,8 @@ from tip.results.markdown import markdown
 from tip.results.types import Results
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222;
+  overflow-wrap: anywhere }
 table { border-collapse: collapse; font-size: 12px; display: block; overflow-x: auto }
 td, th { border: 1px solid #ccc; padding: 2px 7px; white-space: nowrap; text-align: left }
 th { background: #f2f2f2 }
