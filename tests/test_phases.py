@@ -81,7 +81,7 @@ def test_spilled_states_give_the_same_run_bit_for_bit_and_are_gone_afterwards(sh
     def added(self, states):
         add(self, states)
         if self.folder:
-            whole.append(self.states[-1])
+            whole.append(self.entries[-1])
 
     def cleared(self):
         if self.folder and self.folder.exists():

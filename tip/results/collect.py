@@ -22,7 +22,7 @@ from opd.compare import METRICS, finished_evaluations, per_problem
 from opd.errors import InputError
 from opd.evaluate import Figures, read_summary
 from opd.files import whole_rows
-from opd.record.folder import Record, read_final, read_record
+from opd.record.folder import ConfigFile, read_final, read_record
 from opd.record.metrics import Warned, read_metrics
 from tip.results.types import PHASES, Accuracy, ArmResult, Comparison, Evaluation, Results, Warnings
 
@@ -40,7 +40,7 @@ def collect(comparison: Comparison) -> Results:
         first_runs = folders | first_runs
     beginnings = [first_runs[seed] / "eval" for seed in sorted(first_runs)]
     first = next((folder for folders in finished.values() for folder in folders.values()), None)
-    record: Record | dict[str, Any] = read_record(first) if first else {}
+    record: ConfigFile | dict[str, Any] = read_record(first) if first else {}
     return Results(
         comparison=comparison,
         machine=machine(),
