@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Format, lint and tests. Sets the environment up on first use; extra arguments go to pytest. With --vllm as the first argument: the
-# tests of vLLM, on a CPU in an environment of its own (.venv-vllm).
+# Format, lint and tests, on up to four cores. Sets the environment up on first use; extra arguments go to pytest. With
+# --vllm as the first argument: the tests of vLLM, on a CPU in an environment of its own (.venv-vllm).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh "$@"
@@ -9,4 +9,5 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 if [ "${1:-}" = --vllm ]; then exec python -m pytest tests/test_vllm.py --run-vllm "${@:2}"; fi
 ruff format --check .
 ruff check .
-python -m pytest "$@"
+# A file stays on one core, because its tests share what they build once.
+python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
