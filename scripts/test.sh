@@ -10,4 +10,4 @@ if [ "${1:-}" = --vllm ]; then exec python -m pytest tests/test_vllm.py --run-vl
 ruff format --check .
 ruff check .
 # A file stays on one core, because its tests share what they build once.
-python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
+python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile "$@"
