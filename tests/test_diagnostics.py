@@ -181,6 +181,8 @@ def test_analysis_of_the_embedded_pair(tiny_pair, tmp_path, capsys):
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out + "\n"
     for name in ("coverage", "overlap_0.5", "overlap_0.2", "overlap_0.1", "quadrants"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000 and "</svg>" in (tmp_path / f"{name}.svg").read_text()
+    page = (tmp_path / "analysis.html").read_text()
+    assert 'name="viewport"' in page and page.count("data:image/png") == 5 and "Q3: overconfident and wrong" in page
     rules, quadrants = found["rules"], found["quadrants"]
     for what in ("share", "mass"):
         assert sum(quadrants[f"{what}_q{q}"] for q in (1, 2, 3, 4)) == pytest.approx(1)

@@ -22,7 +22,6 @@ from tip.results import comparison
 from tip.results.collect import paired_difference
 from tip.results.draw import families
 from tip.results.markdown import what_is_covered
-from tip.results.page import html_of
 
 TABLES = sorted(path.stem for path in Path("configs/tables").glob("*.json"))
 SMALL = [
@@ -149,6 +148,7 @@ def test_a_small_reproduction_and_the_same_again(tiny_pair, tmp_path, capsys):
     assert "over problems only" in text and "cost: seconds per phase" in text
     assert (out / "table.md").read_text() in capsys.readouterr().out
     assert "<script" not in text and text.count("data:image/png") >= 5
+    assert text.count("soft_or 0.5, update 2: ") == 3  # the quadrants, tokens and overlap are of the arm that selects
     (seed / "soft_or-0.5" / "summary.json").unlink()  # as if it had been stopped before its end
     reproduce.command(command)
     assert (out / "table.json").read_text() == first
@@ -163,10 +163,6 @@ def test_a_curve_over_retention_starts_at_all_tokens_under_its_own_loss():
     assert found[f"q3 {mixed}"] == [f"all 1.0 {mixed}", f"q3 0.2 {mixed}", f"q3 0.1 {mixed}"]
     assert found["total_variation"] == [f"all 1.0 {mixed}", "total_variation 0.2", "total_variation 0.1"]
     assert found["total_variation mixture=none"][0] == "all 1.0" and not any(f.startswith("all") for f in found)
-
-
-def test_text_in_the_page_is_escaped():
-    assert "<b>" not in html_of("| <b>a |\n|---|\n| <b> |\n\n- <b>\n\n# <b>")
 
 
 def test_chosen_arms_come_with_the_baseline():

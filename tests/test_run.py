@@ -1,5 +1,6 @@
 """Whole runs on the embedded pair: what they gain, write, and refuse. One run per arm serves most tests."""
 
+import html
 import json
 import os
 import signal
@@ -345,6 +346,15 @@ def test_an_example_is_one_problem_before_and_after(small):
     assert text.startswith("problem test-") and text.count("greedy,") == 3 and "step-0 student, greedy" in text
     first = text[text.index("step-0 student") :].splitlines()[0]
     assert first.endswith("not right")
+
+
+def test_a_report_in_a_folder_links_its_token_map_and_holds_the_example(small, tmp_path, capsys):
+    (tmp_path / "tokens.html").write_text("")
+    report.command([str(small), "--example", "--out", str(tmp_path)])
+    page, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    assert 'href="tokens.html"' in page and (tmp_path / "table.md").read_text() == printed
+    response = printed[printed.index("step-0 student, greedy") :].split("\n\n")[1].strip().splitlines()[0]
+    assert f"<pre>{html.escape(response)}" in page
 
 
 def test_the_main_script_handles_its_arguments(tiny_pair):

@@ -42,7 +42,7 @@ from tip import oracle, taxonomy
 from tip.config import SECTIONS, TipConfig
 from tip.diagnostics import correlation, jaccard, keep_by_every_rule, kept_by_decile, max_over_p99, normalised_entropy
 from tip.oracle import DRAWS
-from tip.results import figures
+from tip.results import figures, frame
 from tip.results.grid import grid
 from tip.rules import BOTH_AXES, RULES
 from tip.scores import Axes
@@ -159,23 +159,60 @@ def _oracle_table(result: dict[str, Any]) -> str:
     )
 
 
-def plots(result: dict[str, Any], stats: TokenStats, out: Path) -> None:
-    """Draws coverage, overlap and quadrants into the folder `out`."""
-    about = f"{result['tokens']} tokens of {result['rollouts']} rollouts. {result['command']}"
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {title: {} for title in COVERED.values()}
+def plots(result: dict[str, Any], stats: TokenStats, out: Path) -> dict[str, str]:
+    """Draws coverage, overlap and quadrants into the folder `out`; returns name -> caption."""
+    album = figures.Album(out)
+    panels: dict[str, figures.Curves] = {title: {} for title in COVERED.values()}
     for name in (name for name, rule in RULES.items() if rule.mechanic != "weights"):
         rules = [result["rules"][f"{name}@{retention:g}"] for retention in RETENTIONS]
         for field, title in COVERED.items():
-            panels[title][name] = [rule["retained"] for rule in rules], [rule["covered"][field] for rule in rules]
-    figures.save(figures.lines(panels, "retained share of tokens", "covered share of the sum"), out, "coverage", about)
+            panels[title][name] = {rule["retained"]: rule["covered"][field] for rule in rules}
+    text = "What share of each sum a rule's tokens hold, against the share of tokens that it keeps."
+    album.add(figures.lines(panels, "retained share of tokens"), "coverage", text)
     for retention, overlap in result["overlap"].items():
         matrix = np.array([list(row.values()) for row in overlap.values()])
         names = [label.partition("@")[0] for label in overlap]
-        drawn = figures.heat_map(matrix, names, f"Jaccard overlap at retention {retention}")
-        figures.save(drawn, out, f"overlap_{retention}", about)
+        drawn = figures.heat_map(matrix, names, f"overlap of rules at retention {retention}")
+        text = f"What two rules share at retention {retention}: tokens that both keep, in % of those that either keeps."
+        album.add(drawn, f"overlap_{retention}", text)
     thresholds = result["quadrants"]["threshold_entropy"], result["quadrants"]["threshold_divergence"]
     h, d = normalised_entropy(stats).numpy(), stats.reverse_kl.double().numpy()
-    figures.save(figures.quadrant_map(h, d, thresholds), out, "quadrants", about)
+    album.add(figures.quadrant_map(h, d, thresholds, "step-0 student"), "quadrants", "Where the tokens lie.")
+    return album.captions
+
+
+def page(result: dict[str, Any], text: str, captions: dict[str, str], out: Path) -> str:
+    """The HTML page of the table `text` and the figures that lie in `out`."""
+    asked = (
+        "Which tokens does each rule keep, and how much of the signal do they hold? The step-0 student answered its "
+        f"prompts once: {result['tokens']} tokens of {result['rollouts']} rollouts. Nothing was trained."
+    )
+    quadrants = {"quadrants": captions.pop("quadrants")}
+    settings = (("Configuration", result["config"]), ("Section tip", result["tip"]))
+    sections = {
+        "What was asked": f"<p>{asked}</p>",
+        "What came out": frame.html_of(_what_came_out(result)),
+        "Table": frame.html_of(text),
+        "The four quadrants": frame.figures_of(quadrants, out, frame.quadrants_in_words()),
+        "Coverage and overlap": frame.figures_of(captions, out),
+        "Details": "".join(frame.fold(title, frame.as_json(content)) for title, content in settings),
+    }
+    return frame.frame("All rules on the same tokens", result["command"], sections)
+
+
+def _what_came_out(result: dict[str, Any]) -> str:
+    """A sentence per retention, as a Markdown list."""
+    sentences = []
+    for retention in SHOWN:
+        held = {
+            name: 100 * result["rules"][f"{name}@{retention:g}"]["covered"]["reverse_kl"]
+            for name in ("soft_or", "entropy_topk", "random")
+        }
+        sentences.append(
+            f"- With {100 * retention:g} % of the tokens Soft-OR holds {held['soft_or']:.1f} % of the divergence, the "
+            f"highest entropy {held['entropy_topk']:.1f} %, and a random choice {held['random']:.1f} %."
+        )
+    return "\n".join(sentences)
 
 
 def _rollouts(config: Config, pair: Pair, sampler: Sampler, prompts: list[Prompt], part: str) -> list[MicroBatch]:
@@ -206,9 +243,10 @@ def _load(config: Config) -> tuple[Pair, list[Prompt]]:
 
 
 def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int | None, out: Path, command: str) -> str:
-    """Samples, scores and compares, and writes analysis.json, table.md and the plots into `out`. Returns the table.
+    """Samples, scores and compares, and writes the page, analysis.json, table.md and the plots into `out`.
 
-    The oracle takes the gradients of `oracle_tokens` tokens; None means 1,024 for a small student, else none.
+    The oracle takes the gradients of `oracle_tokens` tokens; None means 1,024 for a small student, else none. Returns
+    the table.
     """
     pair, prompts = _load(config)
     TipWeighter(tip)  # refuses settings that do not go together
@@ -244,8 +282,9 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
     with filled(out, "--out") as folder:
         write_whole(folder / "analysis.json", json.dumps(result, indent=1) + "\n")
         write_whole(folder / "table.md", text + "\n")
-        plots(result, stats, folder)
-    say(f"{out}: analysis.json, table.md, coverage, overlap and quadrants (.png, .svg)")
+        captions = plots(result, stats, folder)
+        write_whole(folder / "analysis.html", page(result, text, captions, folder))
+    say(f"{out}: analysis.html, analysis.json, table.md, coverage, overlap and quadrants (.png, .svg)")
     return text
 
 

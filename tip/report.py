@@ -87,10 +87,11 @@ def command(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     runs = [read_run(folder) for folder in options.runs]
     results = results_of(runs, command_line())
-    text = markdown(results) + (f"\n{example(runs)}\n" if options.example else "")
+    responses = example(runs) if options.example else ""
+    text = markdown(results) + (f"\n{responses}\n" if responses else "")
     if options.out:
         with lock(options.out, "--out"), filled(options.out, "--out") as new:
-            files.write(results, text, new)
+            files.write(results, text, new, responses, options.out)
     print(text, end="")
 
 

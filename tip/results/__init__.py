@@ -1,6 +1,6 @@
 """Run folders -> dataclasses -> one table, figures and a page.
 
-`comparison.py` says which runs stand beside each other, `collect.py` reads them into the dataclasses of `types.py`,
-`markdown.py` makes the table of every command, `draw.py` and `page.py` the figures and report.html, and `files.py`
-writes all of it.
+`comparison.py` says which runs stand beside each other, `collect.py` reads them into the dataclasses of `types.py`, and
+`files.py` writes it all. `markdown.py` makes tables, `sentences.py` says what came out, `figures.py` holds the look and
+`draw.py` the figures of a comparison. `frame.py` is what every page is made of, and `page.py` is report.html.
 """

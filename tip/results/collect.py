@@ -180,8 +180,8 @@ def paired_difference(arm: Runs, base: Runs, step: int, name: str, greedy: bool)
         ) from None
 
 
-def curve(runs: Runs, metric: str) -> tuple[list[float], list[float]]:
-    """Mean over seeds of a metric of metrics.jsonl, at the updates where every seed has it."""
+def curve(runs: Runs, metric: str) -> dict[float, float]:
+    """Update -> mean over seeds of a metric of metrics.jsonl, where every seed has it."""
     rows = [{row["step"]: row[metric] for row in read_metrics(f) if metric in row} for f in runs.values()]
     common = sorted(set.intersection(*map(set, rows))) if rows else []
-    return common, [fmean(row[step] for row in rows) for step in common]
+    return {step: fmean(row[step] for row in rows) for step in common}

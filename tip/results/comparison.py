@@ -53,13 +53,14 @@ def of_runs(runs: Sequence[Run], command: str = "") -> Comparison:
     for run in runs:
         label = next((label for label in (run.label, run.folder.name) if label not in arms), str(run.folder))
         arms[label] = run
+    base, *others = arms
     return Comparison(
         name="runs",
-        title="Runs",
+        title=f"{others[0] if len(others) == 1 else f'{len(others)} runs'} against {base}" if others else base,
         command=command,
         pair=runs[0].config["run_name"],
         seeds=(runs[0].config["seed"],),
-        baselines=(next(iter(arms)),),
+        baselines=(base,),
         every_evaluation=False,
         panels=(Panel("runs", tuple(arms)),),
         settings={

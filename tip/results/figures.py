@@ -1,59 +1,59 @@
-"""Figures: PNG and SVG, legible in grey (line styles and markers differ, not only colours), axes with units."""
+"""The look of the results, colours and type, and their figures: PNG and SVG, in one column that is legible on a phone.
 
+Lines differ in dashes and markers too, so they are legible in grey and for colour-blind readers.
+"""
+
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams.update(
-    {"svg.hashsalt": "tip", "savefig.dpi": 150, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
-)
+FONT = "DejaVu Sans"  # of figures and pages; it is part of matplotlib
+for group, look in {
+    "savefig": {"dpi": 170},
+    "svg": {"hashsalt": "tip"},
+    "font": {"family": FONT, "size": 9},
+    "axes": {"titlesize": 9, "titlelocation": "left", "grid": True},
+    "axes.spines": {"top": False, "right": False},
+    "grid": {"alpha": 0.3},
+}.items():
+    matplotlib.rc(group, **look)
 import numpy as np  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
-COLOURS = ("#0b3c5d", "#d1495b", "#328cc1", "#7a9e1f", "#8e44ad", "#e08e0b", "#444444", "#2a9d8f", "#b5651d", "#999999")
+COLOURS = ("#000000", "#CC6677", "#332288", "#999933", "#882255", "#117733", "#AA4499")  # of arms, by Paul Tol
 QUADRANT_COLOURS = {1: "#CC79A7", 2: "#0072B2", 3: "#D55E00", 4: "#009E73"}  # Okabe and Ito; the same everywhere
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*<>hpd"
-Curves = dict[str, tuple[Sequence[float], Sequence[float]]]  # label -> (x values, y values)
+WIDTH = 4.8  # inches
+Curves = dict[str, dict[float, float]]  # label -> x -> y
+Whisker = tuple[str, float, float, float]  # label, mean, and the ends of its interval, which may be infinite
+ShownToken = tuple[
+    str, list[tuple[str, float]], list[tuple[str, float]]
+]  # text; the student's likeliest, the teacher's
 
 
-@dataclass(frozen=True)
-class Bar:
-    label: str
-    length: float
-    error: float  # its standard error; 0: not known
-    paper: float | None  # the paper's value
+class Album:
+    """Saves figures as PNG and SVG in a folder, each whole or not at all, and keeps their captions in order."""
 
+    def __init__(self, out: Path):
+        self.out = out
+        self.captions: dict[str, str] = {}
 
-@dataclass(frozen=True)
-class ShownToken:
-    """A token with the text before it, its numbers (nats), and the five likeliest tokens of both models."""
-
-    quadrant: str
-    before: str
-    text: str
-    entropy: float
-    forward_kl: float
-    score: float
-    student: list[tuple[str, float]]  # text and probability
-    teacher: list[tuple[str, float]]
-
-
-def save(figure: Figure, folder: Path, name: str, caption: str) -> None:
-    """Writes folder/name.png and .svg, each whole or not at all, with the caption below the plot."""
-    figure.text(0.01, -0.01, caption, va="top", fontsize=7, wrap=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"):
-        temporary = folder / f".{name}.tmp.{kind}"
-        figure.savefig(temporary, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else {})
-        os.replace(temporary, folder / f"{name}.{kind}")
-    plt.close(figure)
+    def add(self, figure: Figure, name: str, caption: str) -> None:
+        self.captions[name] = caption
+        for kind in ("png", "svg"):
+            temporary = self.out / f".{name}.tmp.{kind}"
+            figure.savefig(temporary, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else {})
+            os.replace(temporary, self.out / f"{name}.{kind}")
+        plt.close(figure)
 
 
 def style(number: int) -> dict[str, object]:
@@ -66,117 +66,115 @@ def style(number: int) -> dict[str, object]:
     }
 
 
-def lines(panels: Mapping[str, Curves], x_label: str, y_label: str) -> Figure:
-    """One panel per title; in it one line per label. The same label looks alike everywhere."""
+def lines(panels: Mapping[str, Curves], x_label: str) -> Figure:
+    """A panel per title, one above the other; in it one line per label. The same label looks alike everywhere."""
     labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
-    columns = min(len(panels), 2)
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.3 * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        for label, (x, y) in curves.items():
-            every = max(1, len(x) // 12)  # markers on long curves would hide them
-            axis.plot(x, y, label=label, markevery=every, **style(labels.index(label)))
-        axis.set(title=title, xlabel=x_label, ylabel=y_label)
-    handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", fontsize=7)
+    looks = {label: style(number) for number, label in enumerate(labels)}
+    for quadrant, colour in QUADRANT_COLOURS.items():
+        looks.get(f"Q{quadrant}", {})["color"] = colour
+    size = (WIDTH, 0.6 + 1.9 * len(panels) + 0.1 * len(labels))
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, squeeze=False, layout="constrained", sharex=True)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=True):
+        for label, points in curves.items():
+            every = max(1, len(points) // 12)  # markers on long curves would hide them
+            axis.plot(list(points), list(points.values()), label=label, markevery=every, **looks[label])
+        axis.set_title(title)
+    axes.flat[-1].set_xlabel(x_label)
+    if all(isinstance(x, int) for curves in panels.values() for points in curves.values() for x in points):
+        axes.flat[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    drawn = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    columns = min(4, max(1, 60 // (max(map(len, labels)) + 9)))  # as many as fit
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    return figure
+
+
+def whiskers(series: Mapping[str, Sequence[Whisker]], x_label: str) -> Figure:
+    """A row per label with a dot and its interval for each series; the line at 0 is no difference."""
+    labels = list(dict.fromkeys(label for rows in series.values() for label, *_ in rows))
+    names = [fill(label, 26) for label in labels]
+    size = (WIDTH, 1.0 + sum(0.22 + 0.16 * (1 + name.count("\n")) for name in names))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.axvline(0, color=COLOURS[0], linewidth=0.8)
+    for number, (title, rows) in enumerate(series.items()):
+        places = [labels.index(label) + 0.26 * (number - (len(series) - 1) / 2) for label, *_ in rows]
+        means = [mean for _, mean, *_ in rows]
+        lengths = [[m - low if math.isfinite(low) else 0.0 for _, m, low, _ in rows]]
+        lengths += [[high - m if math.isfinite(high) else 0.0 for _, m, _, high in rows]]
+        axis.errorbar(means, places, xerr=lengths, label=title, capsize=2, **style(number) | {"linestyle": ""})
+    axis.set_yticks(range(len(labels)), names, fontsize=8)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.grid(False, axis="y")
+    axis.set_xlabel(x_label)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
 def heat_map(matrix: np.ndarray, labels: Sequence[str], title: str) -> Figure:
-    """A square matrix of numbers in [0, 1], written into its cells."""
-    size = 1.6 + 0.42 * len(labels)
-    figure, axis = plt.subplots(figsize=(size + 1, size), layout="constrained")
-    image = axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1)
+    """A square matrix of shares, written into its cells in %."""
+    figure, axis = plt.subplots(figsize=(WIDTH, WIDTH), layout="constrained")
+    axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1)
     axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
     axis.grid(False)
     for i, row in enumerate(matrix):
-        for j, value in enumerate(row):
-            axis.text(
-                j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white" if value > 0.6 else "black"
-            )
+        for j, share in enumerate(row):
+            colour = "white" if share > 0.6 else "black"
+            axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5, color=colour)
     axis.set_title(title)
-    figure.colorbar(image, ax=axis, shrink=0.8)
     return figure
 
 
-def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: tuple[float, float]) -> Figure:
-    """Token density over entropy and divergence, with the quadrants' borders (TIP's Figure 2, from real tokens)."""
-    figure, axis = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
+def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: Sequence[float], title: str) -> Figure:
+    """Token density over divergence and entropy, with the borders of the quadrants.
+
+    It is TIP's Figure 2 from real tokens, turned so that it lies like the picture that explains the quadrants.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
     floor = max(float(np.quantile(d[d > 0], 0.01)) if (d > 0).any() else 1e-8, 1e-8)
-    shown = np.maximum(d, floor)
+    shown, border = np.maximum(d, floor), max(thresholds[1], floor)
     visible = LogNorm(vmin=0.2)  # a single token is grey, not white: those far out are the ones that matter
-    drawn = axis.hexbin(h, shown, gridsize=45, yscale="log", norm=visible, cmap="Greys", mincnt=1)
-    axis.set_ylim(shown.min() / 8, shown.max() * 8)  # room for the corners' texts
-    axis.axvline(thresholds[0], color="#d1495b", linestyle="--", linewidth=1.2)
-    axis.axhline(max(thresholds[1], floor), color="#d1495b", linestyle="--", linewidth=1.2)
+    drawn = axis.hexbin(shown, h, gridsize=45, xscale="log", norm=visible, cmap="Greys", mincnt=1, zorder=2)
+    least, most = shown.min() / 3, shown.max() * 3
+    bottom, top = h.min() - 0.2 * np.ptp(h) - 0.02, h.max() + 0.2 * np.ptp(h) + 0.02  # room for the corners' texts
+    axis.set(xlim=(least, most), ylim=(bottom, top))
     total = d.sum()
-    for name, inside, place in (
-        ("Q1", (h > thresholds[0]) & (d > thresholds[1]), (0.98, 0.97)),
-        ("Q2", (h > thresholds[0]) & (d <= thresholds[1]), (0.98, 0.03)),
-        ("Q3", (h <= thresholds[0]) & (d > thresholds[1]), (0.02, 0.97)),
-        ("Q4", (h <= thresholds[0]) & (d <= thresholds[1]), (0.02, 0.03)),
-    ):
+    for q, colour in QUADRANT_COLOURS.items():
+        above, right = q in (1, 2), q in (1, 3)
+        inside = ((h > thresholds[0]) == above) & ((d > thresholds[1]) == right)
         mass = 100 * d[inside].sum() / total if total > 0 else 0.0
-        text = f"{name}: {100 * inside.mean():.1f} % of tokens\n{mass:.1f} % of divergence"
+        across = (border, most) if right else (least, border)
+        along = (thresholds[0], top) if above else (bottom, thresholds[0])
+        axis.fill_between(across, *along, color=colour, alpha=0.25, linewidth=0, zorder=1)
         axis.text(
-            *place,
-            text,
+            0.98 if right else 0.02,
+            0.98 if above else 0.02,
+            f"Q{q}: {100 * inside.mean():.1f} % of tokens\n{mass:.1f} % of divergence",
             transform=axis.transAxes,
-            fontsize=7,
-            ha="left" if place[0] < 0.5 else "right",
-            va="top" if place[1] > 0.5 else "bottom",
-            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
+            fontsize=8,
+            ha="right" if right else "left",
+            va="top" if above else "bottom",
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+            zorder=3,
         )
-    axis.set(xlabel="student entropy h = H / ln V", ylabel="divergence d = KL(student || teacher), nats (log)")
-    figure.colorbar(drawn, ax=axis, label="tokens")
+    axis.set(xlabel="divergence d = KL(student || teacher), nats (log)", ylabel="student entropy h = H / ln V")
+    axis.set_title(title)
+    figure.colorbar(drawn, ax=axis, label="tokens", location="bottom", shrink=0.6, aspect=40)
     return figure
 
 
-def bars(panels: Mapping[str, Sequence[Bar]], x_label: str, line: str) -> Figure:
-    """Horizontal bars, a panel per title, and a dashed line at the bar of the label `line`."""
-    longest = max(map(len, panels.values()))
-    size = (1.8 + 4.2 * len(panels), 1.2 + 0.27 * longest)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained", sharey=True)
-    for axis, (title, shown) in zip(axes.flat, panels.items(), strict=True):
-        places = np.arange(len(shown))[::-1]
-        lengths, errors = [bar.length for bar in shown], [bar.error for bar in shown]
-        axis.barh(places, lengths, xerr=errors, color="#bbbbbb", edgecolor="#333333", linewidth=0.6, capsize=2)
-        marked = [(place, bar.paper) for place, bar in zip(places, shown, strict=True) if bar.paper is not None]
-        if marked:
-            axis.plot([m for _, m in marked], [p for p, _ in marked], "D", color="#d1495b", markersize=5, label="paper")
-            axis.legend(fontsize=7)
-        for place, bar in zip(places, shown, strict=True):
-            axis.text(bar.length + bar.error, place, f" {bar.length:.1f}", va="center", fontsize=7)
-        at = next((bar.length for bar in shown if bar.label == line), None)
-        if at is not None:
-            axis.axvline(at, linestyle="--", color="#d1495b", linewidth=1)
-        axis.set_yticks(places, [bar.label for bar in shown], fontsize=7)
-        axis.set(title=title, xlabel=x_label)
-        axis.margins(x=0.12, y=0.02)
-    return figure
-
-
-def qualitative(tokens: Sequence[ShownToken]) -> Figure:
-    """The paper's panel B.5: a row per token."""
-    figure, axes = plt.subplots(len(tokens), 3, figsize=(11, 1.55 * len(tokens)), squeeze=False, layout="constrained")
-    for (about, *charts), token in zip(axes, tokens, strict=True):
-        about.axis("off")
-        text = (
-            f"{token.quadrant}   ...{token.before} [{token.text}]\n\nentropy {token.entropy:.3f} nats\n"
-            f"forward KL {token.forward_kl:.3f} nats\nscore {token.score:.3f}"
-        )
-        about.text(0, 0.95, text.replace("$", r"\$"), va="top", fontsize=7, family="monospace", wrap=True)
-        for axis, who in zip(charts, ("student", "teacher"), strict=True):
-            likeliest = token.student if who == "student" else token.teacher
-            places = np.arange(len(likeliest))[::-1]
-            axis.barh(places, [p for _, p in likeliest], color="#888888" if who == "student" else "#333333")
-            axis.set_yticks(
-                places, [label.replace("$", r"\$") for label, _ in likeliest], fontsize=7, family="monospace"
-            )
+def qualitative(tokens: Sequence[ShownToken], title: str) -> Figure:
+    """The paper's panel B.5: for each token its text and numbers, and below them what both models expect."""
+    figure = plt.figure(figsize=(WIDTH, 0.3 + 1.9 * len(tokens)), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+    parts = figure.subfigures(len(tokens), 1, squeeze=False)[:, 0]
+    for part, (about, *likeliest) in zip(parts, tokens, strict=True):
+        part.suptitle(about.replace("$", r"\$"), x=0.01, ha="left", fontsize=8)
+        for number, (axis, shares) in enumerate(zip(part.subplots(1, 2), likeliest, strict=True)):
+            places = np.arange(len(shares))[::-1]
+            axis.barh(places, [share for _, share in shares], color=COLOURS[2 - number])
+            names = [text.replace("$", r"\$") for text, _ in shares]
+            axis.set_yticks(places, names, fontsize=8, family="monospace")
             axis.set_xlim(0, 1)
-            axis.set_title(f"{who}: five likeliest, probability", fontsize=7)
-            axis.tick_params(axis="x", labelsize=6)
+            axis.set_title(f"{('student', 'teacher')[number]}, probability", fontsize=8)
+            axis.tick_params(axis="x", labelsize=7)
     return figure

@@ -13,14 +13,17 @@ from tip.results import page
 from tip.results.types import ArmResult, Evaluation, Results
 
 
-def write(results: Results, text: str, out: Path) -> None:
-    """Writes all of them, each whole or not at all; `text` is what table.md holds."""
+def write(results: Results, text: str, out: Path, example: str = "", home: Path | None = None) -> None:
+    """Writes all of them into `out`, each whole or not at all; `text` is what table.md holds.
+
+    The page shows `example`, Markdown of one problem's responses. Its links start from `home`, where a reader finds it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "table.json", json.dumps(as_json(results), indent=1) + "\n")
     write_whole(out / "table.csv", as_csv(results))
     write_whole(out / "table.md", text)
     if results.arms:
-        page.write(results, out)
+        page.write(results, example, out, home or out)
 
 
 def as_json(results: Results) -> dict[str, Any]:
@@ -98,27 +101,13 @@ def as_csv(results: Results) -> str:
             arm = results.arms[label]
             for step, evaluations in arm.evaluations.items():
                 for name, evaluation in evaluations.items():
-                    for metric in evaluation.accuracies:
-                        cells = [*_accuracy_columns(arm, name, evaluation, metric)]
+                    for metric, accuracy in evaluation.accuracies.items():
+                        in_paper = arm.paper.get(name) if metric == "mean_at_k" else None
+                        cells = [len(accuracy.by_seed), accuracy.mean, accuracy.se_seeds, accuracy.se_samples]
+                        cells += [percent / 100 for percent in in_paper] if in_paper else ["", ""]
+                        cells += [arm.retained, arm.mass_covered, arm.peak_memory_gb, arm.seconds]
                         for base in baselines:
-                            interval = evaluation.differences.get(base, {}).get(metric)
-                            cells += (
-                                [interval.mean, interval.low, interval.high, interval.covers] if interval else [""] * 4
-                            )
+                            i = evaluation.differences.get(base, {}).get(metric)
+                            cells += [i.mean, i.low, i.high, i.covers] if i else [""] * 4
                         writer.writerow([panel.title, label, name, step, metric, *cells])
     return file.getvalue()
-
-
-def _accuracy_columns(arm: ArmResult, name: str, evaluation: Evaluation, metric: str) -> list[Any]:
-    accuracy, in_paper = evaluation.accuracies[metric], metric == "mean_at_k" and name in arm.paper
-    return [
-        len(accuracy.by_seed),
-        accuracy.mean,
-        accuracy.se_seeds,
-        accuracy.se_samples,
-        *([percent / 100 for percent in arm.paper[name]] if in_paper else ["", ""]),
-        arm.retained,
-        arm.mass_covered,
-        arm.peak_memory_gb,
-        arm.seconds,
-    ]

@@ -1,31 +1,33 @@
-"""The one table of a comparison: on the console, in table.md and in report.html."""
+"""The tables of a comparison, and what is written below them: on the console, in table.md and in report.html."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
 from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, Interval
-from opd.compare import METRICS
 from tip.results.grid import grid
-from tip.results.types import PHASES, Accuracy, ArmResult, Evaluation, Panel, Results, measured
+from tip.results.types import PHASES, Accuracy, ArmResult, Evaluation, Results, measured
 
-Evaluated = Mapping[str, Evaluation]  # label of an arm -> its evaluation on one benchmark
+Table = tuple[tuple[str, ...], dict[str, list[tuple[str, ...]]]]  # header, and title of a group -> its rows
 
 
 def markdown(results: Results) -> str:
-    """A block per evaluated step (or the last), benchmark and panel; then what the runs cost, and how to read it."""
+    """The tables, panel by panel; then what the runs cost, and how to read it."""
     comparison = results.comparison
-    about = f"pair {comparison.pair}, seeds {', '.join(map(str, comparison.seeds))}, commit {results.git_commit}"
+    about = f"pair {comparison.pair}, seeds {', '.join(map(str, comparison.seeds))}, commit {results.commit}"
     parts = [f"# {comparison.title}", comparison.command, f"{about}, {results.machine}"]
     if not results.arms:
-        return "\n\n".join([*parts, "No run has finished.", _missing(results)]) + "\n"
-    for heading, name, evaluated in _blocks(results):
-        parts.append(heading)
-        parts += [f"{panel.title}\n\n{_panel(results, panel, name, evaluated)}" for panel in comparison.panels]
-    parts += [_legend(results), _cost(results), _missing(results), _warnings(results)]
+        return "\n\n".join([*parts, "No run has finished.", missing(results)]) + "\n"
+    for heading, (header, groups) in blocks(results):
+        parts.append(f"## {heading}")
+        models = groups.pop("")  # they stand in the first panel alone
+        for title, rows in groups.items():
+            parts += [title, grid(header, [*models, *rows])]
+            models = []
+    parts += [legend(results), cost(results), missing(results), warnings(results)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _blocks(results: Results) -> Iterator[tuple[str, str, Evaluated]]:
-    """Heading, benchmark, and the evaluations that stand under it."""
+def blocks(results: Results) -> Iterator[tuple[str, Table]]:
+    """A table per evaluated update (or the last) and benchmark, with its heading."""
     arms = results.arms
     if results.comparison.every_evaluation:
         steps = sorted({step for arm in arms.values() for step in arm.evaluations})
@@ -39,32 +41,37 @@ def _blocks(results: Results) -> Iterator[tuple[str, str, Evaluated]]:
     for when, by_arm in moments:
         for name in dict.fromkeys(name for evaluations in by_arm.values() for name in evaluations):
             evaluated = {label: evaluations[name] for label, evaluations in by_arm.items() if name in evaluations}
-            yield f"## {name} after {when}", name, evaluated
+            yield f"{name} after {when}", _table(results, name, evaluated)
 
 
-def _panel(results: Results, panel: Panel, name: str, evaluated: Evaluated) -> str:
+def _table(results: Results, name: str, evaluated: Mapping[str, Evaluation]) -> Table:
+    """Its groups are step-0 student and teacher, without a title, and the panels."""
     comparison, models = results.comparison, {"step-0 student": results.step_0_student, "teacher": results.teacher}
     shown = {who: evaluations[name] for who, evaluations in models.items() if name in evaluations}
     everything = [*shown.values(), *evaluated.values()]
     metrics, with_kl = measured(everything), any(evaluation.reverse_kl is not None for evaluation in everything)
-    titles = {**METRICS, "mean_at_k": f"mean@{everything[-1].k}"}
-    header = ["arm", *(titles[metric] for metric in metrics), *(["reverse KL"] if with_kl else [])]
-    rows = [[who, *_accuracy_cells(evaluation, metrics, with_kl)] for who, evaluation in shown.items()]
-    header += ["paper"] if comparison.paper else []
-    header += [f"{titles[metric]} - {base}" for base in comparison.baselines for metric in metrics]
+    titles = [everything[-1].title(metric) for metric in metrics]
+    header = ["arm", *titles, *(["reverse KL"] if with_kl else []), *(["paper"] if comparison.paper else [])]
+    header += [f"{title} - {base}" for base in comparison.baselines for title in titles]
     header += ["tokens kept", "divergence covered", "peak GiB", "s"]
-    for label in panel.arms:
-        arm, evaluation = results.arms.get(label), evaluated.get(label)
-        if arm is None or evaluation is None:
-            rows.append([label, "no run finished" if arm is None else "not evaluated"])
-            continue
-        row = [label, *_accuracy_cells(evaluation, metrics, with_kl)]
-        if comparison.paper:
-            row.append("{:.1f} +- {:.1f}".format(*arm.paper[name]) if name in arm.paper else "-")
-        for base in comparison.baselines:
-            row += [_difference_cell(evaluation.differences.get(base, {}).get(metric)) for metric in metrics]
-        rows.append([*row, *_kept_cells(arm), f"{arm.peak_memory_gb:.2f}", f"{arm.seconds:.1f}"])
-    return grid(tuple(header), [(*row, *[""] * (len(header) - len(row))) for row in rows])
+
+    def row(label: str, evaluation: Evaluation | None, arm: ArmResult | None) -> tuple[str, ...]:
+        if evaluation is None:
+            cells = [label, "no run finished" if arm is None else "not evaluated"]
+        else:
+            cells = [label, *_accuracy_cells(evaluation, metrics, with_kl)]
+        if evaluation is not None and arm is not None:
+            if comparison.paper:
+                cells.append("{:.1f} +- {:.1f}".format(*arm.paper[name]) if name in arm.paper else "-")
+            for base in comparison.baselines:
+                cells += [_difference_cell(evaluation.differences.get(base, {}).get(metric)) for metric in metrics]
+            cells += [*_kept_cells(arm), f"{arm.peak_memory_gb:.2f}", f"{arm.seconds:.1f}"]
+        return (*cells, *[""] * (len(header) - len(cells)))
+
+    groups = {"": [row(who, evaluation, None) for who, evaluation in shown.items()]}
+    for panel in comparison.panels:
+        groups[panel.title] = [row(label, evaluated.get(label), results.arms.get(label)) for label in panel.arms]
+    return tuple(header), groups
 
 
 def _accuracy_cells(evaluation: Evaluation, metrics: Iterable[str], with_kl: bool) -> list[str]:
@@ -96,7 +103,7 @@ def _kept_cells(arm: ArmResult) -> tuple[str, str]:
     return f"{100 * arm.retained:.1f} %", covered
 
 
-def _legend(results: Results) -> str:
+def legend(results: Results) -> str:
     evaluations = [arm.last for arm in results.arms.values()]
     sizes = {name: evaluation.problems for by_name in evaluations for name, evaluation in by_name.items()}
     if not sizes:
@@ -128,7 +135,7 @@ def what_is_covered(intervals: Iterable[Interval]) -> str:
     return f"a 95 % interval that covers {SEEDS_AND_PROBLEMS}{rest}"
 
 
-def _cost(results: Results) -> str:
+def cost(results: Results) -> str:
     header = ("arm", *PHASES, "whole updates", "evaluations", "peak GiB", "run folder")
     rows = []
     for label, arm in results.arms.items():
@@ -140,15 +147,15 @@ def _cost(results: Results) -> str:
     return f"{about}\n\n{grid(header, rows)}"
 
 
-def _missing(results: Results) -> str:
+def missing(results: Results) -> str:
     lines = [f"- {label}, seed {s}: {why}" for label, runs in results.missing.items() for s, why in runs.items()]
     return "Not in the table:\n\n" + "\n".join(lines) if lines else ""
 
 
-def _warnings(results: Results) -> str:
+def warnings(results: Results) -> str:
     lines = [
-        f"- {label}: {warnings.times} x {kind}, first {warnings.first}"
+        f"- {label}: {warned.times} x {kind}, first {warned.first}"
         for label, arm in results.arms.items()
-        for kind, warnings in arm.warnings.items()
+        for kind, warned in arm.warnings.items()
     ]
     return "Warnings of the runs:\n\n" + "\n".join(lines) if lines else ""

@@ -1,77 +1,77 @@
-"""report.html: one self-contained page with the table, figures, configuration and warnings.
+"""report.html: what was asked and what came out, the table, figures, links, and everything that a run was made of."""
 
-Text that models or users wrote is escaped; there is no script in the page.
-"""
-
-import base64
 import html
-import json
+import os
 from pathlib import Path
+from urllib.parse import quote
 
 from opd.files import write_whole
+from tip.results import sentences
 from tip.results.draw import draw
-from tip.results.markdown import markdown
+from tip.results.frame import as_json, figures_of, fold, frame, html_of, quadrants_in_words, table
+from tip.results.markdown import blocks, cost, legend, missing, warnings
 from tip.results.types import Results
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222;
-  overflow-wrap: anywhere }
-table { border-collapse: collapse; font-size: 12px; display: block; overflow-x: auto }
-td, th { border: 1px solid #ccc; padding: 2px 7px; white-space: nowrap; text-align: left }
-th { background: #f2f2f2 }
-img { max-width: 100% }
-pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 12px }
-figcaption { font-size: 12px; color: #555 }
-"""
+MANY = 12  # sentences that are read at once
 
 
-def write(results: Results, out: Path) -> None:
-    """Draws what the runs allow, then report.html; each file whole or not at all."""
+def write(results: Results, example: str, out: Path, home: Path) -> None:
+    """Draws what the runs allow, then report.html, each whole or not at all; links start from `home`."""
     captions = draw(results, out)
-    write_whole(out / "report.html", page(results, captions, out))
+    write_whole(out / "report.html", page(results, captions, example, out, home))
 
 
-def page(results: Results, captions: dict[str, str], out: Path) -> str:
-    """The HTML page, with the PNG files that lie in `out`."""
-    body = [html_of(markdown(results))]
-    for name, text in captions.items():
-        data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-        body.append(
-            f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{html.escape(text)}</figcaption></figure>"
-        )
-    folders = {label: {seed: str(f) for seed, f in runs.items()} for label, runs in results.folders.items()}
-    for title, content in (
-        ("Arms", results.comparison.settings),
-        ("Configuration of the first run", results.config),
-        ("Versions", results.versions),
-        ("Run folders", folders),
-    ):
-        text = html.escape(json.dumps(content, indent=1, ensure_ascii=False))
-        body.append(f"<details><summary>{title}</summary><pre>{text}</pre></details>")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(results.comparison.title)}</title>'
-        f"<style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
+def page(results: Results, captions: dict[str, str], example: str, out: Path, home: Path) -> str:
+    """The HTML page, with the PNG files that lie in `out`; `example` is Markdown of one problem's responses."""
+    comparison = results.comparison
+    about = f"Pair {comparison.pair}, seeds {', '.join(map(str, comparison.seeds))}, commit {results.commit}"
+    tables = [f"<h3>{html.escape(heading)}</h3>{table(*content)}" for heading, content in blocks(results)]
+    count = len(next(iter(results.arms.values())).last)  # a table for each benchmark
+    below = f'<div class="small">{html_of(legend(results))}</div>{html_of(warnings(results))}'
+    differences, training, quadrants = (_pop(captions, word) for word in ("differences", "training", "quadrants"))
+    sections = {
+        "What was asked": f"<p>{html.escape(sentences.asked(results))}</p>",
+        "What came out": figures_of(differences, out, _what_came_out(results)),
+        "Table": "".join([*tables[-count:], below]),
+        "Learning curves": figures_of(training, out),
+        "The four quadrants": figures_of(quadrants, out, quadrants_in_words() if quadrants else ""),
+        "Links": _links(results, home),
+        "One problem, before and after": html_of(example),
+    }
+    folds = {
+        "More figures": figures_of(captions, out),
+        "Cost": html_of(cost(results)),
+        "The table after earlier updates": "".join(tables[:-count]),
+        "Arms": as_json(comparison.settings),
+        "Configuration of the first run": as_json(results.config),
+        "Versions": as_json(results.versions),
+        "Command": html_of(comparison.command),
+    }
+    sections["Details"] = "".join(fold(title, content) for title, content in folds.items() if content)
+    return frame(comparison.title, f"{about}, {results.machine}", sections)
+
+
+def _pop(captions: dict[str, str], word: str) -> dict[str, str]:
+    """Takes the figures with this word in their names out of the captions."""
+    return {name: captions.pop(name) for name in list(captions) if word in name}
+
+
+def _what_came_out(results: Results) -> str:
+    items = [f"<li>{html.escape(text)}</li>" for text in sentences.came_out(results)]
+    first, rest = (f"<ul>{''.join(some)}</ul>" for some in (items[:MANY], items[MANY:]))
+    more = fold(f"{len(items) - MANY} more arms", rest) if len(items) > MANY else ""
+    return f"{first}{more}<p>{html.escape(sentences.about_intervals(results))}</p>{html_of(missing(results))}"
+
+
+def _links(results: Results, home: Path) -> str:
+    def link(path: Path, text: str) -> str:
+        return f'<a href="{html.escape(quote(os.path.relpath(path, home)))}">{html.escape(text)}</a>'
+
+    token_map = home / "tokens.html"
+    top = f"<p>{link(token_map, 'Token map')}: every token with its numbers.</p>" if token_map.exists() else ""
+    files = ", ".join(link(home / f"table.{kind}", f"table.{kind}") for kind in ("md", "csv", "json"))
+    runs = (
+        f"<li>{html.escape(label)}: {', '.join(link(folder, f'seed {seed}') for seed, folder in by_seed.items())}</li>"
+        for label, by_seed in results.folders.items()
     )
-
-
-def html_of(markdown: str) -> str:
-    """The little Markdown that tip.results writes: headings, tables, lists, paragraphs. Everything is escaped."""
-    return "".join(map(_block, markdown.strip().split("\n\n")))
-
-
-def _block(block: str) -> str:
-    lines = [html.escape(line) for line in block.split("\n")]
-    if block.startswith("#"):
-        level = len(block) - len(block.lstrip("#"))
-        return f"<h{level}>{lines[0].lstrip('# ')}</h{level}>"
-    if block.startswith("|"):
-        header, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:2] != "|-")
-        return f"<table>{_row('th', header)}{''.join(_row('td', row) for row in rows)}</table>"
-    if block.startswith("- "):
-        return f"<ul>{''.join(f'<li>{line[2:]}</li>' for line in lines)}</ul>"
-    return f"<p>{'<br>'.join(lines)}</p>"
-
-
-def _row(tag: str, cells: list[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>"
+    return f'{top}<p>The table as files: {files}. Run folders:</p><ul class="columns">{"".join(runs)}</ul>'

@@ -1,5 +1,6 @@
 """What a table, a figure and table.json are made of."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,10 @@ class Evaluation:
     reverse_kl: float | None
     differences: dict[str, dict[str, Interval]]  # baseline -> metric -> paired difference, arm minus baseline
 
+    def title(self, metric: str) -> str:
+        """What people call a metric of it: greedy, mean@4."""
+        return f"mean@{self.k}" if metric == "mean_at_k" else METRICS[metric]
+
 
 @dataclass(frozen=True)
 class Warnings:
@@ -107,6 +112,18 @@ class Results:
                 for evaluation in evaluations.values():
                     for by_metric in evaluation.differences.values():
                         yield from by_metric.values()
+
+    @property
+    def subject(self) -> str:
+        """Label of the arm that this is about: the first that selects and is neither baseline nor random control."""
+        others = [label for label in self.arms if label not in self.comparison.baselines] or list(self.arms)
+        rules = {label: self.comparison.settings[label].get("tip.rule") for label in others}
+        return next((a for a in others if self.arms[a].retained < 1 and rules[a] != "random"), others[0])
+
+    @property
+    def commit(self) -> str:
+        """Of the first run, in 12 characters."""
+        return re.sub(r"([0-9a-f]{12})[0-9a-f]{28}", r"\1", self.git_commit or "unknown")
 
     @property
     def memory_note(self) -> str:
