@@ -17,6 +17,7 @@ from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 COLOURS = ("#0b3c5d", "#d1495b", "#328cc1", "#7a9e1f", "#8e44ad", "#e08e0b", "#444444", "#2a9d8f", "#b5651d", "#999999")
+QUADRANT_COLOURS = {1: "#CC79A7", 2: "#0072B2", 3: "#D55E00", 4: "#009E73"}  # Okabe and Ito; the same everywhere
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*<>hpd"
 Curves = dict[str, tuple[Sequence[float], Sequence[float]]]  # label -> (x values, y values)
