@@ -1,22 +1,21 @@
 """The token map: what the page holds, and what a browser makes of it."""
 
-import base64
 import json
 import math
 import shutil
 import time
-import zlib
 
 import numpy as np
 import pytest
 import torch
+from helpers import blob
 from runs import train
 
 from opd.errors import InputError
 from opd.files import write_whole
 from opd.record import dump
 from tip import select, tokens
-from tip.results.token_map import COLUMNS, Packer
+from tip.results.token_map import COLUMNS, Packer, page_of
 
 SMALL = (
     "eval.benchmarks=[]",
@@ -47,17 +46,12 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(folders):
     path = folders[0].parent / "tokens.html"
-    write_whole(path, tokens.page_of(tokens.names_of(folders), "A token map"))
+    write_whole(path, page_of(tokens.names_of(folders), "A token map"))
     return path
 
 
 def dumped(folder, step):
     return dump.read(folder / "tokens" / f"step_{step:06d}.jsonl")
-
-
-def blob(text, name):
-    begin = text.index(f'id="blob-{name}">') + len(f'id="blob-{name}">')
-    return zlib.decompress(base64.b64decode(text[begin : text.index("<", begin)]))
 
 
 def hostile_dump(folder, rollouts=3):
@@ -114,12 +108,12 @@ def test_the_listed_mistakes_are_the_strongest_of_quadrant_3(folders, page):
 def test_the_page_has_no_markup_of_a_model(folders, tmp_path):
     copy = shutil.copytree(folders[0], tmp_path / "run")
     hostile_dump(copy)
-    text = tokens.page_of({"<b>run</b>": copy}, "<i>title</i>")
+    text = page_of({"<b>run</b>": copy}, "<i>title</i>")
     assert not any(bad in text for bad in (*HOSTILE[:2], "<b>run</b>", "<i>title</i>"))
 
 
 def test_fewer_rollouts(folders):
-    about = json.loads(blob(tokens.page_of({"run": folders[0]}, "", rollouts=2), "about"))
+    about = json.loads(blob(page_of({"run": folders[0]}, "", rollouts=2), "about"))
     assert [len(update["rollouts"]) for update in about["runs"][0]["updates"]] == [2, 2]
 
 
@@ -133,17 +127,17 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
 
 def test_runs_without_marks_are_refused(folders, tmp_path):
     with pytest.raises(InputError, match="no token dumps"):
-        tokens.page_of({"run": tmp_path}, "")
+        page_of({"run": tmp_path}, "")
     plain = train(tmp_path, *SMALL, plain=True)
     with pytest.raises(InputError, match=r"Train with tip\.train"):
-        tokens.page_of({"run": plain}, "")
+        page_of({"run": plain}, "")
     copy = shutil.copytree(folders[0], tmp_path / "damaged")
     path = copy / "tokens" / "step_000001.jsonl"
     row = json.loads(path.read_text().split("\n")[0])
     for change in ({"quadrant": ["x"] * len(row["tokens"])}, {"keep/all": [[]] * len(row["tokens"])}, {"answer": 3}):
         path.write_text(json.dumps(row | change) + "\n")
         with pytest.raises(InputError, match=next(iter(change))):
-            tokens.page_of({"run": copy}, "")
+            page_of({"run": copy}, "")
 
 
 def test_the_command_writes_the_page(folders, tmp_path, capsys):
@@ -342,7 +336,7 @@ def test_hostile_tokens_are_text_and_only_what_is_near_is_in_the_document(folder
     copy = shutil.copytree(folders[0], tmp_path / "run")
     hostile_dump(copy, rollouts=120)
     path = tmp_path / "tokens.html"
-    path.write_text(tokens.page_of({"<b>run</b>": copy}, "<i>title</i>"))
+    path.write_text(page_of({"<b>run</b>": copy}, "<i>title</i>"))
     shown(browser, path, height=600)
     assert js(browser, "[...document.querySelectorAll('#rollout-0 .t')].map((t) => t.textContent)") == list(HOSTILE)
     browser.execute_script("document.querySelector('.t').click()")

@@ -5,75 +5,15 @@
 The page is one file and needs no network. It reads the token dumps that runs of tip.train wrote (log.token_dump_every).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from typing_extensions import TypedDict
 
 from opd.cli import Parser, main, number_argument, path_argument, say
 from opd.errors import InputError
-from opd.files import amount, check, refuse_device, step_number, write_whole
-from opd.record import dump
-from opd.record.metrics import read_metrics
-from tip.results.token_map import Packer
+from opd.files import amount, refuse_device, write_whole
+from tip.results.token_map import page_of
 
 LARGE = 300 * 2**20  # bytes of a page that browsers open slowly
-
-
-class Marked(TypedDict):
-    """The columns of tip that the page needs; `keep/<rule>@<retention>` stand beside them."""
-
-    quadrant: list[int]
-    score: list[float]
-
-
-def dumped_updates(run_dir: Path) -> list[Path]:
-    """The token dumps of a run, the earliest first."""
-    paths = (path for path in (run_dir / "tokens").glob("step_*.jsonl") if step_number(path) is not None)
-    return sorted(paths, key=step_number)
-
-
-def page_of(runs: Mapping[str, Path], title: str, rollouts: int | None = None) -> str:
-    """The page of some runs, by the names that it gives them.
-
-    Args:
-        rollouts: of each update only the first so many; None shows all.
-    Raises:
-        InputError: a run has no token dump, or one that cannot be read or lacks the columns of tip.
-    """
-    packer = Packer()
-    for name, folder in runs.items():
-        paths = dumped_updates(folder)
-        if not paths:
-            raise InputError(
-                f"{folder}: no token dumps in it. Train with tip.train and log.token_dump_every above 0, for example "
-                "--set log.token_dump_every=10."
-            )
-        packer.add(name, ((step_number(path), _rows(path, rollouts)) for path in paths), _thresholds(folder))
-    return packer.page(title)
-
-
-def _rows(path: Path, rollouts: int | None) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(islice(dump.rows(path), rollouts), 1):
-        if "quadrant" not in row:
-            raise InputError(
-                f"{path}: no quadrants in it, because opd.train wrote it. Train with tip.train, which does the same "
-                "with --set tip.rule=all."
-            )
-        where = f"{path}, rollout {number}"
-        check(row, Marked, where, "a token dump of tip.train")
-        for name, column in row.items():
-            if name.startswith("keep/"):
-                check(column, list[int], f"{where}: {name[:80]}", "a token dump of tip.train")
-        yield row
-
-
-def _thresholds(run_dir: Path) -> dict[int, tuple[float, float]]:
-    """Number of an update -> the thresholds of its quadrants, where they were logged."""
-    names = ("tip/threshold_entropy", "tip/threshold_divergence")
-    return {int(row["step"]): tuple(row[n] for n in names) for row in read_metrics(run_dir) if row.keys() >= set(names)}
 
 
 def names_of(folders: Sequence[Path]) -> dict[str, Path]:

@@ -1,4 +1,6 @@
-"""The files of a comparison: table.md to read, table.csv and table.json to compute with, figures and report.html."""
+"""The files of a comparison: table.md to read, table.csv and table.json to compute with, figures, report.html, and
+tokens.html where the runs have token dumps.
+"""
 
 import csv
 import io
@@ -9,7 +11,7 @@ from typing import Any
 
 from opd.accuracy import Interval
 from opd.files import write_whole
-from tip.results import page
+from tip.results import page, token_map
 from tip.results.types import ArmResult, Evaluation, Results
 
 
@@ -20,7 +22,18 @@ def write(results: Results, text: str, out: Path) -> None:
     write_whole(out / "table.csv", as_csv(results))
     write_whole(out / "table.md", text)
     if results.arms:
+        _write_token_map(results, out / "tokens.html")
         page.write(results, out)
+
+
+def _write_token_map(results: Results, path: Path) -> None:
+    """Writes the token map of one seed of every arm that can be mapped, the arms that select first."""
+    baselines = results.comparison.baselines
+    first = {label: next(iter(runs.values())) for label, runs in results.folders.items() if runs}
+    labels = sorted(filter(lambda a: token_map.can_be_mapped(first[a]), first), key=lambda a: a in baselines)
+    if labels:
+        runs = {label: first[label] for label in labels}
+        write_whole(path, token_map.page_of(runs, f"Token map: {results.comparison.title}"))
 
 
 def as_json(results: Results) -> dict[str, Any]:

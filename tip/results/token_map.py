@@ -15,15 +15,21 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from heapq import nlargest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
+from opd.errors import InputError
+from opd.files import check, step_number
+from opd.record import dump
 from opd.record.dump import MODELS
+from opd.record.metrics import read_metrics
 from tip.results.figures import QUADRANT_COLOURS
 
 PAGE = Path(__file__).with_name("token_map.html")
@@ -170,3 +176,63 @@ def _mistakes(row: Mapping[str, Any], update: int, rollout: int) -> list[Mistake
             before, after = "".join(tokens[max(0, i - BEFORE) : i]), "".join(tokens[i + 1 : i + 1 + AFTER])
             found.append(Mistake(size, update, rollout, i, before, tokens[i], after, row["teacher_top5"][i][0][0]))
     return found
+
+
+class Marked(TypedDict):
+    """The columns of tip that the page needs; `keep/<rule>@<retention>` stand beside them."""
+
+    quadrant: list[int]
+    score: list[float]
+
+
+def dumped_updates(run_dir: Path) -> list[Path]:
+    """The token dumps of a run, the earliest first."""
+    paths = (path for path in (run_dir / "tokens").glob("step_*.jsonl") if step_number(path) is not None)
+    return sorted(paths, key=step_number)
+
+
+def can_be_mapped(run_dir: Path) -> bool:
+    """Whether a run has token dumps, and with the columns of tip, which runs of opd.train lack."""
+    paths = dumped_updates(run_dir)
+    return bool(paths) and "quadrant" in next(dump.rows(paths[0]), {})
+
+
+def page_of(runs: Mapping[str, Path], title: str, rollouts: int | None = None) -> str:
+    """The page of some runs, by the names that it gives them.
+
+    Args:
+        rollouts: of each update only the first so many; None shows all.
+    Raises:
+        InputError: a run has no token dump, or one that cannot be read or lacks the columns of tip.
+    """
+    packer = Packer()
+    for name, folder in runs.items():
+        paths = dumped_updates(folder)
+        if not paths:
+            raise InputError(
+                f"{folder}: no token dumps in it. Train with tip.train and log.token_dump_every above 0, for example "
+                "--set log.token_dump_every=10."
+            )
+        packer.add(name, ((step_number(path), _marked(path, rollouts)) for path in paths), _thresholds(folder))
+    return packer.page(title)
+
+
+def _marked(path: Path, rollouts: int | None) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(islice(dump.rows(path), rollouts), 1):
+        if "quadrant" not in row:
+            raise InputError(
+                f"{path}: no quadrants in it, because opd.train wrote it. Train with tip.train, which does the same "
+                "with --set tip.rule=all."
+            )
+        where = f"{path}, rollout {number}"
+        check(row, Marked, where, "a token dump of tip.train")
+        for name, column in row.items():
+            if name.startswith("keep/"):
+                check(column, list[int], f"{where}: {name[:80]}", "a token dump of tip.train")
+        yield row
+
+
+def _thresholds(run_dir: Path) -> dict[int, tuple[float, float]]:
+    """Number of an update -> the thresholds of its quadrants, where they were logged."""
+    names = ("tip/threshold_entropy", "tip/threshold_divergence")
+    return {int(row["step"]): tuple(row[n] for n in names) for row in read_metrics(run_dir) if row.keys() >= set(names)}
