@@ -7,6 +7,11 @@ bash scripts/setup.sh "$@"
 source .venv/bin/activate
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 if [ "${1:-}" = --vllm ]; then exec python -m pytest tests/test_vllm.py --run-vllm "${@:2}"; fi
+if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  echo "test: installing Chromium, in which tests look at the pages" >&2
+  { apt-get update -qq && apt-get install -qq -y chromium chromium-driver; } >/dev/null 2>&1 ||
+    echo "test: Chromium cannot be installed, so these tests are skipped" >&2
+fi
 ruff format --check .
 ruff check .
 # A file stays on one core, because its tests share what they build once.

@@ -1,5 +1,8 @@
 """Small random models and batches, and the formulas of the loss written again, naively and in float64."""
 
+import base64
+import zlib
+
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -134,3 +137,9 @@ def evaluation_figures(**changes):
         }
         | changes
     )
+
+
+def blob(text, name):
+    """What a token map holds under this name (tip.results.token_map)."""
+    begin = text.index(f'id="blob-{name}">') + len(f'id="blob-{name}">')
+    return zlib.decompress(base64.b64decode(text[begin : text.index("<", begin)]))

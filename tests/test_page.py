@@ -76,7 +76,7 @@ def test_the_arm_that_a_comparison_is_about_selects_and_is_no_control(three, tmp
 
 
 def test_the_page_says_what_came_out_and_repeats_no_row(three, tmp_path):
-    text = page.page(three, {}, "", tmp_path, tmp_path)
+    text = page.page(three, {}, "", tmp_path)
     order = [text.index(part) for part in ("What was asked", "What came out", "Soft-OR at", "<h2>Table", "<h2>Links")]
     assert order == sorted(order)
     for once in ("step-0 student", "teacher"):
@@ -86,19 +86,19 @@ def test_the_page_says_what_came_out_and_repeats_no_row(three, tmp_path):
     assert "<title>Main &lt;job&gt;</title>" in text and "<job>" not in text
 
 
-def test_links_start_where_the_page_will_lie(three, tmp_path):
-    home = tmp_path / "report"
-    home.mkdir()
-    text = page.page(three, {}, "", tmp_path / "elsewhere", home)
+def test_links_are_relative_and_a_token_map_is_linked_where_it_lies(three, tmp_path):
+    out = tmp_path / "report"
+    out.mkdir()
+    text = page.page(three, {}, "", out)
     assert 'href="../runs/soft_or%200.5"' in text and 'href="table.json"' in text and "tokens.html" not in text
-    (home / "tokens.html").write_text("")
-    assert 'href="tokens.html"' in page.page(three, {}, "", tmp_path / "elsewhere", home)
+    (out / "tokens.html").write_text("")
+    assert 'href="tokens.html"' in page.page(three, {}, "", out)
 
 
 @pytest.mark.parametrize("text", ["| <b>a |\n|---|\n| <b> |", "- <b>", "# <b>", "said\n\n    <b>\n    <b>", "<b>"])
 def test_text_in_a_page_is_escaped(text, three, tmp_path):
     assert "<b>" not in html_of(text) and "&lt;b&gt;" in html_of(text)
-    assert "<b>" not in page.page(three, {}, text, tmp_path, tmp_path)
+    assert "<b>" not in page.page(three, {}, text, tmp_path)
 
 
 def test_a_frame_leaves_out_empty_sections_and_a_figure_has_one_caption(tmp_path):

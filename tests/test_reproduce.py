@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from helpers import evaluation_figures, response
+from helpers import blob, evaluation_figures, response
 
 from data.tiny import addition, build
 from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, Interval
@@ -149,6 +149,9 @@ def test_a_small_reproduction_and_the_same_again(tiny_pair, tmp_path, capsys):
     assert (out / "table.md").read_text() in capsys.readouterr().out
     assert "<script" not in text and text.count("data:image/png") >= 5
     assert text.count("soft_or 0.5, update 2: ") == 3  # the quadrants, tokens and overlap are of the arm that selects
+    assert 'href="tokens.html"' in text
+    page = (out / "tokens.html").read_text()
+    assert [run["name"] for run in json.loads(blob(page, "about"))["runs"]] == ["soft_or 0.5", "random 0.5", "all 1.0"]
     (seed / "soft_or-0.5" / "summary.json").unlink()  # as if it had been stopped before its end
     reproduce.command(command)
     assert (out / "table.json").read_text() == first

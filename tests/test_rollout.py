@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from helpers import random_lm
 from transformers import GenerationConfig
 
 from opd.data import Prompt
 from opd.rollout import Decoding
-from opd.rollout.local import TransformersSampler, quantile_token
+from opd.rollout.decode import quantile_token
+from opd.rollout.local import TransformersSampler
 from opd.seeds import generator
 
 FREE = Decoding(temperature=1.0, top_p=1.0, max_response_tokens=12)
@@ -120,3 +122,59 @@ def test_first_token_frequencies_follow_the_student(temperature):
     chi_squared = ((counts - 4000 * p) ** 2 / (4000 * p))[4000 * p > 5].sum().item()
     cells = int((4000 * p > 5).sum())
     assert chi_squared < cells + 4 * math.sqrt(2 * cells)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 35}
+ARCHITECTURES = {  # name -> (its configuration, what is particular); the longest rollout fills the context
+    "llama": ("LlamaConfig", {"num_key_value_heads": 1}),
+    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8}),  # and full attention
+    "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": 8}),  # sliding windows alone
+    "phi": ("PhiConfig", {"num_key_value_heads": 4}),
+    "gpt2": ("GPT2Config", {"n_positions": 68, "bos_token_id": None}),  # learned positions
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),  # no positions but a bias
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2, "num_key_value_heads": 2}),  # states, too
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rows_that_come_and_go_sample_from_the_uncached_model(name):
+    """Every sampled token is the quantile of its number in a plain forward pass, and few rows are computed in vain."""
+    kind, particular = ARCHITECTURES[name]
+    torch.manual_seed(3)
+    config = getattr(transformers, kind)(
+        **SIZES | {"max_position_embeddings": 68, "initializer_range": 0.3} | particular
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    lm = replace(random_lm(1), model=model, eos_ids=(5, 9), head_scope=None)
+    prompts = [Prompt(str(i), tuple(10 + (7 * i + j) % 20 for j in range(3 + 5 * i % 26)), "0") for i in range(30)]
+    computed = []
+    model.register_forward_pre_hook(lambda _, __, inputs: computed.append(len(inputs["input_ids"])), with_kwargs=True)
+    decoding = Decoding(1.0, 1.0, 40)
+    sampler = TransformersSampler(lm, 8)
+    rollouts = sampler.sample(prompts, decoding, 35, [(0, p.id) for p in prompts])
+    sampled = sum(len(r.response_ids) for r in rollouts)
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"} and sampled < 0.9 * 40 * len(rollouts)
+    assert sum(computed) < sampled * (1.15 if name != "lfm2" else 1.6)
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :, :35]
+        uniforms = torch.rand(40, generator=generator(0, rollout.prompt.id), dtype=torch.float64)
+        probs = logits[len(rollout.prompt.token_ids) - 1 : -1].softmax(-1)
+        assert quantile_token(probs, uniforms[: len(probs)], 1.0)[:, 0].tolist() == list(rollout.response_ids)
+
+
+def test_the_quantile_by_blocks_is_that_of_the_running_sum():
+    torch.manual_seed(0)
+    for size in (3, 511, 512, 513, 3000):
+        probs = (3 * torch.randn(200, size)).softmax(-1)
+        probs[:, torch.rand(size) < 0.3] = 0
+        probs[:, -1] += 1e-9
+        uniform = torch.rand(200, dtype=torch.float64)
+        uniform[:3] = torch.tensor([0.0, 1.0, 1 - 1e-17])
+        token = quantile_token(probs, uniform, 1.0)[:, 0]
+        assert (probs[torch.arange(200), token] > 0).all()
+        cumulative = probs.double().cumsum(-1)
+        expected = [int((row <= u * row[-1]).sum()) for row, u in zip(cumulative[3:], uniform[3:], strict=True)]
+        assert token[3:].tolist() == expected

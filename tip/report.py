@@ -91,7 +91,7 @@ def command(arguments: list[str]) -> None:
     text = markdown(results) + (f"\n{responses}\n" if responses else "")
     if options.out:
         with lock(options.out, "--out"), filled(options.out, "--out") as new:
-            files.write(results, text, new, responses, options.out)
+            files.write(results, text, new, responses)
     print(text, end="")
 
 

@@ -81,9 +81,8 @@ class DeepSpeedEngine:
         self.config, self.total_steps, self.stage, self.model = config, total_steps, zero["stage"], student.model
         self.named_parameters = prepare_model(student, config)
         offloads = bool(zero.get("offload_optimizer"))
-        # The fused kernel of torch is as fast in host memory as DeepSpeed's CPU optimizer, and needs no compiler.
-        fused = True if offloads else None
-        self.optimizer = make_adamw(self.named_parameters.values(), config, self.stage == 3, fused)
+        # torch's AdamW is as fast in host memory as DeepSpeed's CPU optimizer, and needs no compiler.
+        self.optimizer = make_adamw(self.named_parameters.values(), config, self.stage == 3)
         # A bfloat16 model on the device makes ZeRO-1 another class of DeepSpeed's, which links its moments itself.
         links_itself = self.stage == 1 and settings["bf16"]["enabled"] and not offloads
         self.links_moments = self.stage in (1, 2) and not links_itself

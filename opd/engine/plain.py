@@ -64,7 +64,7 @@ class TorchEngine:
         return {name: self.content(moment) for name, moment in moments.items()}
 
     def moments(self) -> list[Tensor]:
-        """AdamW's moments that lie on the device. Its step counts always lie in host memory, so they are left out."""
+        """AdamW's moments. Its step counts are single numbers, which need no other place, so they are left out."""
         return [m for moments in self.optimizer.state.values() for name, m in moments.items() if name != "step"]
 
     def load(self, moments: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ nats.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,10 @@ class Dump(TypedDict):
 
     step: int
     sequence_id: int
+    id: str
     vocab_size: int
     prompt: str
+    answer: str | None
     token_ids: list[int]
     tokens: list[str]
     weight: list[float]
@@ -96,18 +98,26 @@ class Dump(TypedDict):
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rollouts of a token dump, all with the same columns. Raises InputError naming the line that is wrong."""
-    expected, rows = "a token dump", []
+    """The rollouts of a token dump. Raises InputError as `rows`."""
+    return list(rows(path))
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rollouts of a token dump, one at a time, all with the same columns.
+
+    Raises InputError naming the line that is wrong.
+    """
+    expected, columns = "a token dump", None
     for number, row in read_rows(path, expected):
         where = f"{path}, line {number}"
         check(row, Dump, where, expected)
         count = len(row["token_ids"])
         if uneven := [name for name, column in row.items() if isinstance(column, list) and len(column) != count]:
             raise InputError(f"{where}: {uneven[0]} is not as long as token_ids. Expected {expected}.")
-        if rows and row.keys() != rows[0].keys():
+        if row.keys() != (columns or row.keys()):
             raise InputError(f"{where}: it has other columns than the first line. Expected {expected}.")
-        rows.append(row)
-    return rows
+        columns = row.keys()
+        yield row
 
 
 def _numbers(column: Tensor) -> list[float] | list[int]:

@@ -1,9 +1,10 @@
 """Rollouts: what turns prompts into the student's responses.
 
-`local.py` samples with transformers in this process. `vllm.py` asks vLLM, which has processes of its own. `fleet.py`
-is the set of these, `connection.py` is the trainer's end of the line to one, `server.py` is the other end, and
-`wire.py` is what both ends share. `ranks.py` brings the responses of all processes together, `choose.py` opens the
-sampler that a configuration names.
+`local.py` samples with transformers in this process; `decode.py` is its loop over the tokens, and `kv_cache.py` its
+cache, whose rows come and go. `vllm.py` asks vLLM, which has processes of its own. `fleet.py` is the set of these,
+`connection.py` is the trainer's end of the line to one, `server.py` is the other end, and `wire.py` is what both ends
+share. `ranks.py` brings the responses of all processes together, `choose.py` opens the sampler that a configuration
+names.
 """
 
 from collections.abc import Callable, Iterable, Sequence

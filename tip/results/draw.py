@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from opd.files import step_number
 from opd.record import dump
 from tip.results import figures
 from tip.results.collect import curve
 from tip.results.figures import Album, Curves, ShownToken, Whisker
+from tip.results.token_map import dumped_updates
 from tip.results.types import Results
 
 MANY = 9  # lines in one plot
@@ -133,8 +133,7 @@ def _draw_tokens(results: Results, album: Album) -> None:
         text = f"The quadrants (explained below) while {label} trains, and what it keeps of each. Means over seeds."
         album.add(figures.lines(panels, "update"), "quadrants_while_training", text)
     first_run = next(iter(runs.values()))
-    paths = sorted(path for path in (first_run / "tokens").glob("step_*.jsonl") if step_number(path) is not None)
-    dumps = dump.read(paths[0]) if paths else []
+    dumps = [row for path in dumped_updates(first_run)[:1] for row in dump.rows(path)]
     if not dumps or "quadrant" not in dumps[0]:
         return
     title = f"{label}, update {dumps[0]['step']}"

@@ -1,4 +1,6 @@
-"""The files of a comparison: table.md to read, table.csv and table.json to compute with, figures and report.html."""
+"""The files of a comparison: table.md to read, table.csv and table.json to compute with, figures, report.html, and
+tokens.html where the runs have token dumps.
+"""
 
 import csv
 import io
@@ -9,21 +11,32 @@ from typing import Any
 
 from opd.accuracy import Interval
 from opd.files import write_whole
-from tip.results import page
+from tip.results import page, token_map
 from tip.results.types import ArmResult, Evaluation, Results
 
 
-def write(results: Results, text: str, out: Path, example: str = "", home: Path | None = None) -> None:
-    """Writes all of them into `out`, each whole or not at all; `text` is what table.md holds.
+def write(results: Results, text: str, out: Path, example: str = "") -> None:
+    """Writes all of them into `out`, each whole or not at all.
 
-    The page shows `example`, Markdown of one problem's responses. Its links start from `home`, where a reader finds it.
+    `text` is what table.md holds. The page shows `example`, which is Markdown of one problem's responses.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "table.json", json.dumps(as_json(results), indent=1) + "\n")
     write_whole(out / "table.csv", as_csv(results))
     write_whole(out / "table.md", text)
     if results.arms:
-        page.write(results, example, out, home or out)
+        _write_token_map(results, out / "tokens.html")
+        page.write(results, example, out)
+
+
+def _write_token_map(results: Results, path: Path) -> None:
+    """Writes the token map of one seed of every arm that can be mapped, the arms that select first."""
+    baselines = results.comparison.baselines
+    first = {label: next(iter(runs.values())) for label, runs in results.folders.items() if runs}
+    labels = sorted(filter(lambda a: token_map.can_be_mapped(first[a]), first), key=lambda a: a in baselines)
+    if labels:
+        runs = {label: first[label] for label in labels}
+        write_whole(path, token_map.page_of(runs, f"Token map: {results.comparison.title}"))
 
 
 def as_json(results: Results) -> dict[str, Any]:

@@ -16,7 +16,7 @@ STYLE = f"""
 @media (prefers-color-scheme: dark) {{
   :root {{ --ink: #ddd; --paper: #16181b; --faint: #a0a0a0; --line: #44484d; --shade: #22262b }} }}
 * {{ box-sizing: border-box }}
-body {{ font: 15px/1.55 "{FONT}", system-ui, sans-serif; color: var(--ink); background: var(--paper);
+body {{ font: 15px/1.55 system-ui, "{FONT}", sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1120px; margin: 0 auto; padding: 1.2rem 1rem 3rem; overflow-wrap: anywhere }}
 h1, h2, h3 {{ line-height: 1.25; margin: 1.2rem 0 .5rem; font-size: 1rem }} h1 {{ font-size: 1.6rem }}
 h2 {{ font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }}

@@ -15,13 +15,13 @@ from tip.results.types import Results
 MANY = 12  # sentences that are read at once
 
 
-def write(results: Results, example: str, out: Path, home: Path) -> None:
-    """Draws what the runs allow, then report.html, each whole or not at all; links start from `home`."""
+def write(results: Results, example: str, out: Path) -> None:
+    """Draws what the runs allow, then report.html, each whole or not at all."""
     captions = draw(results, out)
-    write_whole(out / "report.html", page(results, captions, example, out, home))
+    write_whole(out / "report.html", page(results, captions, example, out))
 
 
-def page(results: Results, captions: dict[str, str], example: str, out: Path, home: Path) -> str:
+def page(results: Results, captions: dict[str, str], example: str, out: Path) -> str:
     """The HTML page, with the PNG files that lie in `out`; `example` is Markdown of one problem's responses."""
     comparison = results.comparison
     about = f"Pair {comparison.pair}, seeds {', '.join(map(str, comparison.seeds))}, commit {results.commit}"
@@ -35,7 +35,7 @@ def page(results: Results, captions: dict[str, str], example: str, out: Path, ho
         "Table": "".join([*tables[-count:], below]),
         "Learning curves": figures_of(training, out),
         "The four quadrants": figures_of(quadrants, out, quadrants_in_words() if quadrants else ""),
-        "Links": _links(results, home),
+        "Links": _links(results, out),
         "One problem, before and after": html_of(example),
     }
     folds = {
@@ -63,13 +63,13 @@ def _what_came_out(results: Results) -> str:
     return f"{first}{more}<p>{html.escape(sentences.about_intervals(results))}</p>{html_of(missing(results))}"
 
 
-def _links(results: Results, home: Path) -> str:
+def _links(results: Results, out: Path) -> str:
     def link(path: Path, text: str) -> str:
-        return f'<a href="{html.escape(quote(os.path.relpath(path, home)))}">{html.escape(text)}</a>'
+        return f'<a href="{html.escape(quote(os.path.relpath(path, out)))}">{html.escape(text)}</a>'
 
-    token_map = home / "tokens.html"
+    token_map = out / "tokens.html"
     top = f"<p>{link(token_map, 'Token map')}: every token with its numbers.</p>" if token_map.exists() else ""
-    files = ", ".join(link(home / f"table.{kind}", f"table.{kind}") for kind in ("md", "csv", "json"))
+    files = ", ".join(link(out / f"table.{kind}", f"table.{kind}") for kind in ("md", "csv", "json"))
     runs = (
         f"<li>{html.escape(label)}: {', '.join(link(folder, f'seed {seed}') for seed, folder in by_seed.items())}</li>"
         for label, by_seed in results.folders.items()
