@@ -110,6 +110,7 @@ def finished_run(d):
     config = json.loads((d / "pair.json").read_text())
     del config["$schema"]
     benchmarks = {"bench": json.loads((d / "bench.json").read_text())}
+    del benchmarks["bench"]["$schema"]
     files = {path: sha256(Path(path)) for path in (*config["data"]["train"], benchmarks["bench"]["file"])}
     record = {
         "config": config,
