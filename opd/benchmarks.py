@@ -40,7 +40,7 @@ class Benchmark:
     """The problems of a benchmark, and how a model answers them."""
 
     version: int = doc("Number that rises with every change that changes the figures.", ge=1)
-    file: PathText = doc("JSONL file, one problem per line.")
+    file: PathText = doc("The problems: a file, a folder or a data set of the hub, as in data.train.")
     prompt_field: Text = doc("Field with the problem: a string or a list of messages.")
     answer_field: Text = doc("Field with the reference answer.")
     instruction: str = doc("Text that is appended to the problem.")

@@ -67,6 +67,11 @@ class StudentSection:
         "move at lr 1e-6."
     )
     attn_implementation: Attention = doc("Attention kernel of transformers.")
+    chat_template: PathText | None = doc(
+        "File with the chat template, in Jinja, that makes prompts of messages, for a base model without one. "
+        "Checkpoints hold it. null: the template of the model's tokenizer.",
+        default=None,
+    )
 
 
 @strict
@@ -96,14 +101,18 @@ class TeacherSection:
 class DataSection:
     """Training prompts."""
 
-    train: tuple[PathText, ...] = doc("JSONL files, one problem per line; several files are mixed.", min_length=1)
+    train: tuple[PathText, ...] = doc(
+        "Problems: .jsonl, .json, .csv and .parquet files, folders of them, and data sets of the Hugging Face hub as "
+        "hub:OWNER/NAME[:CONFIG]@REVISION[/SPLIT]; several are mixed.",
+        min_length=1,
+    )
     validation: int = doc(
         "Number of prompts held out of the training data. The seed chooses them, and they are evaluated as benchmark "
         "`validation` with the decoding of the rollouts. 0: none.",
         ge=0,
     )
     prompt_field: Text = doc(
-        "Field of a line with the problem: a string, which is one user message, or a list of {role, content} messages."
+        "Field with the problem: a string, which is one user message, or a list of {role, content} messages."
     )
     answer_field: str | None = doc("Field with the reference answer, for `rollout/accuracy`; null: none.")
     system_prompt: str | None = doc("System message put before every prompt; null: none.")

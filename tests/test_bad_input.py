@@ -246,11 +246,17 @@ CASES = {
         [],
         "line 2: field 'answer' is null, expected",
     ),
-    "answer that is a fraction": (
-        line('{"problem": "1", "answer": 0.5}'),
+    "answer that is no number": (
+        line('{"problem": "1", "answer": NaN}'),
         "tip",
         [],
-        "field 'answer' is 0.5, expected",
+        "field 'answer' is NaN, expected a string or a number",
+    ),
+    "answer that is a list": (
+        line('{"problem": "1", "answer": [1]}'),
+        "tip",
+        [],
+        "field 'answer' is [1], expected a string or a number",
     ),
     "warm-up beyond one epoch": (
         nothing,
@@ -281,7 +287,12 @@ CASES = {
         [],
         "field 'problem' is 3, expected a non-empty",
     ),
-    "data with bad messages": (line('{"problem": [{"role": "user"}], "answer": "1"}'), "tip", [], "messages."),
+    "data with bad messages": (
+        line('{"problem": [{"role": "user"}], "answer": "1"}'),
+        "tip",
+        [],
+        "train.jsonl, line 2: field 'problem', message 1 has the content null, expected a text",
+    ),
     "data that is not text": (
         write("pair/train.jsonl", b"\xff\xff\n"),
         "tip",
