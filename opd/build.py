@@ -88,27 +88,23 @@ def build(
     settings = identity["deepspeed"]
     phases = Phases(device, config.engine.phases == 2, config.rollout.engine == "vllm")
     student, teacher = _load_models(config, continue_from, device, settings, phases)
-    vocab_size = models.shared_vocabulary(student, teacher)
-    prompts, benchmarks = _load_prompts(config, student, teacher)
-    total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
-    if config.optim.warmup_steps >= total_steps:
-        raise InputError(f"optim.warmup_steps is {config.optim.warmup_steps}, not below the run's {total_steps} steps.")
-    engine = _make_engine(student, config, total_steps, settings, phases)
+    inputs = read_inputs(config, student, teacher)
+    engine = _make_engine(student, config, inputs.total_steps, settings, phases)
     limit = None if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
     scorer = LocalTeacher(teacher, Cache(limit, config.run_dir / SPILLED))
     run = Run(
         config=config,
         identity=identity,
         shared=shared,
-        pair=Pair(engine.student, scorer, vocab_size, config.loss),
+        pair=Pair(engine.student, scorer, inputs.vocab_size, config.loss),
         teacher=teacher,
         engine=engine,
         phases=phases,
         weighter=weighter,
         observer=observer,
-        prompts=prompts,
-        benchmarks=benchmarks,
-        total_steps=total_steps,
+        prompts=inputs.prompts,
+        benchmarks=inputs.benchmarks,
+        total_steps=inputs.total_steps,
     )
     open_student_sampler(run)
     _show_plan(run, device)
@@ -145,10 +141,19 @@ def _load_models(
     return student, teacher
 
 
-def _load_prompts(
-    config: Config, student: LanguageModel, teacher: LanguageModel
-) -> tuple[list[Prompt], list[LoadedBenchmark]]:
-    """Training prompts and benchmarks, checked against both models."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads besides its models."""
+
+    vocab_size: int  # token ids below it are compared
+    prompts: list[Prompt]
+    benchmarks: list[LoadedBenchmark]
+    total_steps: int
+
+
+def read_inputs(config: Config, student: LanguageModel, teacher: LanguageModel) -> Inputs:
+    """Reads the data of a run and checks it against both models, which need no weights for it. Raises InputError."""
+    vocab_size = models.shared_vocabulary(student, teacher)
     prompts, validation = read_training_prompts(config.data, student.tokenizer, config.seed)
     benchmarks = load_benchmarks(config, student, config.eval.limit)
     if validation:
@@ -157,7 +162,10 @@ def _load_prompts(
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
         check_benchmarks(lm, benchmarks)
     models.check_prompt_ids([prompt for loaded in benchmarks for prompt in loaded.prompts] + prompts, teacher)
-    return prompts, benchmarks
+    total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
+    if config.optim.warmup_steps >= total_steps:
+        raise InputError(f"optim.warmup_steps is {config.optim.warmup_steps}, not below the run's {total_steps} steps.")
+    return Inputs(vocab_size, prompts, benchmarks, total_steps)
 
 
 def _make_engine(
@@ -175,7 +183,8 @@ def _show_plan(run: Run, device: torch.device) -> None:
         say(f"  {name}: {json.dumps(section)}")
     settings = run.identity["deepspeed"]
     zero = settings and settings["zero_optimization"]
-    say(plan.describe(run.config, device, run.total_steps, zero, distributed.world_size()))
+    needed = plan.plan_of(run.config, device, run.total_steps, zero, distributed.world_size())
+    say(plan.describe(run.config, device, needed))
 
 
 def _enter_folder(run: Run, continue_from: Path | None) -> None:

@@ -7,7 +7,7 @@ Shapes: N tokens, V vocabulary, H hidden size, K kept tokens, T positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from opd import distributed
 from opd.batch import MicroBatch
 from opd.cli import say
-from opd.config import Config, StudentSection, TeacherSection
+from opd.config import StudentSection, TeacherSection
 from opd.data import Prompt
 from opd.errors import InputError, first_line
 from opd.files import read_text
@@ -144,13 +151,6 @@ def _check_head_keys(model: PreTrainedModel, where: str) -> None:
             )
 
 
-def check_paths(config: Config) -> None:
-    """Checks what the files of both models show without loading them. Raises InputError."""
-    read_chat_template(config.student)
-    _check_folder(config.student, "student")
-    _check_folder(config.teacher, "teacher")
-
-
 def load(
     section: StudentSection | TeacherSection,
     device: torch.device,
@@ -168,11 +168,27 @@ def load(
     Raises:
         InputError: the folder, the parameters, the tokenizer or the architecture cannot be used.
     """
+    lm = _checked(section, name, lambda: _read_model(section, device, sharding))
+    if sharding is None:
+        check_head(lm)
+    return lm
+
+
+def outline(section: StudentSection | TeacherSection, name: str) -> LanguageModel:
+    """A model without its weights, on torch's meta device, with its tokenizer: what checks and plans need.
+
+    Raises InputError as `load` does, except for what the weights alone show.
+    """
+    return _checked(section, name, lambda: _read_outline(section))
+
+
+def _checked(section: StudentSection | TeacherSection, name: str, read: Callable[[], PreTrainedModel]) -> LanguageModel:
+    """What `load` and `outline` have in common. Raises InputError for a model that cannot be used."""
     where = f"{name}.path {section.path!r}"
     _check_folder(section, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.path, revision=section.revision)
-        model = _read_model(section, device, sharding)
+        model = read()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a broken checkpoint can raise anything, depending on the fault and the architecture
@@ -189,10 +205,17 @@ def load(
     else:
         _refuse_dropout(model, where)
         _check_generation_config(model, where)
-    lm = LanguageModel(model, tokenizer, _eos_ids(model, tokenizer, where), getattr(torch, section.dtype), name)
-    if sharding is None:
-        check_head(lm)
-    return lm
+    return LanguageModel(model, tokenizer, _eos_ids(model, tokenizer, where), getattr(torch, section.dtype), name)
+
+
+def _read_outline(section: StudentSection | TeacherSection) -> PreTrainedModel:
+    """The model of a section on torch's meta device, with the generation settings of its files."""
+    config = AutoConfig.from_pretrained(section.path, revision=section.revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with suppress(OSError):  # a checkpoint need not have the file
+        model.generation_config = GenerationConfig.from_pretrained(section.path, revision=section.revision)
+    return model
 
 
 def _read_model(

@@ -1,4 +1,4 @@
-"""The plan of a run: memory per phase and hours, before it starts. --dry-run and the start of a run print it.
+"""The plan of a run: memory per phase and hours. opd.doctor, --dry-run and the start of a run show it.
 
 The sizes of parameters are exact, because the models are built on torch's meta device, without weights. Activations and
 times are estimates for responses of full length. Where several processes share a run, the numbers are of one of them.
@@ -68,6 +68,7 @@ def size_without_weights(section: StudentSection | TeacherSection, name: str) ->
 class Plan:
     """What one process needs, in bytes and seconds."""
 
+    parameters: tuple[int, int]  # of student and teacher
     processes: int
     phases: dict[str, dict[str, int]]  # phase -> name of a part -> bytes that it takes on the device
     host: dict[str, int]  # name of a part -> bytes in host memory, all the time
@@ -133,7 +134,7 @@ def make_plan(
             "teacher layers gathered": gathered,
             "activations": work.micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
         },
-        "update": learning | {"gradients": gradients} | _backward(config, student, zero, work, "optimizer" in host),
+        "update": learning | {"gradients": gradients} | _backward(config, student, work),
         "evaluation": beside_student | _generation(config, student, config.rollout.batch_size, longest_answer),
     }
     if config.rollout.engine == "vllm":
@@ -144,9 +145,8 @@ def make_plan(
         del phases["evaluation"]
     phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items() if parts}
     seconds = _seconds(config, student, teacher, device, work)
-    return Plan(
-        processes, phases, host, teacher_states - host["teacher states"], 12 * student.parameters, seconds, updates
-    )
+    parameters, spilled = (student.parameters, teacher.parameters), teacher_states - host["teacher states"]
+    return Plan(parameters, processes, phases, host, spilled, 12 * student.parameters, seconds, updates)
 
 
 @dataclass(frozen=True)
@@ -171,21 +171,19 @@ def _generation(config: Config, student: Size, responses: int, tokens: int) -> d
     """Bytes that transformers takes to generate so many responses of so many tokens at once."""
     length = config.data.max_prompt_tokens + tokens
     return {
-        "KV cache": responses * length * student.cache_per_token * _bytes_each(config.student),
-        "logits": responses * student.vocab * (4 + 4 + 8 + 8),  # scores and softmax, both also in float64
+        # its buffers have up to a quarter of their columns free (opd/rollout/kv_cache.py)
+        "KV cache": responses * length * student.cache_per_token * _bytes_each(config.student) * 5 // 4,
+        "logits": responses * student.vocab * 4 * 4,  # as the model gives them, in float32, softmax, softmax in blocks
     }
 
 
-def _backward(config: Config, student: Size, zero: dict | None, work: _Work, moments_on_host: bool) -> dict[str, int]:
-    """Bytes of the larger one of two peaks of an update: the backward pass and AdamW's step."""
+def _backward(config: Config, student: Size, work: _Work) -> dict[str, int]:
+    """Bytes of the backward pass. AdamW's step comes after it and takes nothing beside its moments."""
     compute_bytes = _bytes_each(config.student)
     one_layer = work.micro * (8 * student.hidden + 3 * student.intermediate) * compute_bytes
     kept = work.micro * student.hidden * compute_bytes if config.engine.gradient_checkpointing else one_layer
     loss = min(config.loss.chunk_bytes, 12 * work.micro * student.vocab)  # three (tokens, vocabulary) buffers
-    backward = {"activations": one_layer + student.layers * kept, "loss": loss + 4 * student.head}
-    split = 1 if zero is None or zero["stage"] == 0 else work.processes
-    adam = {"AdamW's temporaries": 0 if moments_on_host else 4 * student.parameters // split}
-    return max(backward, adam, key=lambda parts: sum(parts.values()))
+    return {"activations": one_layer + student.layers * kept, "loss": loss + 4 * student.head}
 
 
 def _seconds(config: Config, student: Size, teacher: Size, device: torch.device, work: _Work) -> dict[str, float]:
@@ -283,15 +281,19 @@ def device_speed(device: torch.device, dtype: torch.dtype) -> tuple[float, float
     return 2 * n**3 / shortest(lambda: matrix @ matrix), 2 * block.nbytes / shortest(block.clone)
 
 
-def describe(config: Config, device: torch.device, updates: int, zero: dict | None, processes: int) -> str:
-    """The plan of a configuration in a few lines; `updates`, `zero` and `processes` are as in make_plan.
+def plan_of(config: Config, device: torch.device, updates: int, zero: dict | None, processes: int) -> Plan:
+    """The plan of a configuration; `updates`, `zero` and `processes` are as in make_plan.
 
     Raises InputError when a model's config.json cannot be read.
     """
     student = size_without_weights(config.student, "student")
     teacher = size_without_weights(config.teacher, "teacher")
     longest = max((benchmark.max_response_tokens for benchmark in read_benchmarks(config).values()), default=0)
-    plan = make_plan(config, student, teacher, device, updates, longest, zero, processes)
+    return make_plan(config, student, teacher, device, updates, longest, zero, processes)
+
+
+def describe(config: Config, device: torch.device, plan: Plan) -> str:
+    """A plan in a few lines."""
     per_update = sum(plan.seconds.values())
     times = ", ".join(f"{phase} {seconds:.2g} s" for phase, seconds in plan.seconds.items())
     each = f" of each of {plan.processes} processes" if plan.processes > 1 else ""
@@ -306,7 +308,7 @@ def describe(config: Config, device: torch.device, updates: int, zero: dict | No
             f"plan of {config.run_dir}: {plan.updates} updates of {config.rollout.prompts_per_step} prompts x "
             f"{config.rollout.n} responses of up to {config.rollout.max_response_tokens} tokens on {device}; "
             f"{config.engine.kind} engine, {config.rollout.engine} rollouts, {config.teacher.mode} teacher",
-            f"  parameters: student {student.parameters / 1e6:.2f} M, teacher {teacher.parameters / 1e6:.2f} M",
+            f"  parameters: student {plan.parameters[0] / 1e6:.2f} M, teacher {plan.parameters[1] / 1e6:.2f} M",
             f"  memory{each}, by phase:",
             *peaks,
             f"    host memory throughout: {amount(sum(plan.host.values()))} = {host}",

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ from typing import Any
 import torch
 import transformers
 
-from opd import distributed, evaluate, files, launch, models, plan
+from opd import distributed, evaluate, files, models
 from opd.batch import make_micro_batches, share_of_rank
 from opd.benchmarks import read_benchmarks
 from opd.build import Run, build, open_student_sampler
-from opd.cli import command_line, main, parser, say
+from opd.cli import main, parser, say
 from opd.config import Config, load_config
-from opd.data import Rollout, count_steps, prompts_of_step, read_problems
-from opd.engine.zero_file import read_deepspeed
+from opd.data import Rollout, prompts_of_step
+from opd.doctor import dry_run
 from opd.errors import InputError, Interrupted, RunError
 from opd.hooks import Observer, StatefulWeighter, TokenWeighter, UniformWeighter
 from opd.launch import pick_device
@@ -349,27 +348,10 @@ def start(
 ) -> None:
     """Does what the arguments of a training command ask: trains and prints the run's folder, or only plans."""
     if options.dry_run:
-        return dry_run(config, sections)
+        return dry_run(config, sections, weighter, options.resume)
     run_dir = run(config, weighter, sections, options.resume, observer)
     if distributed.is_first():
         print(run_dir)
-
-
-def dry_run(config: Config, sections: Mapping[str, Any]) -> None:
-    """Prints the resolved configuration, memory, hours and command line, and starts nothing."""
-    device = pick_device(config.engine)
-    models.check_paths(config)
-    updates = config.optim.steps
-    if updates is None:
-        data = config.data
-        problems = [read_problems(path, data.prompt_field, data.answer_field) for path in data.train]
-        prompts = range(sum(map(len, problems)) - data.validation)
-        updates = count_steps(prompts, config.rollout.prompts_per_step, data.epochs, None)
-    zero = read_deepspeed(config)["zero_optimization"] if config.engine.kind == "deepspeed" else None
-    here, machines = launch.processes(config.engine)
-    description = plan.describe(config, device, updates, zero, here * machines)
-    print(json.dumps({**asdict(config), **{name: asdict(section) for name, section in sections.items()}}, indent=1))
-    print(f"{description}\n  command: {command_line()}\ndry run: nothing was started")
 
 
 def command(arguments: list[str]) -> None:

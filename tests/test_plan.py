@@ -60,8 +60,8 @@ def test_the_plain_engine_by_hand():
     )
     assert update["teacher"] == 4 * p and "gradients" not in found.phases["rollout"] and found.checkpoint == 12 * p
     # 32 prompts x 1 response of 24 + 40 tokens; 2 layers x 1 head x (key + value) x 16 x 2 bytes
-    assert found.phases["rollout"]["KV cache"] == 32 * 64 * 2 * 2 * 16 * 2
-    assert found.phases["evaluation"]["KV cache"] == 512 * 54 * 2 * 2 * 16 * 2
+    assert found.phases["rollout"]["KV cache"] == 32 * 64 * 2 * 2 * 16 * 2 * 1.25
+    assert found.phases["evaluation"]["KV cache"] == 512 * 54 * 2 * 2 * 16 * 2 * 1.25
     assert found.host == {"teacher states": 32 * 40 * size.hidden * 4}
     assert found.peaks["update"] == sum(update.values())
     half = plan.make_plan(tiny_config("rollout.max_response_tokens=20"), size, size, torch.device("cpu"), 60)
@@ -77,15 +77,6 @@ def test_two_phases_and_vllm_by_hand():
     assert found.phases["teacher"].keys() == {"teacher", "activations"} and found.phases["teacher"]["teacher"] == 4 * q
     update = found.phases["update"]
     assert update["teacher head"] == 4 * 35 * 48 and "teacher" not in update and update["optimizer"] == 8 * p
-    large = plan.size_of(random_lm(0, hidden=256, layers=4).model)  # whose optimizer takes more than its activations
-    wide = plan.make_plan(
-        tiny_config(*settings, "optim.micro_batch_tokens=64", "engine.gradient_checkpointing=true"),
-        large,
-        t,
-        torch.device("cpu"),
-        60,
-    )
-    assert wide.phases["update"]["AdamW's temporaries"] == 4 * large.parameters
     states = 32 * 40 * 48 * 4
     assert found.host == {
         "teacher states": int(1e-4 * 2**30),
@@ -176,12 +167,12 @@ def test_a_recipe_for_one_gpu_fits_by_hand_arithmetic(name, card, tmp_path):
     ]
     held = 4 * p + 2 * p + 8 * p + 2 * q  # float32 weights, bfloat16 copy, moments; bfloat16 teacher
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    cache = config.rollout.batch_size * longest * layers * 2 * kv * dim * 2
-    logits = config.rollout.batch_size * vocabulary * 24
+    cache = config.rollout.batch_size * longest * layers * 2 * kv * dim * 2 * 5 // 4
+    logits = config.rollout.batch_size * vocabulary * 16
     assert found.peaks["rollout"] == held + cache + logits
     one_layer = longest * (8 * hidden + 3 * intermediate) * 2  # one response to a micro-batch
     backward = one_layer + layers * longest * hidden * 2 + config.loss.chunk_bytes + 4 * vocabulary * hidden
-    assert found.peaks["update"] == held + 4 * p + max(backward, 4 * p)
+    assert found.peaks["update"] == held + 4 * p + backward
     assert max(found.peaks.values()) < GPU[card] * 2**30, {k: v / 2**30 for k, v in found.peaks.items()}
 
 
@@ -205,8 +196,11 @@ def test_the_papers_pairs_fit_eight_gpus_by_hand_arithmetic(tmp_path):
         assert found.phases["update"]["gradients"] == gradients
         one_layer = 16384 * (8 * hidden + 3 * intermediate) * 2  # optim.micro_batch_tokens
         backward = one_layer + layers * 16384 * hidden * 2 + config.loss.chunk_bytes + 4 * head
-        assert found.peaks["update"] == held + gradients + max(backward, 4 * p // 8)
-        assert found.peaks["rollout"] == held + batch * length * layers * 2 * kv * dim * 2 + batch * vocabulary * 24
+        assert found.peaks["update"] == held + gradients + backward
+        assert (
+            found.peaks["rollout"]
+            == held + batch * length * layers * 2 * kv * dim * 2 * 5 // 4 + batch * vocabulary * 16
+        )
         assert found.peaks["loading"] == held - 2 * p - 12 * -(-p // 8) + 4 * p
         assert max(found.peaks.values()) < GPU[80] * 2**30, (name, {k: v / 2**30 for k, v in found.peaks.items()})
 
@@ -271,7 +265,7 @@ def test_a_dry_run_says_everything_and_starts_nothing(tiny_pair, tmp_path):
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    config = json.loads(result.stdout[: result.stdout.index("\n}") + 2])
+    config = json.loads(result.stdout[result.stdout.index("\n{\n") :])  # the configuration comes last
     assert config["tip"]["rule"] == "soft_or" and config["output_dir"] == f"{tmp_path}/o"
     for text in (
         "memory, by phase:",

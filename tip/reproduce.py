@@ -28,9 +28,9 @@ from data.tiny import build
 from opd import distributed, launch
 from opd.cli import main, number_argument, parser, say, seed_argument
 from opd.config import Config, load_config
+from opd.doctor import dry_run
 from opd.errors import InputError, Interrupted, RunError
 from opd.files import lock
-from opd.train import dry_run
 from opd.train import run as train
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
@@ -119,7 +119,8 @@ def command(arguments: list[str]) -> None:
     base = _checked(table, options.config, options.overrides)
     if options.dry_run:
         say(f"{table.title}: {len(table.arms)} arms x {len(seeds)} seeds: {', '.join(a.label for a in table.arms)}")
-        dry_run(*load_config(options.config, [*options.overrides, *_settings(table.arms[0])], SECTIONS))
+        config, sections = load_config(options.config, [*options.overrides, *_settings(table.arms[0])], SECTIONS)
+        dry_run(config, sections, TipWeighter(sections["tip"]), "auto")
     elif options.only_seed is not None:
         _run_part(table, options)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:

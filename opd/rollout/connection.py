@@ -92,11 +92,7 @@ class ServerConnection:
         answer = self.receive(LOADING)
         self.place.reached()
         if "missing" in answer:
-            raise InputError(
-                f"rollout.engine is 'vllm', which is not installed ({answer['missing']}). On a GPU it is part of "
-                "requirements.txt; on a CPU, bash scripts/setup.sh --vllm makes .venv-vllm. Or set "
-                "rollout.engine=transformers."
-            )
+            raise _not_installed(answer["missing"])
         if "refused" in answer:
             raise InputError(
                 f"rollout.engine is 'vllm', which does not take {self.model['model']!r}: {answer['refused']}"
@@ -292,6 +288,19 @@ class Elsewhere:
 
     def end(self) -> None:
         pass
+
+
+def _not_installed(detail: str) -> InputError:
+    return InputError(
+        f"rollout.engine is 'vllm', which is not installed ({detail}). On a GPU it is part of requirements.txt; on a "
+        "CPU, bash scripts/setup.sh --vllm makes .venv-vllm. Or set rollout.engine=transformers."
+    )
+
+
+def check_installed() -> None:
+    """Raises InputError when a vLLM that this process starts would find no vLLM."""
+    if python_of_vllm() == sys.executable and importlib.util.find_spec("vllm") is None:
+        raise _not_installed("there is no module vllm, and no .venv-vllm")
 
 
 def python_of_vllm() -> str:

@@ -1,0 +1,264 @@
+"""Checks a configuration and this machine before a run.
+
+    python -m opd.doctor --config configs/PAIR.json [--set KEY=VALUE ...]
+
+Each line is a check that has passed, or says what to mend. The models are loaded, and one batch is sampled and scored.
+`--dry-run` of the training commands makes the checks that need no weights, and prints plan and configuration.
+"""
+
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import transformers
+
+from opd import distributed, launch, models, plan
+from opd.batch import make_micro_batches
+from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, read_benchmarks
+from opd.build import read_inputs
+from opd.cli import command_line, main, parser
+from opd.config import Config, load_config
+from opd.data import Prompt, count_steps, read_problems, read_training_prompts
+from opd.engine.zero_file import read_deepspeed
+from opd.errors import InputError
+from opd.files import amount
+from opd.hooks import TokenWeighter
+from opd.models import LanguageModel
+from opd.record import folder
+from opd.record.identity import identity_of
+from opd.rollout import Decoding
+from opd.rollout.connection import check_installed
+from opd.rollout.local import TransformersSampler
+from opd.step import Pair, score_update
+from opd.teacher.local import LocalTeacher, load_teacher
+
+SCORED = 8  # prompts that are answered and scored
+SCORED_TOKENS = 32  # the longest of these responses
+SAME = 1e-4  # nats that a model may differ from itself by rounding
+T = TypeVar("T")
+
+
+def dry_run(config: Config, sections: Mapping[str, Any], weighter: TokenWeighter, resume: str) -> None:
+    """Prints the plan, the command and the configuration of a run, and starts nothing.
+
+    Raises InputError for whatever the run would find before its first update, except for what the weights alone show.
+    """
+    device = launch.pick_device(config.engine)
+    begin = folder.open_run(config.run_dir, identity_of(config, sections, read_benchmarks(config), weighter), resume)
+    if config.rollout.engine == "vllm" and not config.rollout.servers:
+        check_installed()
+    student, teacher = models.outline(config.student, "student"), models.outline(config.teacher, "teacher")
+    inputs = read_inputs(config, student, teacher)
+    print(plan.describe(config, device, _plan(config, device, inputs.total_steps)))
+    print(f"  data: {_lengths(inputs.prompts)}; {inputs.vocab_size} token ids are compared")
+    where = {None: "a new run", folder.DONE: "the run in it is complete"}.get(begin, f"continues from {begin}")
+    print(f"  folder: {config.run_dir}, {where}\n  command: {command_line()}\ndry run: nothing was started")
+    print(json.dumps({**asdict(config), **{name: asdict(section) for name, section in sections.items()}}, indent=1))
+
+
+def _plan(config: Config, device: torch.device, updates: int) -> plan.Plan:
+    """The plan of one process, when as many are started as opd.launch starts."""
+    zero = read_deepspeed(config)["zero_optimization"] if config.engine.kind == "deepspeed" else None
+    here, machines = launch.processes(config.engine)
+    return plan.plan_of(config, device, updates, zero, here * machines)
+
+
+@dataclass
+class Report:
+    """Prints each check when it is made, and keeps what is to be mended."""
+
+    faults: list[str] = field(default_factory=list)
+
+    def check(self, name: str, work: Callable[[], T], describe: Callable[[T], str]) -> T | None:
+        """The result of `work`, or None where it raises InputError."""
+        try:
+            result = work()
+        except InputError as error:
+            self.faults.append(name)
+            _tell(f"mend  {name}: {error}")
+            return None
+        _tell(f"ok    {name}: {describe(result)}")
+        return result
+
+
+def _tell(text: str) -> None:
+    if distributed.is_first():
+        print(text, flush=True)
+
+
+def examine(config: Config) -> list[str]:
+    """Makes all checks that are possible, and returns the names of those that found something to mend."""
+    report = Report()
+    device = report.check("device", lambda: launch.pick_device(config.engine), str)
+    if device is None:
+        return report.faults
+    if config.engine.kind == "deepspeed":
+        distributed.start(device)
+    if config.rollout.engine == "vllm" and not config.rollout.servers:
+        report.check("vLLM", check_installed, lambda _: "installed")
+    for path, prompt_field, answer_field in report.check("files", lambda: _files(config), _about_files) or ():
+        read = partial(read_problems, path, prompt_field, answer_field)
+        report.check(f"file {path}", read, lambda problems: f"{len(problems)} problems")
+    student = report.check("student", lambda: models.load(config.student, device, "student"), _about)
+    teacher = report.check("teacher", lambda: load_teacher(config, device), _about)
+    prompts = benchmarks = vocab_size = None
+    if student:
+        training = partial(read_training_prompts, config.data, student.tokenizer, config.seed)
+        if read := report.check("training data", training, lambda read: _lengths(read[0])):
+            prompts, validation = read
+            _tell(f"      held out as benchmark validation: {len(validation)}")
+        benchmarks = report.check("benchmarks", lambda: load_benchmarks(config, student, None), _about_benchmarks)
+    if student and teacher:
+        vocab_size = report.check(
+            "vocabularies", lambda: models.shared_vocabulary(student, teacher), lambda size: f"{size} shared token ids"
+        )
+    for lm in (student, teacher):
+        if lm and prompts and benchmarks is not None:
+            check = partial(_check_lengths, lm, config, prompts, benchmarks)
+            report.check(f"context of the {lm.name}", check, lambda _, lm=lm: f"{lm.context or 'unlimited'} tokens")
+    if prompts and teacher:
+        report.check(
+            "ids of the prompts", lambda: models.check_prompt_ids(prompts, teacher), lambda _: "in both models"
+        )
+    if prompts:
+        _check_machine(report, config, device, prompts)
+    if prompts and vocab_size:
+        report.check("scoring", lambda: _score(config, student, teacher, vocab_size, prompts), _about_scoring)
+    return report.faults
+
+
+def _files(config: Config) -> list[tuple[str, str, str | None]]:
+    """Every file of problems with the fields that are read of it, for problem and answer."""
+    data = config.data
+    training = [(path, data.prompt_field, data.answer_field) for path in data.train]
+    return training + [(b.file, b.prompt_field, b.answer_field) for b in read_benchmarks(config).values()]
+
+
+def _about_files(files: Sequence[tuple[str, str, str | None]]) -> str:
+    return f"{len(files)} sources of problems"
+
+
+def _about(lm: LanguageModel) -> str:
+    parameters = sum(p.ds_numel if lm.sharded else p.numel() for p in lm.model.parameters())
+    return (
+        f"{type(lm.model).__name__}, {parameters / 1e6:.2f} M parameters, computes in {lm.compute_dtype}; "
+        f"{len(lm.tokenizer)} token ids, EOS {list(lm.eos_ids)}"
+    )
+
+
+def _lengths(prompts: Sequence[Prompt]) -> str:
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    answers = sum(prompt.answer is not None for prompt in prompts)
+    return (
+        f"{len(prompts)} prompts of {statistics.median(lengths):g} tokens (median), the longest {max(lengths)}; "
+        f"{answers} have a reference answer"
+    )
+
+
+def _about_benchmarks(benchmarks: Sequence[LoadedBenchmark]) -> str:
+    return "; ".join(f"{loaded.name}: {_lengths(loaded.prompts)}" for loaded in benchmarks) or "none"
+
+
+def _check_lengths(
+    lm: LanguageModel, config: Config, prompts: Sequence[Prompt], benchmarks: Sequence[LoadedBenchmark]
+) -> None:
+    check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
+    check_benchmarks(lm, benchmarks)
+
+
+def _check_machine(report: Report, config: Config, device: torch.device, prompts: Sequence[Prompt]) -> None:
+    """Compares what the run takes with what this machine has."""
+    steps = partial(count_steps, prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
+    if (updates := report.check("updates", steps, str)) is None:
+        return
+    if (needed := report.check("plan", lambda: _plan(config, device, updates), lambda _: "made")) is None:
+        return
+    report.check("memory", lambda: _check_memory(needed, device), str)
+    report.check("disk", lambda: _check_disk(config, needed), str)
+    hours = updates * sum(needed.seconds.values()) / 3600
+    _tell(f"      time: {hours:.2g} h of updates, if every response were of full length; evaluations are not counted")
+
+
+def _check_memory(needed: plan.Plan, device: torch.device) -> str:
+    """Raises InputError where a phase of the plan is larger than the device, or the whole larger than the machine."""
+    phase, peak = max(needed.peaks.items(), key=lambda item: item[1])
+    host, machine = sum(needed.host.values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_gpu = device.type == "cuda"
+    has = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine
+    takes = peak if on_gpu else peak + host
+    text = f"phase {phase} takes {amount(takes)} of the {device.type}'s {amount(has)}"
+    if takes > has:
+        raise InputError(
+            f"{text}. Lower optim.micro_batch_tokens or rollout.batch_size, set engine.gradient_checkpointing=true or "
+            "engine.phases=2, or take more devices (engine.kind=deepspeed). --dry-run shows the parts."
+        )
+    if on_gpu and host > machine:
+        raise InputError(f"host memory: the run takes {amount(host)} of {amount(machine)}. Set teacher.cache_gb.")
+    return text
+
+
+def _check_disk(config: Config, needed: plan.Plan) -> str:
+    takes = (config.checkpoint.keep + 1) * needed.checkpoint + needed.spilled
+    place = next(p for p in (config.run_dir.absolute(), *config.run_dir.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(place).free
+    text = f"checkpoints and states take {amount(takes)} of {amount(free)} free at {place}"
+    if takes > free:
+        raise InputError(f"{text}. Make room, lower checkpoint.keep, or set another output_dir.")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"{place} cannot be written. Set output_dir to a folder you may write to.")
+    return text
+
+
+@dataclass(frozen=True)
+class _Scored:
+    tokens: int
+    from_itself: float  # the largest divergence of a token, in nats
+    from_teacher: float  # the mean, in nats
+
+
+def _score(
+    config: Config, student: LanguageModel, teacher: LanguageModel, vocab_size: int, prompts: Sequence[Prompt]
+) -> _Scored:
+    """Samples a few responses, and scores them with the student as its own teacher and with the teacher."""
+    chosen, rollout = prompts[:SCORED], config.rollout
+    decoding = Decoding(rollout.temperature, rollout.top_p, min(rollout.max_response_tokens, SCORED_TOKENS))
+    seeds = [(config.seed, "doctor", i) for i in range(len(chosen))]
+    rollouts = TransformersSampler(student, SCORED).sample(chosen, decoding, vocab_size, seeds)
+    batches = make_micro_batches(rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], "keep")
+    itself, other = (
+        score_update(Pair(student, LocalTeacher(lm), vocab_size, config.loss), batches, frozenset({"reverse_kl"}), 0)
+        for lm in (student, teacher)
+    )
+    scored = _Scored(len(itself.position), itself.reverse_kl.max().item(), other.reverse_kl.mean().item())
+    if not scored.from_itself <= SAME:
+        raise InputError(
+            f"the divergence between the student and itself is {scored.from_itself:.2g} nats, expected 0, so scores "
+            "would be wrong. Set student.dtype to 'float32' or another student.attn_implementation, and report this."
+        )
+    return scored
+
+
+def _about_scoring(scored: _Scored) -> str:
+    return (
+        f"{scored.tokens} sampled tokens; KL(student || student) is at most {scored.from_itself:.1g} nats, "
+        f"KL(student || teacher) {scored.from_teacher:.3g} nats on average"
+    )
+
+
+def command(arguments: list[str]) -> None:
+    transformers.logging.disable_progress_bar()
+    options = parser("python -m opd.doctor", "Checks a configuration and this machine.").parse_args(arguments)
+    config, _ = load_config(options.config, options.overrides, ignore_extensions=True)
+    if faults := examine(config):
+        raise InputError(f"{options.config} is not ready: mend {', '.join(faults)}. The lines above say how.")
+    _tell("ready")
+
+
+if __name__ == "__main__":
+    main(command)
