@@ -59,15 +59,15 @@ def overlaps(train: Sequence[tuple[str, str]], evaluation: Sequence[tuple[str, s
 
 
 def texts(path: str | Path, prompt_field: str = "prompt") -> list[tuple[str, str]]:
-    """(id, text) of a JSONL file's problems, without the instruction that preparation adds to training prompts."""
+    """(id, text) of the problems of a source, without the instruction that preparation adds to training prompts."""
     problems = read_problems(path, prompt_field, None)
-    return [(p.id, "\n".join(m["content"].removesuffix(BOXED) for m in p.messages)) for p in problems]
+    return [(p.id, "\n".join((m["content"] or "").removesuffix(BOXED) for m in p.messages)) for p in problems]
 
 
 def command(arguments: list[str]) -> None:
     parser = Parser("python -m data.contamination", __doc__.splitlines()[0])
-    parser.add_argument("train", type=path_argument, help="JSONL file")
-    parser.add_argument("evaluation", nargs="+", type=path_argument, help="JSONL files")
+    parser.add_argument("train", type=path_argument, help="a file or folder of problems, as in data.train")
+    parser.add_argument("evaluation", nargs="+", type=path_argument, help="files or folders of problems")
     parser.add_argument("--field", default="prompt", help="field with the problem (default: prompt)")
     parser.add_argument(
         "--out", type=path_argument, help="write every overlapping pair, with both texts, to this JSONL file"

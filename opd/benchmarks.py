@@ -1,11 +1,32 @@
-"""Benchmarks: the files configs/benchmarks/NAME.json, and their problems as prompts of a model."""
+"""Benchmarks: the files configs/benchmarks/NAME.json, and their problems as prompts of a model.
 
+`python -m opd.benchmarks` prints the JSON schema of these files, configs/benchmark_schema.json.
+"""
+
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from opd.config import COLDEST, MOST_SAMPLES, ROOT, Config, Count, PathText, Text, build, doc, read_json_object, strict
+from pydantic import TypeAdapter
+
+from opd.config import (
+    COLDEST,
+    DRAFT,
+    MOST_SAMPLES,
+    ROOT,
+    SCHEMA_KEY,
+    Config,
+    Count,
+    PathText,
+    Text,
+    build,
+    doc,
+    read_json_object,
+    strict,
+)
 from opd.data import Prompt, make_prompts, read_problems
 from opd.errors import InputError
 from opd.models import LanguageModel
@@ -19,7 +40,7 @@ class Benchmark:
     """The problems of a benchmark, and how a model answers them."""
 
     version: int = doc("Number that rises with every change that changes the figures.", ge=1)
-    file: PathText = doc("JSONL file, one problem per line.")
+    file: PathText = doc("The problems: a file, a folder or a data set of the hub, as in data.train.")
     prompt_field: Text = doc("Field with the problem: a string or a list of messages.")
     answer_field: Text = doc("Field with the reference answer.")
     instruction: str = doc("Text that is appended to the problem.")
@@ -45,6 +66,13 @@ class LoadedBenchmark:
         return tuple(range(GREEDY if self.benchmark.greedy else 0, self.benchmark.k))
 
 
+def read_benchmark(path: Path) -> Benchmark:
+    """The benchmark that a file describes. Raises InputError that names file and key."""
+    content = read_json_object(path)
+    content.pop("$schema", None)
+    return build(Benchmark, content, str(path))
+
+
 def read_benchmarks(config: Config) -> dict[str, Benchmark]:
     """The configured benchmarks by name. Raises InputError that names the faulty file."""
     benchmarks = {}
@@ -55,7 +83,7 @@ def read_benchmarks(config: Config) -> dict[str, Benchmark]:
             raise InputError(f"eval.benchmarks: no benchmark {entry!r}; there are {names}, or give the path of a file.")
         if path.stem in benchmarks:
             raise InputError(f"eval.benchmarks: two benchmarks are named {path.stem!r}. Rename one of the files.")
-        benchmark = build(Benchmark, read_json_object(path), str(path))
+        benchmark = read_benchmark(path)
         if config.eval.k is not None:
             benchmark = replace(benchmark, k=config.eval.k)
         if not benchmark.greedy and benchmark.k == 0:
@@ -120,3 +148,14 @@ def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchma
         answer_lines=False,
     )
     return LoadedBenchmark(VALIDATION, benchmark, prompts)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a benchmark's file."""
+    result = TypeAdapter(Benchmark).json_schema()
+    result["properties"]["$schema"] = SCHEMA_KEY
+    return {"$schema": DRAFT, **result}
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1))

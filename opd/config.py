@@ -1,6 +1,7 @@
-"""The configuration: one complete JSON file per teacher-student pair, read into frozen dataclasses.
+"""The configuration: one JSON file per teacher-student pair, read into frozen dataclasses.
 
-Every key is required, so a file says everything about a run and no default hides in code. A key is documented where it
+A file is complete, or extends a complete one and says what differs. A run records the resolved configuration. Every key
+is required or has a default that is documented beside it, so that older files still run. A key is documented where it
 is declared. `configs/schema.json` is generated from these declarations, so editors complete and explain the same text.
 An extension of this trainer brings its own optional section as a dataclass whose fields all have defaults.
 
@@ -24,6 +25,9 @@ from opd.files import NotJson, parse_json, read_text
 
 strict = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
+DRAFT = "https://json-schema.org/draft/2020-12/schema"  # the version of JSON Schema that pydantic writes
+SCHEMA_KEY = {"type": "string", "description": "This schema, for editors."}
+
 ROOT = Path(__file__).resolve().parent.parent
 Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
@@ -45,7 +49,10 @@ COLDEST = 1e-3  # the lowest temperature above 0: a lower one overflows the scal
 
 
 def doc(text: str, **limits: Any) -> Any:
-    """A required key with its documentation and its limits, in pydantic's words: ge, gt, le, lt and so on."""
+    """A key with its documentation and its limits, in pydantic's words: ge, gt, le, lt and so on.
+
+    It is required, unless `default` is among them.
+    """
     return Field(description=text, **limits)
 
 
@@ -60,6 +67,11 @@ class StudentSection:
         "move at lr 1e-6."
     )
     attn_implementation: Attention = doc("Attention kernel of transformers.")
+    chat_template: PathText | None = doc(
+        "File with the chat template, in Jinja, that makes prompts of messages, for a base model without one. "
+        "Checkpoints hold it. null: the template of the model's tokenizer.",
+        default=None,
+    )
 
 
 @strict
@@ -89,14 +101,18 @@ class TeacherSection:
 class DataSection:
     """Training prompts."""
 
-    train: tuple[PathText, ...] = doc("JSONL files, one problem per line; several files are mixed.", min_length=1)
+    train: tuple[PathText, ...] = doc(
+        "Problems: .jsonl, .json, .csv and .parquet files, folders of them, and data sets of the Hugging Face hub as "
+        "hub:OWNER/NAME[:CONFIG]@REVISION[/SPLIT]; several are mixed.",
+        min_length=1,
+    )
     validation: int = doc(
         "Number of prompts held out of the training data. The seed chooses them, and they are evaluated as benchmark "
         "`validation` with the decoding of the rollouts. 0: none.",
         ge=0,
     )
     prompt_field: Text = doc(
-        "Field of a line with the problem: a string, which is one user message, or a list of {role, content} messages."
+        "Field with the problem: a string, which is one user message, or a list of {role, content} messages."
     )
     answer_field: str | None = doc("Field with the reference answer, for `rollout/accuracy`; null: none.")
     system_prompt: str | None = doc("System message put before every prompt; null: none.")
@@ -291,12 +307,11 @@ def load_config(
     Raises:
         InputError: it names the JSON path, what was got, what was expected, and the nearest legal name.
     """
-    tree = read_json_object(path)
-    tree.pop("$schema", None)
+    tree, where = read_pair(path)
     for text in overrides:
         _override(tree, text)
     sections = {
-        name: build(kind, _object(tree.pop(name, {}), name, path), f"{path}: {name}")
+        name: build(kind, _object(tree.pop(name, {}), name, where), f"{where}: {name}")
         for name, kind in (extensions or {}).items()
     }
     for name in tree.keys() - {field.name for field in fields(Config)}:
@@ -304,15 +319,48 @@ def load_config(
             del tree[name]
         elif isinstance(tree[name], dict) and not difflib.get_close_matches(name, _leaf_names(Config), 1, 0.6):
             raise InputError(
-                f"{path}: section {name[:80]!r} belongs to an extension of this trainer, and this command trains "
+                f"{where}: section {name[:80]!r} belongs to an extension of this trainer, and this command trains "
                 "without it. Start the extension's own command, or remove the section."
             )
-    config = build(Config, tree, str(path))
+    config = build(Config, tree, where)
     for fault in _faults(config):
-        raise InputError(f"{path}: {fault}")
+        raise InputError(f"{where}: {fault}")
     for server in config.rollout.servers:
         address_of(server)
     return config, sections
+
+
+def read_pair(path: str | Path) -> tuple[dict[str, Any], str]:
+    """The sections of a pair file, over those of the files that it extends, and the files' names for messages.
+
+    A file names the one that it extends by a path that starts in its own folder. A key of a section replaces the same
+    key beneath it as a whole. Raises InputError that names all files down to the faulty one.
+    """
+    tree: dict[str, Any] = {}
+    place = Path(path)
+    where, seen = str(place), set()
+    while place.resolve() not in seen:
+        seen.add(place.resolve())
+        try:
+            content = read_json_object(place)
+        except InputError as error:
+            raise InputError(f"{where.removesuffix(str(place))}{error}") from None
+        content.pop("$schema", None)
+        is_last, base = "extends" not in content, content.pop("extends", "")
+        tree = _merged(content, tree)
+        if is_last:
+            return tree, where
+        if not isinstance(base, str) or path_fault(base):
+            raise InputError(f"{where}: extends is {json.dumps(base)[:80]}, expected the path of a pair file.")
+        place = place.parent / base
+        where = f"{where}, which extends {place}"
+    raise InputError(f"{where}: the files extend each other in a circle. Remove `extends` from one of them.")
+
+
+def _merged(beneath: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file with the keys of another one over it, section by section."""
+    both = {k for k in beneath.keys() & above.keys() if isinstance(beneath[k], dict) and isinstance(above[k], dict)}
+    return beneath | above | {name: beneath[name] | above[name] for name in both}
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
@@ -457,10 +505,20 @@ def _engine_faults(config: Config) -> Iterator[str]:
 def schema(extensions: Mapping[str, type]) -> dict[str, Any]:
     """The JSON schema of a pair file with these optional extension sections."""
     result = TypeAdapter(Config).json_schema()
+    complete: dict[str, Any] = {"required": result.pop("required"), "properties": {}}
+    for name, key in result["properties"].items():
+        if "$ref" in key:
+            section = result["$defs"][key["$ref"].rpartition("/")[2]]
+            complete["properties"][name] = {"required": section.pop("required")}
+    result |= {"if": {"not": {"required": ["extends"]}}, "then": complete}
     for name, kind in extensions.items():
         section = TypeAdapter(kind).json_schema()
         result["$defs"].update(section.pop("$defs", {}))
         result["$defs"][kind.__name__] = section
         result["properties"][name] = {"$ref": f"#/$defs/{kind.__name__}"}
-    result["properties"]["$schema"] = {"type": "string", "description": "This schema, for editors."}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **result}
+    result["properties"]["$schema"] = SCHEMA_KEY
+    result["properties"]["extends"] = {
+        "type": "string",
+        "description": "Path of a pair file, from the folder of this file, which holds the keys that differ from it.",
+    }
+    return {"$schema": DRAFT, **result}

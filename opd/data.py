@@ -1,12 +1,14 @@
-"""JSONL problems -> tokenised prompts. No other file applies the chat template.
+"""Problems -> tokenised prompts. No other file applies the chat template.
 
 Problem, Prompt and Rollout are declared here; they flow through a run before any tensor does.
 """
 
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +19,17 @@ from transformers import PreTrainedTokenizerBase
 from opd.cli import say
 from opd.config import DataSection
 from opd.errors import InputError
-from opd.files import read_rows
+from opd.messages import read_messages
 from opd.seeds import generator
+from opd.sources import EXPECTED, read_source
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A line of a data file."""
+    """A row of a source."""
 
     id: str
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     answer: str | None
 
 
@@ -49,47 +52,38 @@ class Rollout:
     finish_reason: Literal["stop", "length"]
 
 
-def read_problems(path: str | Path, prompt_field: str, answer_field: str | None) -> list[Problem]:
-    """The problems of a JSONL file; an `answer_field` of None reads no answers.
+def read_problems(source: str | Path, prompt_field: str, answer_field: str | None) -> list[Problem]:
+    """The problems of a source, as in opd.sources.read_source; an `answer_field` of None reads no answers.
 
-    Raises InputError that names file and line for a line that is not JSON or lacks a field, and for an empty file.
+    Raises InputError that names file and line or row for a row that lacks a field, and for a source without rows.
     """
     problems = []
-    for number, row in read_rows(path, "a JSONL file of problems"):
-        where = f"{path}, line {number}"
-        messages = _messages(_field(row, prompt_field, where), prompt_field, where)
-        answer = None if answer_field is None else _answer(_field(row, answer_field, where), answer_field, where)
-        problems.append(Problem(str(row.get("id", row.get("unique_id", number))), messages, answer))
+    for row in read_source(source):
+        messages = read_messages(_field(row.fields, prompt_field, row.where), prompt_field, row.where)
+        answer = None
+        if answer_field is not None:
+            answer = _answer(_field(row.fields, answer_field, row.where), answer_field, row.where)
+        ids = (row.fields.get("id"), row.fields.get("unique_id"), row.name)
+        problems.append(Problem(str(next(name for name in ids if name is not None)), messages, answer))
     if not problems:
-        raise InputError(f"{path}: no problems in it. Expected at least one JSON object per line.")
+        raise InputError(f"{source}: no problems in it. Expected {EXPECTED}.")
     return problems
 
 
-def _field(row: dict[str, Any], name: str, where: str) -> Any:
-    if name not in row:
-        names = str(sorted(row))[:300]
+def _field(fields: Mapping[str, Any], name: str, where: str) -> Any:
+    if name not in fields:
+        names = str(sorted(fields))[:300]
         raise InputError(f"{where}: no field {name[:80]!r}; it has {names}. Set the field's name in the config.")
-    return row[name]
+    return fields[name]
 
 
 def _answer(value: Any, field: str, where: str) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f").removesuffix(".0")  # 42.0 of a column of floats is 42; no exponent
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise InputError(f"{where}: field {field!r} is {json.dumps(value)[:80]}, expected a string or an integer.")
+        got = json.dumps(value, default=str)[:80]
+        raise InputError(f"{where}: field {field!r} is {got}, expected a string or a number.")
     return str(value)
-
-
-def _messages(value: Any, field: str, where: str) -> tuple[Mapping[str, str], ...]:
-    def is_message(item: Any) -> bool:
-        return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
-
-    if isinstance(value, str) and value.strip():
-        return ({"role": "user", "content": value},)
-    if isinstance(value, list) and value and all(map(is_message, value)):
-        return tuple(value)
-    raise InputError(
-        f"{where}: field {field!r} is {json.dumps(value)[:80]}, expected a non-empty string or a list of "
-        '{"role": ..., "content": ...} messages.'
-    )
 
 
 def make_prompts(
@@ -104,7 +98,7 @@ def make_prompts(
     The chat template makes a prompt of the system prompt and the messages. `instruction` is appended to the last one.
 
     Args:
-        source: the file of the problems, for messages.
+        source: where the problems are from, for messages.
     Raises:
         InputError: no prompt is short enough, or the chat template refuses the messages.
     """
@@ -117,7 +111,8 @@ def make_prompts(
     prompts = []
     for problem in problems:
         messages = [dict(message) for message in problem.messages]
-        messages[-1]["content"] += instruction
+        if instruction:
+            messages[-1]["content"] = (messages[-1]["content"] or "") + instruction
         if data.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": data.system_prompt})
         try:
@@ -127,7 +122,7 @@ def make_prompts(
         except Exception as error:  # a template is a program of the checkpoint's author: it can raise anything
             raise InputError(
                 f"{source}, problem {problem.id}: the chat template refuses it ({error}). Check "
-                "data.system_prompt, data.chat_template_args and the messages' roles."
+                "data.system_prompt, data.chat_template_args, the messages' roles, and the template itself."
             ) from error
         if len(ids) <= data.max_prompt_tokens:
             prompts.append(Prompt(problem.id, tuple(ids), problem.answer))

@@ -413,6 +413,7 @@ def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) 
     if model == config.teacher.path:
         section = config.teacher  # in its own dtype, as in training
         lm = load_teacher(config, device, "model")
+        models.set_chat_template(lm.tokenizer, config.student, f"model {model!r}")
     else:
         lm = models.load(section, device, "model")
     benchmarks = load_benchmarks(config, lm, limit)

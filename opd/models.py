@@ -23,6 +23,7 @@ from opd.cli import say
 from opd.config import Config, StudentSection, TeacherSection
 from opd.data import Prompt
 from opd.errors import InputError, first_line
+from opd.files import read_text
 from opd.loss import Head
 
 DROPOUT_KEYS = (
@@ -144,7 +145,8 @@ def _check_head_keys(model: PreTrainedModel, where: str) -> None:
 
 
 def check_paths(config: Config) -> None:
-    """Checks what the folders of both models show without loading them. Raises InputError."""
+    """Checks what the files of both models show without loading them. Raises InputError."""
+    read_chat_template(config.student)
     _check_folder(config.student, "student")
     _check_folder(config.teacher, "teacher")
 
@@ -216,11 +218,8 @@ def _check_model(
 ) -> None:
     """Refuses a model that loads and that this trainer cannot use. Raises InputError."""
     where = f"{name}.path {section.path!r}"
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{where}: the tokenizer has no chat template, so a prompt cannot be formed. Use an instruction-tuned "
-            "checkpoint, or put a chat_template.jinja beside its tokenizer."
-        )
+    if isinstance(section, StudentSection):
+        set_chat_template(tokenizer, section, where)
     if section.attn_implementation == "sdpa" and _text_config(model).get("attn_logit_softcapping"):
         raise InputError(
             f"{where}: its attention has a soft cap (attn_logit_softcapping), which sdpa leaves out without a word. "
@@ -230,6 +229,31 @@ def _check_model(
     if model.config.is_encoder_decoder:
         raise InputError(
             f"{where}: config.json has is_encoder_decoder, expected a decoder alone. Choose another model."
+        )
+
+
+def read_chat_template(section: StudentSection) -> str | None:
+    """The template that the student's section names; None stands for the tokenizer's own. Raises InputError."""
+    if section.chat_template is None:
+        return None
+    expected = "a chat template in Jinja"
+    template = read_text(section.chat_template, expected)
+    if not template.strip():
+        raise InputError(f"student.chat_template {section.chat_template}: the file is empty. Expected {expected}.")
+    return template
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, section: StudentSection, where: str) -> None:
+    """Gives a tokenizer that makes prompts the template that the student's section names, if it names one.
+
+    Raises InputError that begins with `where` for a tokenizer that has no template in the end.
+    """
+    if template := read_chat_template(section):
+        tokenizer.chat_template = template
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{where}: the tokenizer has no chat template, so a prompt cannot be formed. Use an instruction-tuned "
+            "checkpoint, or name a file with the template: student.chat_template."
         )
 
 

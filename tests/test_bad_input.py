@@ -110,6 +110,7 @@ def finished_run(d):
     config = json.loads((d / "pair.json").read_text())
     del config["$schema"]
     benchmarks = {"bench": json.loads((d / "bench.json").read_text())}
+    del benchmarks["bench"]["$schema"]
     files = {path: sha256(Path(path)) for path in (*config["data"]["train"], benchmarks["bench"]["file"])}
     record = {
         "config": config,
@@ -245,11 +246,17 @@ CASES = {
         [],
         "line 2: field 'answer' is null, expected",
     ),
-    "answer that is a fraction": (
-        line('{"problem": "1", "answer": 0.5}'),
+    "answer that is no number": (
+        line('{"problem": "1", "answer": NaN}'),
         "tip",
         [],
-        "field 'answer' is 0.5, expected",
+        "field 'answer' is NaN, expected a string or a number",
+    ),
+    "answer that is a list": (
+        line('{"problem": "1", "answer": [1]}'),
+        "tip",
+        [],
+        "field 'answer' is [1], expected a string or a number",
     ),
     "warm-up beyond one epoch": (
         nothing,
@@ -280,7 +287,12 @@ CASES = {
         [],
         "field 'problem' is 3, expected a non-empty",
     ),
-    "data with bad messages": (line('{"problem": [{"role": "user"}], "answer": "1"}'), "tip", [], "messages."),
+    "data with bad messages": (
+        line('{"problem": [{"role": "user"}], "answer": "1"}'),
+        "tip",
+        [],
+        "train.jsonl, line 2: field 'problem', message 1 has the content null, expected a text",
+    ),
     "data that is not text": (
         write("pair/train.jsonl", b"\xff\xff\n"),
         "tip",

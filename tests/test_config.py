@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from opd.benchmarks import Benchmark, read_benchmarks
-from opd.config import Config, build, load_config, read_json_object, schema
+from opd import benchmarks
+from opd.benchmarks import read_benchmark, read_benchmarks
+from opd.config import Config, load_config, read_pair, schema
 from opd.errors import InputError
 from tip.config import SECTIONS, TipConfig
 from tip.rules import RULES
 
 PAIRS = sorted(Path("configs").glob("*.json"))
-PAIRS = [p for p in PAIRS if p.name != "schema.json"]
+PAIRS = [p for p in PAIRS if "schema" not in p.name]
 
 
 @pytest.mark.parametrize("path", PAIRS, ids=lambda p: p.stem)
@@ -26,7 +27,7 @@ def test_every_shipped_pair_parses_and_survives_the_round_trip(path):
 
 @pytest.mark.parametrize("path", sorted(Path("configs/benchmarks").glob("*.json")), ids=lambda p: p.stem)
 def test_every_shipped_benchmark_parses(path):
-    build(Benchmark, read_json_object(path), str(path))
+    read_benchmark(path)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +40,8 @@ def test_paper_pairs_have_the_hyperparameters_of_table_9(name, lr):
     assert (config.data.max_prompt_tokens, config.rollout.max_response_tokens) == (2048, 8192)
     assert (config.rollout.temperature, config.rollout.top_p) == (1.0, 1.0)
     assert config.loss.divergence == "reverse_kl"
-    benchmarks = read_benchmarks(config)
-    assert {b.k for b in benchmarks.values()} == {16} and {b.temperature for b in benchmarks.values()} == {1.0}
+    measured = read_benchmarks(config).values()
+    assert {b.k for b in measured} == {16} and {b.temperature for b in measured} == {1.0}
     # not stated in the paper; the public reruns' values
     assert (config.optim.weight_decay, config.optim.grad_clip, config.optim.warmup_steps, config.seed) == (
         0.1,
@@ -50,10 +51,23 @@ def test_paper_pairs_have_the_hyperparameters_of_table_9(name, lr):
     )
 
 
-def test_schema_is_current():
+def test_schemas_are_current():
     assert json.loads(Path("configs/schema.json").read_text()) == schema(SECTIONS), (
         "python -m tip.config > configs/schema.json"
     )
+    assert json.loads(Path("configs/benchmark_schema.json").read_text()) == benchmarks.schema(), (
+        "python -m opd.benchmarks > configs/benchmark_schema.json"
+    )
+
+
+def test_the_schema_wants_every_key_without_a_default_of_files_that_extend_no_other():
+    found = schema(SECTIONS)
+    assert found["if"] == {"not": {"required": ["extends"]}}
+    assert not [name for name, part in found["$defs"].items() if "required" in part] and "required" not in found
+    for name in set(found["properties"]) - {"tip", "$schema", "extends"}:
+        assert name in found["then"]["required"]
+    assert set(found["then"]["properties"]) == {f.name for f in fields(Config) if is_dataclass(f.type)}
+    assert "lr" in found["then"]["properties"]["optim"]["required"]
 
 
 def leaves(kind, prefix=""):
@@ -96,7 +110,7 @@ def test_every_key_that_exists_is_read_and_every_key_that_is_read_exists():
 
 
 def test_every_key_is_documented():
-    for definition in schema(SECTIONS)["$defs"].values():
+    for definition in (*schema(SECTIONS)["$defs"].values(), benchmarks.schema()):
         assert definition["description"]
         for name, key in definition["properties"].items():
             assert key.get("description") or "$ref" in key, name
@@ -178,3 +192,75 @@ def test_broken_files_are_named(tmp_path, text, message):
 def test_a_missing_file_names_the_nearest():
     with pytest.raises(InputError, match=r"configs/tinny.json: no such file. Did you mean configs/tiny.json"):
         load_config("configs/tinny.json")
+
+
+# --- files that extend others -----------------------------------------------------------------------------------------
+def pair_file(path, **content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def family(tmp_path):
+    """deep/mine.json extends ../middle.json, which extends a complete file."""
+    pair_file(
+        tmp_path / "middle.json",
+        extends=str(Path("configs/tiny.json").resolve()),
+        optim={"lr": 1e-5, "steps": 9},
+        data={"chat_template_args": {"a": 1, "b": 2}},
+        tip={"rule": "q3", "retention": 0.2},
+    )
+    return pair_file(
+        tmp_path / "deep/mine.json",
+        **{"$schema": "x"},
+        extends="../middle.json",
+        run_name="mine",
+        optim={"lr": 2e-5},
+        data={"chat_template_args": {"c": 3}},
+        tip={"retention": 0.1},
+    )
+
+
+def test_a_file_that_extends_others_is_the_written_out_file(family, tmp_path):
+    content = json.loads(Path("configs/tiny.json").read_text()) | {"run_name": "mine"}
+    content["optim"] |= {"lr": 2e-5, "steps": 9}
+    content["data"]["chat_template_args"] = {"c": 3}  # a key is replaced as a whole
+    content["tip"] = {"rule": "q3", "retention": 0.1}
+    written = pair_file(tmp_path / "written.json", **content)
+    assert load_config(family, ["seed=3"], SECTIONS) == load_config(written, ["seed=3"], SECTIONS)
+
+
+def in_middle(path, **changes):
+    middle = path.parent.parent / "middle.json"
+    middle.write_text(json.dumps(json.loads(middle.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"optim": {"lrr": 1}}, "{tiny}: optim.lrr is not a known key. Did you mean optim.lr?"),
+        ({"optim": {"lr": 0}, "extends": "no.json"}, "{dir}/deep/../no.json: no such file"),
+        ({"loss": 3}, "{tiny}: loss is 3"),
+        ({"extends": "deep/mine.json"}, "{dir}/deep/../deep/mine.json: the files extend each other in a circle"),
+        ({"extends": ["a.json"]}, '{dir}/deep/../middle.json: extends is ["a.json"], expected the path of a pair file'),
+        ({"extends": None}, "{dir}/deep/../middle.json: extends is null, expected the path"),
+        ({"extends": ""}, '{dir}/deep/../middle.json: extends is "", expected the path'),
+        ({"tip": {"rho": 1}}, "{tiny}: tip: rho is not a known key"),
+    ],
+)
+def test_faults_name_the_chain_of_files(family, changes, message):
+    in_middle(family, **changes)
+    top = family.parent.parent
+    with pytest.raises(InputError) as caught:
+        load_config(family, [], SECTIONS)
+    chain = f"{family}, which extends {top}/deep/../middle.json"
+    message = message.replace("{tiny}", f"{chain}, which extends {Path('configs/tiny.json').resolve()}")
+    message = message.replace("{dir}", str(top))
+    assert message in str(caught.value) and str(caught.value).startswith(chain), str(caught.value)
+
+
+def test_a_file_that_extends_itself_is_a_circle(tmp_path):
+    path = pair_file(tmp_path / "a.json", extends="a.json")
+    with pytest.raises(InputError, match=r"a.json, which extends .*a.json: the files extend each other in a circle"):
+        read_pair(path)

@@ -62,6 +62,14 @@ def test_messages_system_prompt_and_instruction(tmp_path):
     ]
 
 
+def test_numbers_are_answers(tmp_path):
+    """As they are written without an exponent: a grader reads 1e-07 as a product."""
+    numbers = {"1": "1", "-3": "-3", "0.5": "0.5", "42.0": "42", "1e-7": "0.0000001", "1e22": "1" + "0" * 22}
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(f'{{"q": "x", "a": {number}}}\n' for number in numbers))
+    assert [p.answer for p in read_problems(path, "q", "a")] == list(numbers.values())
+
+
 def test_a_mixture_of_files_and_held_out_prompts(tmp_path):
     for name, count in (("a", 6), ("b", 4)):
         rows = [{"id": f"{name}{i}", "problem": f"{i}+1 mod10?", "answer": "1"} for i in range(count)]

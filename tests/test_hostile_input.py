@@ -149,11 +149,17 @@ CASES = {
         "train.jsonl: not UTF-8 text (byte 0)",
         "Expected a JSONL file",
     ),
-    "a folder of data": (
+    "a folder of other files": (
         nothing,
         [S, 'data.train=["{dir}"]'],
-        "{dir}: cannot be read (Is a directory)",
-        "Expected a JSONL file",
+        "{dir}/bench.json: the object in it has no list",
+        "Expected a JSON list of problems, or an object with one list",
+    ),
+    "a folder without files": (
+        lambda folder: (folder / "empty").mkdir(),
+        [S, 'data.train=["{dir}/empty"]'],
+        "{dir}/empty: no file in this folder ends in .jsonl, .json, .csv, .parquet",
+        "Name the files",
     ),
     "a folder of config": (
         nothing,
@@ -206,7 +212,7 @@ CASES = {
         lambda folder: os.mkfifo(folder / "pipe"),
         [S, 'data.train=["{dir}/pipe"]'],
         "{dir}/pipe: is a device or a pipe",
-        "Expected a JSONL file",
+        "Expected a .jsonl, .json, .csv or .parquet file",
     ),
     "an endless argument": (nothing, [NAME * 10], "unrecognized arguments: nnn", "Usage: "),
     "an endless field": (nothing, [S, f"data.prompt_field={NAME * 10}"], "no field 'nnn", "Set the field's name"),
@@ -715,12 +721,13 @@ ROW = '{"problem": "P", "answer": "5", "unique_id": "u", "question": "Q"}'
 SOURCES = {
     "digits": (ROW.replace('"5"', DIGITS), "line 1: " + DIGIT_FAULT),
     "deep": (ROW.replace('"P"', DEEP), DEPTH_FAULT),
-    "bottomless": (BOTTOMLESS, DEPTH_FAULT),
+    "bottomless": ('{"problem": ' + BOTTOMLESS, DEPTH_FAULT),
     "half a character": (ROW.replace("P", HALF), HALF_FAULT),
     "half a character in an id": (ROW.replace('"u"', f'"{HALF}"'), HALF_FAULT),
     "UTF-16": (ROW.encode("utf-16"), "not UTF-8 text (byte 0)"),
-    "no object": ("[1]", "expected a non-empty list of JSON objects"),
-    "nothing": ("", "expected a non-empty list of JSON objects"),
+    "a list": ("[1]", "this is a JSON list, and a JSONL file holds one object per line. Let its name end in .json"),
+    "no object": ("1", "line 1: int, expected a JSON object"),
+    "nothing": ("", "no problems in it"),
     "no JSON": ("{", "not JSON"),
     "no field": ("{}", "no field"),
     "an answer that is no text": (ROW.replace('"5"', "[5]"), "field 'answer' is"),
@@ -732,8 +739,8 @@ LISTS = {
     "digits in a list": ("[" + ROW.replace('"5"', DIGITS) + "]", DIGIT_FAULT),
     "a deep list": ("[" + ROW.replace('"P"', DEEP) + "]", DEPTH_FAULT),
     "half a character in a list": ("[" + ROW.replace("P", HALF) + "]", HALF_FAULT),
-    "an object": (ROW, "expected a non-empty list of JSON objects"),
-    "an empty list": ("[]", "expected a non-empty list of JSON objects"),
+    "an object": (ROW, "the object in it has no list"),
+    "an empty list": ("[]", "no problems in it"),
     "an empty file": ("", "not JSON"),
 }
 
@@ -751,7 +758,7 @@ def test_sources_that_hold_no_problems(name, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (["--source", "{dir}"], "cannot be read (Is a directory)"),
+        (["--source", "{dir}"], "bad.parquet: cannot be read"),
         (["--source", "{dir}/none.jsonl"], "cannot be read (No such file or directory)"),
         (["--source", "{dir}/bad.parquet"], "bad.parquet: cannot be read"),
         (["--source", "/dev/zero"], "/dev/zero: is a device"),

@@ -169,8 +169,8 @@ def test_training_data_needs_the_evaluation_sets_first(tmp_path, monkeypatch):
     "content,message",
     [
         ("{", "not JSON"),
-        ("[1]", "expected a non-empty list"),
-        ("", "expected a non-empty list"),
+        ("[1]", "this is a JSON list"),
+        ("", "no problems in it"),
         ('{"problem": "x"}', "row 1: no field 'answer'"),
         ('{"problem": "x", "answer": "1/2"}', "not an integer from 0 to 999"),
     ],
@@ -223,7 +223,9 @@ def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match=r"HuggingFaceH4/MATH-500: cannot be downloaded \(no network\).*--source FILE"):
+    with pytest.raises(
+        InputError, match=r"HuggingFaceH4/MATH-500@\w+/test: cannot be read \(no network\).*--source FILE"
+    ):
         prepare("math500", "hub", tmp_path)
 
 

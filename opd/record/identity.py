@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from opd import grading
+from opd import grading, sources
 from opd.benchmarks import Benchmark
 from opd.config import Config
 from opd.engine.zero_file import read_deepspeed
-from opd.errors import InputError
-from opd.files import refuse_device, sha256
 from opd.hooks import TokenWeighter
+from opd.models import read_chat_template
 
 MACHINE = {  # section -> keys that fit a run to a machine and change no number, so it may continue with others
     "rollout": ("servers", "timeout", "gpu_memory"),
@@ -33,7 +32,7 @@ def identity_of(
         "config": {**asdict(config), **{name: asdict(section) for name, section in sections.items()}},
         "benchmarks": {name: asdict(benchmark) for name, benchmark in benchmarks.items()},
         "grader": grading.VERSION,
-        "files": _digests([*config.data.train, *(benchmark.file for benchmark in benchmarks.values())]),
+        "files": _digests(config, benchmarks),
         "weighter": f"{type(weighter).__module__}.{type(weighter).__qualname__}",
         "weighter_settings": {k: v for k, v in vars(weighter).items() if isinstance(v, str | int | float | None)},
         "deepspeed": read_deepspeed(config) if config.engine.kind == "deepspeed" else None,
@@ -75,13 +74,13 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
     return [] if old == new else [f"{path.removeprefix('config.')} (there {json.dumps(old)}, here {json.dumps(new)})"]
 
 
-def _digests(paths: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of the problem files, because other problems under the same name make another run. Raises InputError."""
-    digests, expected = {}, "a JSONL file of problems"
-    for path in paths:
-        refuse_device(path, expected)
-        try:
-            digests[path] = sha256(Path(path))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {expected}.") from None
+def _digests(config: Config, benchmarks: Mapping[str, Benchmark]) -> dict[str, str]:
+    """What tells the content of files and data sets, because another one under the same name makes another run.
+
+    Raises InputError for one that cannot be read.
+    """
+    paths = [*config.data.train, *(benchmark.file for benchmark in benchmarks.values())]
+    digests = {path: sources.digest(path) for path in paths}
+    if template := read_chat_template(config.student):
+        digests[config.student.chat_template] = hashlib.sha256(template.encode()).hexdigest()
     return digests

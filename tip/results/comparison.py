@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opd.config import ROOT, read_json_object
+from opd.config import ROOT, read_pair
 from tip.results.runs import Run
 from tip.results.types import Comparison, Panel
 from tip.tables import Table
@@ -29,7 +29,7 @@ def of_table(
     """
     by_benchmark = paper()["tables"][table.paper]["pairs"].get(pair, {}) if table.paper else {}
     if by_benchmark:
-        shipped = read_json_object(ROOT / "configs" / f"{pair}.json")
+        shipped, _ = read_pair(ROOT / "configs" / f"{pair}.json")
         if models != (shipped["student"]["path"], shipped["teacher"]["path"]):
             by_benchmark = {}
     return Comparison(
