@@ -95,6 +95,12 @@ def test_links_are_relative_and_a_token_map_is_linked_where_it_lies(three, tmp_p
     assert 'href="tokens.html"' in page.page(three, {}, "", out)
 
 
+def test_quadrants_are_explained_where_a_figure_shows_them(three, tmp_path):
+    assert "The four quadrants" not in page.page(three, {}, "", tmp_path)
+    (tmp_path / "quadrants_while_training.png").write_bytes(b"")
+    assert "The four quadrants" in page.page(three, {"quadrants_while_training": "below"}, "", tmp_path)
+
+
 @pytest.mark.parametrize("text", ["| <b>a |\n|---|\n| <b> |", "- <b>", "# <b>", "said\n\n    <b>\n    <b>", "<b>"])
 def test_text_in_a_page_is_escaped(text, three, tmp_path):
     assert "<b>" not in html_of(text) and "&lt;b&gt;" in html_of(text)

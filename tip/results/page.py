@@ -29,12 +29,13 @@ def page(results: Results, captions: dict[str, str], example: str, out: Path) ->
     count = len(next(iter(results.arms.values())).last)  # a table for each benchmark
     below = f'<div class="small">{html_of(legend(results))}</div>{html_of(warnings(results))}'
     differences, training, quadrants = (_pop(captions, word) for word in ("differences", "training", "quadrants"))
+    words = quadrants_in_words() if any("quadrants" in name for name in (*training, *quadrants)) else ""
     sections = {
         "What was asked": f"<p>{html.escape(sentences.asked(results))}</p>",
         "What came out": figures_of(differences, out, _what_came_out(results)),
         "Table": "".join([*tables[-count:], below]),
         "Learning curves": figures_of(training, out),
-        "The four quadrants": figures_of(quadrants, out, quadrants_in_words() if quadrants else ""),
+        "The four quadrants": figures_of(quadrants, out, words),
         "Links": _links(results, out),
         "One problem, before and after": html_of(example),
     }
