@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -168,6 +169,7 @@ def load(
     Raises:
         InputError: the folder, the parameters, the tokenizer or the architecture cannot be used.
     """
+    transformers.logging.disable_progress_bar()  # the console tells that models are loaded (opd.console)
     where = f"{name}.path {section.path!r}"
     _check_folder(section, name)
     try:
