@@ -1,6 +1,5 @@
 """Builds a run from its configuration: models, prompts, benchmarks, engine, sampler, record."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opd import distributed, models, plan
+from opd import distributed, evaluate, models
 from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, validation_benchmark
 from opd.cli import Stop, say
 from opd.config import Config, StudentSection
@@ -21,6 +20,7 @@ from opd.grading import Grader
 from opd.hooks import Observer, StatefulWeighter, TokenWeighter
 from opd.models import LanguageModel
 from opd.phases import Phases
+from opd.progress import RunProgress, due
 from opd.record import checkpoint, folder
 from opd.record.metrics import MetricsLog
 from opd.record.record import Record
@@ -54,6 +54,15 @@ class Run:
     grader: Grader = field(default_factory=Grader)
     stop: Stop = field(default_factory=Stop)
     step: int = 0  # number of the last update that is done
+    progress: RunProgress = field(init=False)
+
+    def __post_init__(self) -> None:
+        evaluated = [step for step in range(self.total_steps + 1) if self.evaluates_after(step)]
+        self.progress = RunProgress(self.config.run_name, self.total_steps, evaluated)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the student is evaluated after update `step`, where 0 is before the first."""
+        return bool(self.benchmarks) and (step in (0, self.total_steps) or due(step, self.config.eval.every))
 
     @property
     def student(self) -> LanguageModel:
@@ -106,8 +115,8 @@ def build(
         benchmarks=inputs.benchmarks,
         total_steps=inputs.total_steps,
     )
+    _introduce(run, device)
     open_student_sampler(run)
-    _show_plan(run, device)
     _enter_folder(run, continue_from)
     return run
 
@@ -178,13 +187,24 @@ def _make_engine(
     return engine
 
 
-def _show_plan(run: Run, device: torch.device) -> None:
-    for name, section in run.identity["config"].items():
-        say(f"  {name}: {json.dumps(section)}")
-    settings = run.identity["deepspeed"]
-    zero = settings and settings["zero_optimization"]
-    needed = plan.plan_of(run.config, device, run.total_steps, zero, distributed.world_size())
-    say(plan.describe(run.config, device, needed))
+def _introduce(run: Run, device: torch.device) -> None:
+    """Says what decides the run: in a block, or in one line where the run is one of many that share evaluations."""
+    config, processes = run.config, distributed.world_size()
+    where = f"{processes} processes on {device.type}" if processes > 1 else f"{device.type}"
+    weighter = str(run.weighter)
+    facts = {
+        "student": config.student.path,
+        "teacher": config.teacher.path,
+        "tokens": type(run.weighter).__name__ if weighter.startswith("<") else weighter,  # "<": it has no own text
+        "updates": f"{run.total_steps} of {config.rollout.prompts_per_step * config.rollout.n} rollouts, "
+        f"learning rate {config.optim.lr:g}",
+        "engine": f"{config.engine.kind} on {where}, rollouts by {config.rollout.engine}",
+        "folder": str(config.run_dir),
+    }
+    if run.shared:
+        say(f"{config.run_name}: {facts['tokens']}; updates: {facts['updates']}; {facts['engine']}; {facts['folder']}")
+    else:
+        say("\n".join(f"{name:8} {fact}" for name, fact in facts.items()))
 
 
 def _enter_folder(run: Run, continue_from: Path | None) -> None:
@@ -210,5 +230,7 @@ def _enter_folder(run: Run, continue_from: Path | None) -> None:
     if distributed.is_first():
         folder.rewind(run_dir, run.step, continue_from)
         clear_folder(run_dir / SPILLED)
-        log = MetricsLog(run_dir, run.total_steps, run.step)
+        first = evaluate.finished(run_dir / "eval" / "step_000000", [loaded.name for loaded in run.benchmarks])
+        run.progress.continue_after(run.step, evaluate.seconds_of(first) if first else None)
+        log = MetricsLog(run_dir, run.step)
         run.record = Record(run_dir, config, log, run.student.tokenizer, run.grader, run.observer)

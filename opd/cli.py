@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from opd import distributed
+from opd.console import quiet_libraries, say
 from opd.errors import InputError, Interrupted, RunError, first_line
 
 NAME_BYTES = 255  # the longest name of a file or folder that the usual file systems take
@@ -60,6 +61,7 @@ def main(command: Callable[[list[str]], None]) -> None:
     """Runs a command on `sys.argv[1:]` and exits: 0 done, 2 wrong input, 128 + signal when stopped, 1 anything else."""
     try:
         _check_launcher()
+        quiet_libraries()
         command(sys.argv[1:])
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -129,12 +131,6 @@ def _exit(code: int) -> None:
 def command_line() -> str:
     """The command line that started this process, as a user can type it again."""
     return shlex.join(["python", *sys.orig_argv[1:]])
-
-
-def say(text: str) -> None:
-    """Prints a message on standard error. Of several processes the first one alone speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import transformers
 
 from opd import distributed, launch, models, plan
 from opd.batch import make_micro_batches
@@ -59,7 +58,12 @@ def dry_run(config: Config, sections: Mapping[str, Any], weighter: TokenWeighter
     print(f"  data: {_lengths(inputs.prompts)}; {inputs.vocab_size} token ids are compared")
     where = {None: "a new run", folder.DONE: "the run in it is complete"}.get(begin, f"continues from {begin}")
     print(f"  folder: {config.run_dir}, {where}\n  command: {command_line()}\ndry run: nothing was started")
-    print(json.dumps({**asdict(config), **{name: asdict(section) for name, section in sections.items()}}, indent=1))
+    print(resolved(config, sections))
+
+
+def resolved(config: Config, sections: Mapping[str, Any]) -> str:
+    """The whole configuration as JSON."""
+    return json.dumps({**asdict(config), **{name: asdict(section) for name, section in sections.items()}}, indent=1)
 
 
 def _plan(config: Config, device: torch.device, updates: int) -> plan.Plan:
@@ -252,7 +256,6 @@ def _about_scoring(scored: _Scored) -> str:
 
 
 def command(arguments: list[str]) -> None:
-    transformers.logging.disable_progress_bar()
     options = parser("python -m opd.doctor", "Checks a configuration and this machine.").parse_args(arguments)
     config, _ = load_config(options.config, options.overrides, ignore_extensions=True)
     if faults := examine(config):

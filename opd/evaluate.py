@@ -130,7 +130,8 @@ def evaluate(
             divergences = _reverse_kl(subject.pair, [rollout for _, rollout in numbered], config, stop, enter)
         if not first:
             continue
-        rows = graded(subject.lm, numbered, grader, loaded.benchmark.answer_lines)
+        with Progress(f"grading of {len(numbered)} responses"):
+            rows = graded(subject.lm, numbered, grader, loaded.benchmark.answer_lines)
         for row, divergence in zip(rows, divergences, strict=False):
             row["reverse_kl"] = divergence
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -301,7 +302,13 @@ def _reverse_kl(
     pad_id = pair.student.eos_ids[0]
     batches = equally_many(make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, "keep"), pad_id)
     needs = frozenset({"reverse_kl"})
-    stats = score_update(pair, batches, needs, 0, lambda batches, tokens: stop(True), enter)
+    with Progress(f"reverse KL of the {pair.student.name}", len(batches), "micro-batches") as progress:
+
+        def advance(batches: int, tokens: int) -> None:
+            progress.advance(batches, tokens)
+            stop(True)
+
+        stats = score_update(pair, batches, needs, 0, advance, enter)
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
     sums.index_add_(0, stats.sequence_id, stats.reverse_kl.double())
     return [total / len(rollout.response_ids) for total, rollout in zip(sums.tolist(), rollouts, strict=True)]
@@ -365,9 +372,14 @@ def scalars(summary: dict[str, dict], prefix: str) -> dict[str, float]:
     }
 
 
+def seconds_of(summary: dict[str, Figures]) -> float:
+    """How long an evaluation took, whichever process has made it."""
+    return sum(figures["time/evaluation"] for figures in summary.values())
+
+
 def line(summary: dict[str, dict]) -> str:
     """The main figures in one line for the console."""
-    return "; ".join(" ".join([name, *_parts(figures)]) for name, figures in summary.items())
+    return "; ".join(f"{name} {', '.join(_parts(figures))}" for name, figures in summary.items())
 
 
 def _parts(figures: dict) -> Iterator[str]:
@@ -400,15 +412,21 @@ def command(arguments: list[str]) -> None:
     parts = [part for part in options.model.parts[-3:] if part != "checkpoints"]
     out = options.out or Path(config.output_dir) / "eval" / "-".join(parts[-2:])
     limit = options.limit if options.limit is not None else config.eval.limit
-    with lock(out, "--out") if os.environ.get("RANK", "0") == "0" else nullcontext():
-        _evaluate_command(config, str(options.model), limit, out)
+    locked = lock(out, "--out") if os.environ.get("RANK", "0") == "0" else nullcontext()
+    with locked, Progress(f"evaluation of {options.model.name}"):
+        summary = _evaluate_command(config, str(options.model), limit, out)
+    if distributed.is_first():
+        say(line(summary))
+        print(out / "summary.json")
+    distributed.wait()
 
 
-def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) -> None:
-    """Evaluates a model into `out`. The caller holds the lock of that folder."""
+def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) -> dict[str, Figures]:
+    """Evaluates a model into `out`, whose lock the caller holds. Returns the figures on the first process."""
     device = pick_device(config.engine)
     if config.engine.kind == "deepspeed":
         distributed.start(device)
+    say(f"model    {model}\nfolder   {out}")
     section: StudentSection | TeacherSection = replace(config.student, path=model, revision=None)
     if model == config.teacher.path:
         section = config.teacher  # in its own dtype, as in training
@@ -431,10 +449,7 @@ def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) 
     if summary is None:
         with grading.Grader() as grader, fixed_sampler(lm, section, config, prompts, longest) as sampler:
             summary = evaluate(Subject(lm, sampler, vocab_size, pair), benchmarks, config, out, grader)
-    if distributed.is_first():
-        say(line(summary))
-        print(out / "summary.json")
-    distributed.wait()
+    return summary
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -122,7 +122,7 @@ def _acquire(path: Path, folder: Path, setting: str, wait: Callable[[], object] 
                     f"it has ended, or choose another folder ({setting})."
                 ) from None
             if not waiting:
-                say(f"{folder}: waiting for {owner}")
+                say(f"waiting for {owner}, which writes {folder}")
             waiting = True
             wait()
             time.sleep(0.2)

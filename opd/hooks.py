@@ -154,5 +154,8 @@ class UniformWeighter:
 
     needs: frozenset[str] = frozenset()
 
+    def __str__(self) -> str:
+        return "all"
+
     def __call__(self, stats: TokenStats, generator: torch.Generator) -> TokenWeights:
         return TokenWeights(weights=torch.ones(len(stats.sequence_id)))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -184,6 +185,7 @@ def outline(section: StudentSection | TeacherSection, name: str) -> LanguageMode
 
 def _checked(section: StudentSection | TeacherSection, name: str, read: Callable[[], PreTrainedModel]) -> LanguageModel:
     """What `load` and `outline` have in common. Raises InputError for a model that cannot be used."""
+    transformers.logging.disable_progress_bar()  # the console tells that models are loaded (opd.console)
     where = f"{name}.path {section.path!r}"
     _check_folder(section, name)
     try:

@@ -1,19 +1,21 @@
-"""Seconds by phase, peak memory and progress bars."""
+"""Seconds by phase, peak memory, and how far long work is."""
 
 import datetime
 import resource
-import sys
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from opd import distributed
-from opd.cli import say
+from opd.console import CONSOLE
 
+LINE_EVERY = 10  # updates
+AVERAGED = 20  # the latest updates, whose mean tells how long the others take
 RESIDENCE = {"score": "update", "sync": "update"}  # phase of an update -> phase of opd.phases, if it has another name
 
 
@@ -78,32 +80,131 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 class Progress:
-    """Shows how far long work is: a progress bar on a terminal, else a line at most every 30 seconds."""
+    """Counted work as a row of the console, open within a `with` block.
 
-    def __init__(self, label: str, total: int, unit: str = "responses"):
-        self.label, self.total, self.unit = label, total, unit
+    Args:
+        total: how many units the work has; None where nobody can tell.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int | None = None,
+        unit: str = "responses",
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.label, self.total, self.unit, self.clock = label, total, unit, clock
         self.done = self.tokens = 0
-        self.begin = self.last_line = time.monotonic()
-        visible = sys.stderr.isatty() and distributed.is_first()
-        self.bar = tqdm(total=total, desc=label, unit=" " + unit, leave=False, disable=not visible)
+        self.begin = self.latest = clock()  # of the work, and of its latest unit
+        self.shown = CONSOLE.show(self)
 
     def __enter__(self) -> "Progress":
+        self.shown.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
+    def __exit__(self, *error: Any) -> None:
+        self.shown.__exit__(*error)
 
-    def advance(self, responses: int, tokens: int) -> None:
-        self.done += responses
+    def advance(self, units: int, tokens: int = 0) -> None:
         self.tokens += tokens
-        now = time.monotonic()
-        rate = self.tokens / max(now - self.begin, 1e-9)
-        self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-        self.bar.update(responses)
-        if self.bar.disable and now - self.last_line > 30:
-            self.last_line = now
-            left = f", {duration((now - self.begin) / self.done * (self.total - self.done))} left" if self.done else ""
-            say(f"{self.label}: {self.done}/{self.total} {self.unit}, {self.tokens} tokens, {rate:.0f} tokens/s{left}")
+        if units:
+            self.done += units
+            self.latest = self.clock()
+
+    def share(self) -> float | None:
+        return self.done / self.total if self.total else None
+
+    def state(self) -> str:
+        now = self.clock()
+        seconds = max(now - self.begin, 1e-9)
+        if self.total is None:
+            return f"for {duration(seconds)}"
+        words = [f"{self.done}/{self.total} {self.unit}"]
+        if self.tokens:
+            words.append(f"{self.tokens} tokens, {self.tokens / seconds:.0f} tokens/s")
+        if self.done:
+            left = (self.latest - self.begin) / self.done * (self.total - self.done) - (now - self.latest)
+            words.append(f"{duration(max(0.0, left))} left")
+        return ", ".join(words)
+
+
+class RunProgress:
+    """How far a run is, as a row of the console: its updates, its evaluations and the teacher's.
+
+    What is left is told once each kind of work that is left has been timed: every update takes as long as the latest
+    ones on average, checkpoints included, and every evaluation of the student as long as the latest one.
+
+    Args:
+        evaluated_after: the numbers of the updates after which the student is evaluated; 0 is before the first.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        updates: int,
+        evaluated_after: Collection[int],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.label, self.updates, self.evaluated_after, self.clock = label, updates, evaluated_after, clock
+        self.step = 0  # the last update that is done
+        self.of_update = ""  # what is told of it
+        self.evaluating = ""  # the model that is evaluated at present, if any
+        self.evaluations_left = len(evaluated_after)
+        self.latest: deque[float] = deque(maxlen=AVERAGED)  # seconds of the latest updates
+        self.per_update: float | None = None  # seconds
+        self.per_evaluation: float | None = None
+        self.teacher = 0.0  # seconds that its evaluation took
+        self.begin = clock()  # of what goes on at present
+
+    def continue_after(self, step: int, per_evaluation: float | None) -> None:
+        """The run goes on after update `step`; `per_evaluation` are the seconds of its first evaluation, if known."""
+        self.step, self.per_evaluation, self.begin = step, per_evaluation, self.clock()
+        self.evaluations_left = sum(number >= step for number in self.evaluated_after)
+
+    def evaluates(self, who: str) -> None:
+        """An evaluation begins."""
+        self.evaluating, self.begin = who, self.clock()
+
+    def evaluated(self, seconds: float, is_teacher: bool) -> None:
+        """It is done. It counts with the seconds that it took, also when another run has made it."""
+        self.evaluating, self.begin = "", self.clock()
+        if is_teacher:
+            self.teacher = seconds
+        else:
+            self.per_evaluation = seconds
+            self.evaluations_left -= 1
+
+    def updated(self, step: int, about: str) -> None:
+        """An update is done. Where no bars show it, every tenth one has a line; `about` is what to tell of it."""
+        now = self.clock()
+        self.latest.append(now - self.begin)
+        self.step, self.of_update, self.begin = step, about, now
+        self.per_update = statistics.fmean(self.latest)
+        if due(step, LINE_EVERY) or step == self.updates:
+            CONSOLE.tell()
+
+    def left(self) -> float | None:
+        """Seconds; None before each kind of work has been timed."""
+        work = ((self.updates - self.step, self.per_update), (self.evaluations_left, self.per_evaluation))
+        ahead = [(count, seconds) for count, seconds in work if count > 0]
+        if any(seconds is None for _, seconds in ahead):
+            return None
+        present = (self.per_evaluation if self.evaluating else self.per_update) or 0.0
+        return sum(count * seconds for count, seconds in ahead) - min(self.clock() - self.begin, present)
+
+    def share(self) -> float | None:
+        left = self.left()
+        if left is None:
+            return None
+        evaluations = len(self.evaluated_after) - self.evaluations_left
+        done = self.teacher + self.step * (self.per_update or 0.0) + evaluations * (self.per_evaluation or 0.0)
+        return done / max(done + left, 1e-9)
+
+    def state(self) -> str:
+        left = self.left()
+        present = f"evaluating the {self.evaluating}" if self.evaluating else self.of_update
+        words = [f"update {self.step}/{self.updates}", "" if left is None else f"{duration(left)} left", present]
+        return ", ".join(filter(None, words))
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from opd import distributed, evaluate, files, models
 from opd.batch import make_micro_batches, share_of_rank
@@ -26,8 +25,9 @@ from opd.benchmarks import read_benchmarks
 from opd.build import Run, build, open_student_sampler
 from opd.cli import main, parser, say
 from opd.config import Config, load_config
+from opd.console import CONSOLE
 from opd.data import Rollout, prompts_of_step
-from opd.doctor import dry_run
+from opd.doctor import dry_run, resolved
 from opd.errors import InputError, Interrupted, RunError
 from opd.hooks import Observer, StatefulWeighter, TokenWeighter, UniformWeighter
 from opd.launch import pick_device
@@ -77,13 +77,14 @@ def run(
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # filling would write every chunk of logits twice
         reset_peak_memory(device)
-        built = build(config, weighter, observer, identity, continue_from, shared, device)
-        with _guarded(built):
+        with Progress(f"{config.run_name}: loading models and data"):
+            built = build(config, weighter, observer, identity, continue_from, shared, device)
+        with _guarded(built), CONSOLE.show(built.progress):
             loop(built)
         if built.record:
             figures = folder.write_summary(config.run_dir, [loaded.name for loaded in built.benchmarks])
-            seconds = duration(figures["seconds"]["step"])
-            say(f"{config.run_dir}: done, {seconds} in {built.total_steps} updates")
+            updating, evaluating = duration(figures["seconds"]["step"]), duration(figures["seconds_evaluating"])
+            say(f"{config.run_name}: done; {built.total_steps} updates took {updating}, evaluations {evaluating}")
         distributed.wait()
     return config.run_dir
 
@@ -94,7 +95,7 @@ def loop(run: Run) -> None:
         say(f"vLLM has the student's weights: probe within {difference['rollout/parity']:.1e} nats")
     evaluate_teacher(run)
     while True:
-        if run.step in (0, run.total_steps) or due(run.step, run.config.eval.every):
+        if run.evaluates_after(run.step):
             evaluate_student(run)
         if run.step == run.total_steps:
             return
@@ -116,7 +117,7 @@ def update(run: Run) -> None:
     peak = distributed.largest(peak_memory_gb(run.student.device))
     if run.record:
         around = {**watch.times, **parity, "time/step": time.perf_counter() - begin, "memory/peak_gb": peak}
-        run.record.update(rollouts, result, around)
+        run.progress.updated(step, run.record.update(rollouts, result, around))
     run.step = step
 
 
@@ -176,7 +177,8 @@ def save(run: Run) -> None:
     if run.record:
         run.record.log.flush()
     memory = run.weighter.state() if isinstance(run.weighter, StatefulWeighter) else {}
-    checkpoint.save(run.config.run_dir, run.step, run.student, run.engine, memory, run.config.checkpoint.keep)
+    with Progress(f"checkpoint of update {run.step}"):
+        checkpoint.save(run.config.run_dir, run.step, run.student, run.engine, memory, run.config.checkpoint.keep)
 
 
 def evaluate_student(run: Run) -> None:
@@ -222,6 +224,8 @@ def _evaluate(
     """
     if not run.benchmarks:
         return
+    who = "teacher" if prefix == "teacher" else f"student after update {run.step}" if run.step else "step-0 student"
+    run.progress.evaluates(who)
     target = run.config.run_dir / "eval" / name
     out = start_folder(run.shared, run.identity) / name if shared and run.shared else target
     names = [loaded.name for loaded in run.benchmarks]
@@ -236,7 +240,8 @@ def _evaluate(
         if out != target:
             shutil.copytree(out, target, dirs_exist_ok=True)
         run.record.log.scalars(evaluate.scalars(figures, prefix), run.step)
-        say(f"{name}: {evaluate.line(figures)}")
+        run.progress.evaluated(evaluate.seconds_of(figures), prefix == "teacher")
+        say(f"{run.config.run_name}: {who}: {evaluate.line(figures)}")
 
 
 def _made_once(run: Run, out: Path) -> AbstractContextManager:
@@ -349,6 +354,8 @@ def start(
     """Does what the arguments of a training command ask: trains and prints the run's folder, or only plans."""
     if options.dry_run:
         return dry_run(config, sections, weighter, options.resume)
+    if options.verbose:
+        say(resolved(config, sections))
     run_dir = run(config, weighter, sections, options.resume, observer)
     if distributed.is_first():
         print(run_dir)
@@ -363,7 +370,6 @@ def command(arguments: list[str]) -> None:
 
 def train_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The arguments that all training commands share."""
-    transformers.logging.disable_progress_bar()
     cli = parser(prog, description)
     cli.add_argument(
         "--resume",
@@ -372,6 +378,7 @@ def train_parser(prog: str, description: str) -> argparse.ArgumentParser:
         help="auto: continue an existing run of the same config; none: refuse one; DIR: from that checkpoint",
     )
     cli.add_argument("--dry-run", action="store_true", help="print config, memory, hours and command; start nothing")
+    cli.add_argument("--verbose", action="store_true", help="print the resolved configuration before the run")
     return cli
 
 

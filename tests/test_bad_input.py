@@ -455,7 +455,7 @@ CASES = {
         write("pair/student/config.json", "{"),
         "tip",
         ["--dry-run"],
-        "its config.json cannot be used",
+        "is not a valid JSON file",
     ),
 }
 

@@ -86,7 +86,7 @@ def unbroken(tiny_pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     out, err = finish(start("tip.train", folder, "run", *SMALL))
     assert out.split() == [str(folder / "run")]  # one process speaks
-    assert err.count("step 1/6") == 1 and (folder / "run" / "summary.json").exists()
+    assert err.count("update 6/6") == 1 and (folder / "run" / "summary.json").exists()
     return folder / "run"
 
 

@@ -24,6 +24,7 @@ from tip.results.draw import families
 from tip.results.markdown import what_is_covered
 
 TABLES = sorted(path.stem for path in Path("configs/tables").glob("*.json"))
+LABELS = ("all 1.0", "soft_or 0.5", "random 0.5")  # of the main job's arms
 SMALL = [
     "--set",
     "optim.steps=2",
@@ -264,14 +265,14 @@ class FakeChild:
     """Stands for a started process; ends at once."""
 
     started: ClassVar[list] = []  # (command, CUDA_VISIBLE_DEVICES)
-    code = 0
+    returncode = 0
     stdout = ()
 
     def __init__(self, command, env, **_):
         self.started.append((command[1:], env.get("CUDA_VISIBLE_DEVICES")))
 
     def wait(self, timeout):
-        return self.code
+        return self.returncode
 
 
 def started(monkeypatch, tmp_path, *words):
@@ -286,13 +287,14 @@ def test_with_deepspeed_every_arm_is_a_group_of_processes_and_one_that_fails_sto
     tiny_pair, tmp_path, monkeypatch, capsys
 ):
     settings = ["--set", "engine.kind=deepspeed", "--set", "engine.deepspeed=zero2", "--seeds", "0,1", "--jobs", "2"]
-    monkeypatch.setattr(FakeChild, "code", 1)
+    monkeypatch.setattr(FakeChild, "returncode", 1)
     monkeypatch.setattr(build, "student", lambda pair, seed, students: Path("data/tiny/pairs/chain/student"))
     with pytest.raises(RunError, match="6 of the runs failed"):
         started(monkeypatch, tmp_path, *settings)
     labels = [arm.label for arm in reproduce.read_table("main").arms]
     assert [(c[-3], c[-1]) for c, _ in FakeChild.started] == [(seed, label) for seed in "01" for label in labels]
     assert all(c[:3] == ["-m", "opd.launch", "tip.reproduce"] for c, _ in FakeChild.started)
+    assert capsys.readouterr().err.count("ended with exit code 1; see ") == 6
 
 
 def test_on_several_gpus_the_jobs_have_one_each(tiny_pair, tmp_path, monkeypatch, capsys):
@@ -315,10 +317,16 @@ def test_a_table_is_not_started_by_a_launcher(tiny_pair, tmp_path, monkeypatch):
 def test_with_fewer_seeds_than_jobs_the_arms_run_side_by_side(tiny_pair, tmp_path, monkeypatch, capsys):
     arguments, children = started(monkeypatch, tmp_path, "--jobs", "2")
     assert [command for command, _ in children] == [
-        ["-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", "0", "--only-arm", arm]
-        for arm in ("all 1.0", "soft_or 0.5", "random 0.5")
+        ["-m", "opd.launch", "tip.reproduce", *arguments, "--only-seed", "0", "--only-arm", arm] for arm in LABELS
     ]
     logs = tmp_path / "tiny-reproduce" / "logs"
     assert sorted(p.name for p in logs.iterdir()) == [
         f"seed_0-{a}.log" for a in ("all-1.0", "random-0.5", "soft_or-0.5")
     ]
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == [
+        "Main job: Soft-OR 50 % against all tokens: 3 runs",
+        "  data/tiny/pairs/chain/student learns from data/tiny/pairs/chain/teacher",
+        f"  into {tmp_path / 'tiny-reproduce'}",
+    ]
+    assert said[3:7] == [f"the messages of each part go to {logs}", *(f"seed 0: {arm} started" for arm in LABELS)]

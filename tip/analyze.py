@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from opd import distributed, models
@@ -289,7 +288,6 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
 
 
 def command(arguments: list[str]) -> None:
-    transformers.logging.disable_progress_bar()
     cli = parser("python -m tip.analyze", "Compares all rules on the same tokens, without training.")
     cli.add_argument(
         "--prompts", type=number_argument(1), default=64, metavar="N", help="prompts answered and scored (64)"
@@ -305,8 +303,9 @@ def command(arguments: list[str]) -> None:
     config, sections = load_config(options.config, options.overrides, SECTIONS)
     out = options.out or config.run_dir.with_name(f"{config.run_name}-analysis")
     from_user = " ".join(["python -m tip.analyze", *arguments])
-    with lock(out, "--out"):
-        print(run(config, sections["tip"], options.prompts, options.oracle_tokens, out, from_user))
+    with lock(out, "--out"), Progress("analysis"):
+        text = run(config, sections["tip"], options.prompts, options.oracle_tokens, out, from_user)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from opd.files import filled, lock
 from tip.results import files
 from tip.results.collect import collect
 from tip.results.comparison import of_runs
+from tip.results.grid import show
 from tip.results.markdown import markdown
 from tip.results.runs import Run, check_alike, read_run
 from tip.results.types import Results
@@ -92,7 +93,7 @@ def command(arguments: list[str]) -> None:
     if options.out:
         with lock(options.out, "--out"), filled(options.out, "--out") as new:
             files.write(results, text, new, responses)
-    print(text, end="")
+    show(text.removesuffix("\n"))
 
 
 if __name__ == "__main__":

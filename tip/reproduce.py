@@ -22,22 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from data.tiny import build
 from opd import distributed, launch
 from opd.cli import main, number_argument, parser, say, seed_argument
 from opd.config import Config, load_config
-from opd.doctor import dry_run
+from opd.doctor import dry_run, resolved
 from opd.errors import InputError, Interrupted, RunError
 from opd.files import lock
+from opd.progress import Progress
 from opd.train import run as train
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
 from tip.jobs import Part, run_parts
 from tip.results import comparison, files
 from tip.results.collect import collect
-from tip.results.grid import grid
+from tip.results.grid import grid, show
 from tip.results.markdown import markdown
 from tip.tables import Arm, Table, only, read_table
 from tip.weighter import TipWeighter
@@ -61,11 +61,23 @@ def student_of(config: Config, seed: int) -> str | Path:
     return build.student(pair, seed, Path(config.output_dir) / "students")
 
 
-def run_seed(table: Table, path: str, overrides: list[str], seed: int, tell: Callable[[str], None] = say) -> int:
-    """Runs the arms of one seed one after another; returns how many failed (their traceback lies beside the run)."""
+def run_seed(
+    table: Table,
+    options: Namespace,
+    seed: int,
+    tell: Callable[[str], None] = say,
+    advance: Callable[[int], None] = lambda runs: None,
+) -> int:
+    """Runs the arms of one seed one after another; returns how many failed (their traceback lies beside the run).
+
+    `tell` gets a message when an arm has ended, and `advance` is called with 1 then.
+    """
     failed = 0
     for arm in table.arms:
-        config, sections = arm_config(path, overrides, arm, seed)
+        with Progress(f"student of seed {seed}"):
+            config, sections = arm_config(options.config, options.overrides, arm, seed)
+        if options.verbose:
+            say(resolved(config, sections))
         report = config.run_dir.with_name(f"{arm.slug}.failed.txt")
         report.unlink(missing_ok=True)
         try:
@@ -83,6 +95,7 @@ def run_seed(table: Table, path: str, overrides: list[str], seed: int, tell: Cal
                 tell(f"seed {seed}: {arm.label} FAILED ({error}); see {report}")
             if distributed.world_size() > 1:
                 raise  # the other processes may be waiting in the middle of this arm
+        advance(1)
     return failed
 
 
@@ -105,7 +118,6 @@ def deepplanning() -> str:
 
 
 def command(arguments: list[str]) -> None:
-    transformers.logging.disable_progress_bar()
     options = _read_options(arguments)
     name = f"figure{options.figure}" if options.figure else options.table
     name = f"table{name}" if name.isdigit() else name
@@ -145,6 +157,7 @@ def _read_options(arguments: list[str]) -> Namespace:
     )
     cli.add_argument("--arms", metavar="A,B", help="only these arms, by the labels of --dry-run, and the baselines")
     cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")
+    cli.add_argument("--verbose", action="store_true", help="print the resolved configuration of each run before it")
     cli.add_argument(
         "--only-seed", type=seed_argument, metavar="N", help="run this seed's arms here and write no table"
     )
@@ -188,7 +201,7 @@ def _run_part(table: Table, options: Namespace) -> None:
     if options.only_arm:
         chosen = ((title, tuple(arm for arm in arms if arm.label == options.only_arm)) for title, arms in table.panels)
         table = replace(table, panels=tuple((title, arms) for title, arms in chosen if arms))
-    if run_seed(table, options.config, options.overrides, options.only_seed, tell):
+    if run_seed(table, options, options.only_seed, tell):
         raise RunError("not every arm finished")
 
 
@@ -199,10 +212,11 @@ def _run_table(table: Table, base: Config, seeds: list[int], options: Namespace,
         return  # the first machine writes the table
     out = _root(base) / table.name
     line, models = " ".join(["python -m tip.reproduce", *arguments]), (base.student.path, base.teacher.path)
-    results = collect(comparison.of_table(table, _root(base), seeds, Path(options.config).stem, models, line))
-    text = markdown(results)
-    files.write(results, text, out)
-    print(text)
+    with Progress("table and figures"):
+        results = collect(comparison.of_table(table, _root(base), seeds, Path(options.config).stem, models, line))
+        text = markdown(results)
+        files.write(results, text, out)
+    show(text)
     say(f"{out}: table.md, .csv, .json, figures and report.html")
     if failed:
         raise RunError(f"{failed} of the runs failed; the table says which. Give the same command to try them again.")
@@ -212,8 +226,13 @@ def _run_seeds(table: Table, base: Config, seeds: list[int], options: Namespace,
     """Runs every arm of every seed, here or in processes; returns how many failed."""
     jobs, logs = min(options.jobs, torch.cuda.device_count() or options.jobs), _root(base) / "logs"
     sharded = base.engine.kind == "deepspeed"  # an arm is then a group of processes on all GPUs: one runs at a time
+    runs = len(table.arms) * len(seeds)
+    say(f"{table.title}: {runs} runs\n  {base.student.path} learns from {base.teacher.path}\n  into {_root(base)}")
     if jobs == 1 and not sharded:
-        return sum(run_seed(table, options.config, options.overrides, seed) for seed in seeds)
+        for seed in seeds:
+            student_of(base, seed)  # before the bars, because its training shows a bar of its own
+        with Progress(table.name, runs, "runs") as progress:
+            return sum(run_seed(table, options, seed, advance=progress.advance) for seed in seeds)
     if jobs <= len(seeds) and not sharded:
         return run_parts(arguments, [Part(seed) for seed in seeds], jobs, logs)
     for seed in seeds:

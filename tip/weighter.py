@@ -36,6 +36,17 @@ class TipWeighter:
         self.memory: dict[str, Spread] | None = None  # column -> average of its quantiles over earlier updates
         self.memory_before: dict[str, Spread] | None = None  # the memory that weighed the latest update
 
+    def __str__(self) -> str:
+        """Rule and retention, and a share of forward KL that is set: what decides the tokens and their loss."""
+        config, words = self.config, [self.config.rule]
+        if config.rule != "all" and self.rule.mechanic != "weights":
+            words.append(f"retention {config.retention:g}")
+            if config.retention_end is not None:
+                words[-1] += f" to {config.retention_end:g} at update {config.retention_steps}"
+        if config.mixture is not None:
+            words.append(f"mixture {config.mixture}")
+        return ", ".join(words)
+
     def __call__(self, stats: TokenStats, generator: torch.Generator) -> TokenWeights:
         """Statistics -> axes -> score -> weight."""
         axes = Axes(stats, self.config, self.memory)

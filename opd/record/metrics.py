@@ -1,9 +1,7 @@
-"""The metrics of a run, on the console, in metrics.jsonl and in TensorBoard, under the same flat names with slashes."""
+"""The metrics of a run, in metrics.jsonl and in TensorBoard, under the same flat names with slashes."""
 
 import json
 import os
-import statistics
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,19 +10,6 @@ from typing_extensions import TypedDict
 
 from opd.cli import say
 from opd.files import check, read_rows
-from opd.progress import duration
-
-CONSOLE = (  # label, metric, format
-    ("loss", "loss/divergence", ".4f"),
-    ("kept", "tokens/kept", ".0f"),
-    ("of", "tokens/response", ".0f"),
-    ("length", "rollout/length_mean", ".1f"),
-    ("correct", "rollout/accuracy", ".2f"),
-    ("norm", "optim/grad_norm", ".3f"),
-    ("lr", "optim/lr", ".1e"),
-    ("s", "time/step", ".2f"),
-)
-
 
 # A line of metrics.jsonl has at least these keys.
 Row = TypedDict("Row", {"step": int, "tokens/response": float, "tokens/kept": float, "memory/peak_gb": float})
@@ -39,13 +24,11 @@ class Warned(TypedDict):
 
 
 class MetricsLog:
-    """Writes the metrics of each update to all three places. `board` is the TensorBoard, for texts and histograms."""
+    """Writes the metrics of each update to both places. `board` is the TensorBoard, for texts and histograms."""
 
-    def __init__(self, run_dir: Path, total_steps: int, last_step: int):
+    def __init__(self, run_dir: Path, last_step: int):
         self.path = run_dir / "metrics.jsonl"
-        self.total_steps = total_steps
         self.warned: set[str] = set()
-        self.seconds: deque[float] = deque(maxlen=20)  # of the latest updates
         self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(run_dir / "tensorboard", purge_step=last_step + 1)
 
@@ -53,10 +36,6 @@ class MetricsLog:
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
         self.scalars(metrics, step)
-        shown = " ".join(f"{label} {metrics[name]:{form}}" for label, name, form in CONSOLE if name in metrics)
-        self.seconds.append(metrics["time/step"])
-        left = duration(statistics.median(self.seconds) * (self.total_steps - step))
-        say(f"step {step}/{self.total_steps} {shown} left {left}")
 
     def flush(self) -> None:
         """Puts on disk what was written so far, so that it survives a power cut."""

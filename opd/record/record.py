@@ -37,8 +37,11 @@ class Record:
     grader: Grader
     observer: Observer | None  # adds diagnostics, and columns of token dumps
 
-    def update(self, rollouts: Sequence[Rollout], update: Update, around: Mapping[str, float]) -> None:
-        """Writes everything about an update; `around` are metrics that the run measured around it."""
+    def update(self, rollouts: Sequence[Rollout], update: Update, around: Mapping[str, float]) -> str:
+        """Writes everything about an update, and returns what the console tells of it.
+
+        `around` are metrics that the run measured around the update.
+        """
         step = update.stats.step
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         metrics = {**update.metrics, **rollout_metrics(rollouts, texts, self.grader), **around}
@@ -48,6 +51,7 @@ class Record:
         if due(step, self.config.log.token_dump_every):
             self._dump(rollouts, update)
         self.log.write(step, metrics)
+        return console_line(metrics)
 
     def _diagnose(self, update: Update) -> dict[str, float]:
         """The means of the statistics and the observer's scalars; its histograms and warnings go to the log."""
@@ -78,6 +82,15 @@ class Record:
         dumped = rollouts[: self.config.log.token_dump_rollouts]
         path = self.run_dir / "tokens" / f"step_{step:06d}.jsonl"
         dump.write(path, dumped, update.stats, update.weights, columns, self.tokenizer)
+
+
+def console_line(metrics: Mapping[str, float]) -> str:
+    """The metrics of an update that say at a glance whether the run goes well."""
+    kept = metrics["tokens/kept"] / max(metrics["tokens/response"], 1.0)
+    words = [f"loss {metrics['loss/divergence']:.4f}", f"kept {kept:.1%} of {metrics['tokens/response']:.0f} tokens"]
+    if "rollout/accuracy" in metrics:
+        words.append(f"right {metrics['rollout/accuracy']:.0%}")
+    return ", ".join([*words, f"gradient {metrics['optim/grad_norm']:.3g}", f"{metrics['time/step']:.2g} s"])
 
 
 def fields_to_measure(config: Config, observer: Observer | None, step: int) -> frozenset[str]:
