@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-SILENCE = 10.0  # seconds without a message after which a line tells where the work is
+SILENCE = 9.5  # seconds without a message after which a line tells where the work is, so that ten never pass
 LOOK = 0.2  # seconds between two looks at the rows
 PATIENCE = 1.0  # seconds after which a row below the first becomes a bar, so that short work does not flicker
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,7 @@ class Running:
     def state(self) -> str:
         last = next((line for line in reversed(self._tail().splitlines()) if line.strip()), "starting")
         last = last.removeprefix(f"{(self.part.arm or '').replace(' ', '-')}: ")
-        return last if len(last) <= SHORT else last[:SHORT].rpartition(", ")[0] or f"{last[:SHORT]}..."
+        return textwrap.shorten(last, SHORT, placeholder=" ...")
 
     def _tail(self) -> str:
         """The last lines that this part's process has written."""
