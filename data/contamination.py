@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.commands import COMMANDS
 from data.sources import BOXED
-from opd.cli import Parser, main, path_argument, say
+from opd.cli import main, say
 from opd.data import read_problems
 from opd.errors import InputError
 from opd.files import write_whole
@@ -65,14 +66,7 @@ def texts(path: str | Path, prompt_field: str = "prompt") -> list[tuple[str, str
 
 
 def command(arguments: list[str]) -> None:
-    parser = Parser("python -m data.contamination", __doc__.splitlines()[0])
-    parser.add_argument("train", type=path_argument, help="a file or folder of problems, as in data.train")
-    parser.add_argument("evaluation", nargs="+", type=path_argument, help="files or folders of problems")
-    parser.add_argument("--field", default="prompt", help="field with the problem (default: prompt)")
-    parser.add_argument(
-        "--out", type=path_argument, help="write every overlapping pair, with both texts, to this JSONL file"
-    )
-    options = parser.parse_args(arguments)
+    options = COMMANDS["contamination"].parser().parse_args(arguments)
     if options.out and options.out.exists() and not options.out.is_file():
         raise InputError(f"--out {options.out}: it is a folder or a device, expected a file. Give the name of a file.")
     train = texts(options.train, options.field)

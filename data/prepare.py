@@ -14,14 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import aime, contamination, dapo_math_17k, gsm8k, math500
+from data.commands import COMMANDS, OUT
 from data.sources import read_rows
-from opd.cli import Parser, main, path_argument, say, seed_argument
+from opd.cli import main, say
 from opd.errors import InputError
 from opd.files import lock
 
-NAMES = ("dapo_math_17k", "math500", "aime24", "aime25", "gsm8k")
 EVALUATIONS = ("math500", "aime24", "aime25")
-OUT = Path("data/prepared")
 
 
 def prepare(name: str, source: str = "hub", out: Path = OUT, seed: int = 42) -> Path:
@@ -104,14 +103,7 @@ def _write(name: str, splits: dict, origins: dict, dropped: Counter, overlapping
 
 
 def command(arguments: list[str]) -> None:
-    parser = Parser("python -m data.prepare", __doc__.splitlines()[0])
-    parser.add_argument("name", choices=NAMES)
-    parser.add_argument(
-        "--source", type=path_argument, default="hub", help="hub (default), a file, or for gsm8k a folder"
-    )
-    parser.add_argument("--out", type=path_argument, default=OUT)
-    parser.add_argument("--seed", type=seed_argument, default=42)
-    options = parser.parse_args(arguments)
+    options = COMMANDS["prepare"].parser().parse_args(arguments)
     print(prepare(options.name, str(options.source), options.out, options.seed))
 
 

@@ -19,8 +19,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from data import gsm8k
+from data.commands import COMMANDS
 from data.sources import read_rows
-from opd.cli import Parser, main, path_argument, say
+from opd.cli import main, say
 from opd.errors import InputError
 from opd.files import lock
 
@@ -82,10 +83,7 @@ def build(out: Path, source: str) -> Path:
 
 
 def command(arguments: list[str]) -> None:
-    parser = Parser("python -m data.smollm2", __doc__.splitlines()[0])
-    parser.add_argument("--gsm8k", default="hub", metavar="FOLDER|hub", help="folder with train.jsonl and test.jsonl")
-    parser.add_argument("--out", type=path_argument, default=Path("outputs/smollm2"))
-    options = parser.parse_args(arguments)
+    options = COMMANDS["smollm2"].parser().parse_args(arguments)
     with lock(options.out, "--out", wait=lambda: None):
         print(build(options.out, options.gsm8k))
 

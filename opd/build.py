@@ -9,7 +9,7 @@ import torch
 
 from opd import distributed, evaluate, models
 from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, validation_benchmark
-from opd.cli import Stop, say
+from opd.cli import say
 from opd.config import Config, StudentSection
 from opd.data import Prompt, count_steps, read_training_prompts
 from opd.engine import Engine
@@ -27,6 +27,7 @@ from opd.record.record import Record
 from opd.rollout import Sampler
 from opd.rollout.choose import open_sampler
 from opd.step import Pair
+from opd.stop import Stop
 from opd.teacher.cache import Cache, clear_folder
 from opd.teacher.local import LocalTeacher, load_teacher
 

@@ -1,60 +1,21 @@
-"""The common parts of all commands: exit codes, signals, the console, and the arguments `--config` and `--set`.
+"""The common parts of all commands: exit codes and the last message. Their arguments are in opd.arguments.
 
 Messages and progress go to standard error. Standard output carries only the result, such as a run's folder or a table,
 so that shell scripts can capture it.
 """
 
-import argparse
 import os
-import re
 import shlex
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from opd import distributed
 from opd.console import quiet_libraries, say
 from opd.errors import InputError, Interrupted, RunError, first_line
-
-NAME_BYTES = 255  # the longest name of a file or folder that the usual file systems take
-
-
-class Stop:
-    """SIGINT, SIGTERM and SIGHUP ask for a stop at the next safe place; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.signum = 0
-        self.when = 0.0
-
-    def __enter__(self) -> None:
-        kinds = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            kinds.append(signal.SIGHUP)
-        self.previous = {s: signal.signal(s, self._receive) for s in kinds}
-
-    def __exit__(self, *error: object) -> None:
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum: int, frame: object) -> None:
-        if self.signum:
-            if distributed.world_size() > 1 and time.monotonic() - self.when < 5:
-                return  # the same signal again, because a scheduler sends it to the launcher and to its processes
-            raise KeyboardInterrupt
-        self.signum, self.when = signum, time.monotonic()
-        say(f"{signal.Signals(signum).name}: stopping after a checkpoint (again: at once)")
-
-    def check(self, together: bool = False) -> None:
-        """Raises Interrupted when a signal came. Several processes stop only where all of them call it `together`."""
-        if distributed.world_size() > 1 and not together:
-            return
-        if signum := int(distributed.largest(self.signum)):
-            raise Interrupted(signum)
 
 
 def main(command: Callable[[list[str]], None]) -> None:
@@ -121,7 +82,7 @@ def _unexpected(error: Exception) -> str:
 
 def _exit(code: int) -> None:
     """Ends the process. One of several ends without Python's shutdown, during which gloo's threads can abort it."""
-    if distributed.world_size() > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -130,91 +91,7 @@ def _exit(code: int) -> None:
 
 def command_line() -> str:
     """The command line that started this process, as a user can type it again."""
-    return shlex.join(["python", *sys.orig_argv[1:]])
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `InputError`s."""
-
-    def __init__(self, prog: str, description: str):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
-        """As in the base class. It refuses bytes that are no text, because neither JSON nor a message can hold them."""
-        for text in sys.argv[1:] if args is None else args:
-            try:
-                text.encode()  # bytes that are no UTF-8 are half characters in a Python string
-            except UnicodeEncodeError:
-                raise InputError(
-                    f"argument {text[:80]!r} is not UTF-8 text. Type it again, or rename the file that it names."
-                ) from None
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> None:
-        short = message if len(message) <= 300 else f"{message[:300]}..."
-        raise InputError(f"{short}. Usage: {' '.join(self.format_usage().split()[1:])}")
-
-
-def path_argument(text: str) -> Path:
-    """The type of arguments that are paths. It refuses a text that no file system takes as a path."""
-    if fault := path_fault(text):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} {fault}")
-    return Path(text)
-
-
-def path_fault(text: str) -> str | None:
-    """Why a text cannot be a path, as the end of a sentence; None when it can."""
-    if not text:
-        return "is empty, expected a path"
-    if "\0" in text:
-        return "holds a null byte, which no path can"
-    if any(len(os.fsencode(part)) > NAME_BYTES for part in text.split("/")) or len(os.fsencode(text)) > 4000:
-        return f"is too long for a path, expected names of at most {NAME_BYTES} bytes"
-    return None
-
-
-def number_argument(least: int) -> Callable[[str], int]:
-    """The type of arguments that are whole numbers from `least` to 2^31 - 1. Every generator takes these as a seed."""
-
-    def number(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or len(text) > 10 or not least <= int(text) < 2**31:
-            raise argparse.ArgumentTypeError(f"got {text[:80]!r}, expected a whole number from {least} to {2**31 - 1}")
-        return int(text)
-
-    return number
-
-
-seed_argument = number_argument(0)
-
-
-def address_of(text: str) -> tuple[str, int] | str:
-    """(host, port) of a text HOST:PORT; the path of a Unix socket stays as it is. Raises InputError for other texts."""
-    if text.startswith("/"):
-        return text
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
-        raise InputError(
-            f"{text[:80]!r} is no address of a vLLM server, expected HOST:PORT, for example 10.0.0.2:8500."
-        )
-    return host, int(port)
-
-
-def parser(prog: str, description: str) -> Parser:
-    """An argument parser with the two arguments that name a configuration."""
-    cli = Parser(prog, description)
-    cli.add_argument(
-        "--config",
-        required=True,
-        type=path_argument,
-        metavar="FILE",
-        help="a pair file, for example configs/qwen3_8b_to_4b.json",
-    )
-    cli.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override one key, for example --set optim.lr=1e-6; repeatable; a value is JSON, else a string",
-    )
-    return cli
+    program, *rest = sys.orig_argv[1:]
+    if Path(program).name in ("opd", "tip"):  # the entry points of an installation
+        return shlex.join([Path(program).name, *rest])
+    return shlex.join(["python", program, *rest])

@@ -12,7 +12,8 @@ from statistics import fmean
 
 from opd.accuracy import paired_interval
 from opd.benchmarks import GREEDY
-from opd.cli import Parser, main, path_argument
+from opd.cli import main
+from opd.commands import COMMANDS
 from opd.errors import InputError
 from opd.evaluate import read_responses, read_summary
 from opd.files import step_number
@@ -91,10 +92,7 @@ def evaluation_folder(path: Path) -> Path:
 
 
 def command(arguments: list[str]) -> None:
-    parser = Parser("python -m opd.compare", __doc__.splitlines()[0])
-    parser.add_argument("a", type=path_argument, metavar="RUN")
-    parser.add_argument("b", type=path_argument, metavar="RUN")
-    options = parser.parse_args(arguments)
+    options = COMMANDS["compare"].parser().parse_args(arguments)
     folders = [evaluation_folder(path) for path in (options.a, options.b)]
     a, b = (read_summary(folder) for folder in folders)
     common = sorted(a.keys() & b.keys())

@@ -19,7 +19,7 @@ import pydantic
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from opd.cli import address_of, path_fault
+from opd.arguments import address_of, path_fault
 from opd.errors import InputError
 from opd.files import NotJson, parse_json, read_text
 

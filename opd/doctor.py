@@ -21,7 +21,8 @@ from opd import distributed, launch, models, plan
 from opd.batch import make_micro_batches
 from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, read_benchmarks
 from opd.build import read_inputs
-from opd.cli import command_line, main, parser
+from opd.cli import command_line, main
+from opd.commands import COMMANDS
 from opd.config import Config, load_config
 from opd.data import Prompt, count_steps, read_problems, read_training_prompts
 from opd.engine.zero_file import read_deepspeed
@@ -256,7 +257,7 @@ def _about_scoring(scored: _Scored) -> str:
 
 
 def command(arguments: list[str]) -> None:
-    options = parser("python -m opd.doctor", "Checks a configuration and this machine.").parse_args(arguments)
+    options = COMMANDS["doctor"].parser().parse_args(arguments)
     config, _ = load_config(options.config, options.overrides, ignore_extensions=True)
     if faults := examine(config):
         raise InputError(f"{options.config} is not ready: mend {', '.join(faults)}. The lines above say how.")

@@ -27,7 +27,8 @@ from opd import distributed, grading, models
 from opd.accuracy import majority, pass_at, standard_error
 from opd.batch import equally_many, make_micro_batches, share_of_rank
 from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, load_benchmarks
-from opd.cli import main, number_argument, parser, path_argument, say
+from opd.cli import main, say
+from opd.commands import COMMANDS
 from opd.config import Config, StudentSection, TeacherSection, load_config
 from opd.data import Prompt, Rollout
 from opd.errors import InputError
@@ -399,12 +400,7 @@ def percent(value: float, error: float | None) -> str:
 
 
 def command(arguments: list[str]) -> None:
-    cli = parser("python -m opd.evaluate", "Evaluate one model on a config's benchmarks.")
-    cli.add_argument("--model", required=True, type=path_argument, metavar="DIR", help="checkpoint folder or hub name")
-    cli.add_argument("--benchmark", action="append", metavar="NAME", help="instead of the config's; repeatable")
-    cli.add_argument("--limit", type=number_argument(1), metavar="N", help="only the first N problems of each")
-    cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: OUTPUT_DIR/eval/<the model's name>")
-    options = cli.parse_args(arguments)
+    options = COMMANDS["evaluate"].parser().parse_args(arguments)
     chosen = [f"eval.benchmarks={json.dumps(options.benchmark)}"] if options.benchmark else []
     config, _ = load_config(options.config, [*options.overrides, *chosen], ignore_extensions=True)
     if not config.eval.benchmarks:

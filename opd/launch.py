@@ -19,7 +19,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from opd.cli import main, number_argument, parser
+from opd.arguments import number_argument
+from opd.cli import main
+from opd.commands import COMMANDS
 from opd.config import EngineSection, load_config
 from opd.errors import InputError, Interrupted, RunError
 
@@ -94,7 +96,7 @@ def command(arguments: list[str]) -> None:
             "no module named. Usage: python -m opd.launch MODULE --config FILE [...], for example opd.train."
         )
     module, rest = arguments[0], arguments[1:]
-    options, _ = parser("python -m opd.launch", "Starts a command on all GPUs.").parse_known_args(rest)
+    options, _ = COMMANDS["launch"].parser().parse_known_args(rest)
     config, _ = load_config(options.config, options.overrides, ignore_extensions=True)
     here, machines = processes(config.engine)
     if here * machines == 1 or "--dry-run" in rest:

@@ -23,7 +23,8 @@ from opd import distributed, evaluate, files, models
 from opd.batch import make_micro_batches, share_of_rank
 from opd.benchmarks import read_benchmarks
 from opd.build import Run, build, open_student_sampler
-from opd.cli import main, parser, say
+from opd.cli import main, say
+from opd.commands import COMMANDS
 from opd.config import Config, load_config
 from opd.console import CONSOLE
 from opd.data import Rollout, prompts_of_step
@@ -362,24 +363,9 @@ def start(
 
 
 def command(arguments: list[str]) -> None:
-    cli = train_parser("python -m opd.train", "On-policy distillation on every response token.")
-    options = cli.parse_args(arguments)
+    options = COMMANDS["train"].parser().parse_args(arguments)
     config, _ = load_config(options.config, options.overrides)
     start(config, UniformWeighter(), {}, options)
-
-
-def train_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The arguments that all training commands share."""
-    cli = parser(prog, description)
-    cli.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|none|DIR",
-        help="auto: continue an existing run of the same config; none: refuse one; DIR: from that checkpoint",
-    )
-    cli.add_argument("--dry-run", action="store_true", help="print config, memory, hours and command; start nothing")
-    cli.add_argument("--verbose", action="store_true", help="print the resolved configuration before the run")
-    return cli
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import sys
 import time
 from contextlib import suppress
 
-from opd.cli import Parser, address_of, main, number_argument
+from opd.arguments import address_of
+from opd.cli import main
+from opd.commands import COMMANDS
 from opd.errors import InputError
 from opd.rollout.server import serve_one
 from opd.rollout.wire import KEY
@@ -26,15 +28,7 @@ from opd.rollout.wire import KEY
 
 def command(arguments: list[str]) -> None:
     """Serves one trainer after another, each in a fresh process, until it is stopped; a child serves one."""
-    cli = Parser("python -m opd.vllm_server", "Generates for trainers, with vLLM.")
-    cli.add_argument("--listen", required=True, metavar="HOST:PORT", help="where trainers connect (rollout.servers)")
-    cli.add_argument(
-        "--child-of",
-        type=number_argument(1),
-        metavar="PID",
-        help="end after one trainer, or with that process; the server itself uses it",
-    )
-    options = cli.parse_args(arguments)
+    options = COMMANDS["vllm-server"].parser().parse_args(arguments)
     address, key = address_of(options.listen), os.environ.get(KEY, "")
     if not key:
         raise InputError(f"{KEY} is not set. Set it to a secret, the same one here and where the trainer runs.")

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Time, memory and exactness of the loss against TRL, Liger and plain PyTorch: outputs/bench_loss/{results.json,table.md,*.png}
-#   bash scripts/bench_loss.sh [--quick]     about half an hour on 2 cores; --quick: small cells, a minute
+# Time, memory and exactness of the loss against TRL, Liger and plain PyTorch, in an environment of its own.
+#   bash scripts/bench_loss.sh [--quick]        --quick: small cells, a minute; else half an hour on 2 cores
+# It writes outputs/bench_loss/{results.json,table.md,*.png}.
+# Example: bash scripts/bench_loss.sh --quick
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 if [ ! -f .venv-bench/installed ] || ! cmp -s requirements-bench.txt .venv-bench/installed; then
   "${PYTHON:-python3}" -m venv --clear .venv-bench

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # A real pretrained pair on a CPU in under half an hour: SmolLM2-135M-Instruct and itself without every third layer,
-# Soft-OR 50 % and all tokens, on GSM8K prompts. GSM8K comes from the hub, or from a folder: GSM8K=FOLDER bash scripts/...
+# Soft-OR 50 % and all tokens, on GSM8K prompts.
+#   [GSM8K=FOLDER] bash scripts/demo_smollm2.sh [--set KEY=VALUE ...]     no GSM8K: it comes from the hub
+# Example: bash scripts/demo_smollm2.sh --set optim.steps=10
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh
 source .venv/bin/activate

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Any model on MATH-500, AIME 2024 and AIME 2025, as the paper does: mean@16 at temperature 1.
-#   bash scripts/eval_math.sh MODEL [--limit N] [--benchmark NAME ...] [--out DIR] [--set KEY=VALUE ...]
-# CONFIG=FILE names the pair file whose prompt form, dtype and batch size are used. Stopped, the same command continues.
+#   [CONFIG=FILE] bash scripts/eval_math.sh MODEL [--limit N] [--benchmark NAME ...] [--out DIR] [--set KEY=VALUE ...]
+# CONFIG names the pair file whose prompt form, dtype and batch size are used. Stopped, the same command continues.
+# Example: bash scripts/eval_math.sh Qwen/Qwen3-1.7B --limit 50
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 if [ $# -eq 0 ]; then echo "error: no model given. Usage: bash scripts/eval_math.sh MODEL [--limit N]" >&2; exit 2; fi
 model="$1"; shift
 if [ -d "$model" ]; then model="$(realpath "$model")"; fi

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Makes .venv with what this machine needs, and on a CPU .venv-vllm (3.4 GB) when the arguments ask for vLLM: --vllm, or
-# rollout.engine=vllm. Does nothing, offline too, when the requirements have not changed.
+# Makes .venv with what this machine needs and the commands opd and tip, and on a CPU .venv-vllm (3.4 GB) when the
+# arguments ask for vLLM. Does nothing, offline too, when the requirements have not changed.
+#   bash scripts/setup.sh [--vllm | --set rollout.engine=vllm]
+# Example: bash scripts/setup.sh && source .venv/bin/activate && opd --help
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 
 make() { # FOLDER REQUIREMENTS
@@ -22,4 +25,7 @@ make() { # FOLDER REQUIREMENTS
 gpu=no
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then gpu=yes; fi
 if [ $gpu = yes ]; then make .venv requirements.txt; else make .venv requirements-cpu.txt; fi
+if [ ! -x .venv/bin/opd ]; then  # the checkout itself, for the commands opd and tip and for imports from any folder
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . >&2
+fi
 case "$gpu $* " in "no "*" --vllm "*|"no --vllm "*|"no "*rollout.engine=vllm\ *) make .venv-vllm requirements-cpu-vllm.txt ;; esac

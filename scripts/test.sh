@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Format, lint and tests, on up to four cores. Sets the environment up on first use; extra arguments go to pytest. With
-# --vllm as the first argument: the tests of vLLM, on a CPU in an environment of its own (.venv-vllm).
+# Format, lint and tests, on up to four cores. Sets the environment up on first use; the arguments go to pytest. With
+# --vllm as the first one: the tests of vLLM, on a CPU in an environment of its own (.venv-vllm).
+#   bash scripts/test.sh [--vllm] [--run-slow] [-k NAME] [...]
+# Example: bash scripts/test.sh -k loss
 set -euo pipefail
+source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh "$@"
 source .venv/bin/activate

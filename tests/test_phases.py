@@ -14,7 +14,6 @@ from runs import interrupted_before
 from safetensors.torch import load_file
 
 from opd import build, models, train
-from opd.cli import Stop
 from opd.errors import RunError
 from opd.grading import Grader
 from opd.hooks import UniformWeighter
@@ -23,6 +22,7 @@ from opd.progress import Watch
 from opd.rollout import choose
 from opd.rollout.local import TransformersSampler
 from opd.step import train_step
+from opd.stop import Stop
 from opd.teacher import cache as teacher_cache
 from opd.teacher.cache import Cache
 from opd.teacher.local import LocalTeacher

@@ -24,7 +24,7 @@ from torch import Tensor
 from opd import distributed, models
 from opd.batch import MicroBatch, make_micro_batches
 from opd.benchmarks import check_context
-from opd.cli import main, number_argument, parser, path_argument, say
+from opd.cli import main, say
 from opd.config import Config, load_config
 from opd.data import Prompt, prompts_of_step, read_training_prompts
 from opd.errors import InputError
@@ -38,6 +38,7 @@ from opd.seeds import generator
 from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
 from tip import oracle, taxonomy
+from tip.commands import COMMANDS, SMALL_STUDENT
 from tip.config import SECTIONS, TipConfig
 from tip.diagnostics import correlation, jaccard, keep_by_every_rule, kept_by_decile, max_over_p99, normalised_entropy
 from tip.oracle import DRAWS
@@ -57,7 +58,6 @@ COVERED = {  # TokenStats field -> what it is called
     "forward_kl_energy": "gradient energy of forward KL",
 }
 GRADIENTS = 2**30  # bytes of single-token gradients held at once
-SMALL_STUDENT = 2_000_000  # parameters up to which single-token gradients are taken by default
 
 
 def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
@@ -288,18 +288,7 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
 
 
 def command(arguments: list[str]) -> None:
-    cli = parser("python -m tip.analyze", "Compares all rules on the same tokens, without training.")
-    cli.add_argument(
-        "--prompts", type=number_argument(1), default=64, metavar="N", help="prompts answered and scored (64)"
-    )
-    cli.add_argument(
-        "--oracle-tokens",
-        type=number_argument(0),
-        metavar="N",
-        help=f"tokens whose own gradient is taken (1024 up to {SMALL_STUDENT:,} student parameters, else 0)",
-    )
-    cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: output_dir/<run_name>-analysis")
-    options = cli.parse_args(arguments)
+    options = COMMANDS["analyze"].parser().parse_args(arguments)
     config, sections = load_config(options.config, options.overrides, SECTIONS)
     out = options.out or config.run_dir.with_name(f"{config.run_name}-analysis")
     from_user = " ".join(["python -m tip.analyze", *arguments])

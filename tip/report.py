@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opd.benchmarks import GREEDY
-from opd.cli import Parser, command_line, main, path_argument
+from opd.cli import command_line, main
 from opd.compare import evaluation_folder
 from opd.errors import InputError
 from opd.evaluate import read_responses
 from opd.files import filled, lock
+from tip.commands import COMMANDS
 from tip.results import files
 from tip.results.collect import collect
 from tip.results.comparison import of_runs
@@ -76,16 +77,7 @@ def _indented(text: str) -> str:
 
 
 def command(arguments: list[str]) -> None:
-    parser = Parser("python -m tip.report", "One table of finished runs.")
-    parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--out",
-        type=path_argument,
-        metavar="DIR",
-        help="also write table.md, .csv, .json, figures and report.html there",
-    )
-    parser.add_argument("--example", action="store_true", help="also one problem's responses before and after")
-    options = parser.parse_args(arguments)
+    options = COMMANDS["report"].parser().parse_args(arguments)
     runs = [read_run(folder) for folder in options.runs]
     results = results_of(runs, command_line())
     responses = example(runs) if options.example else ""

@@ -25,13 +25,15 @@ import torch
 
 from data.tiny import build
 from opd import distributed, launch
-from opd.cli import main, number_argument, parser, say, seed_argument
+from opd.arguments import seed_argument
+from opd.cli import main, say
 from opd.config import Config, load_config
 from opd.doctor import dry_run, resolved
 from opd.errors import InputError, Interrupted, RunError
 from opd.files import lock
 from opd.progress import Progress
 from opd.train import run as train
+from tip.commands import COMMANDS
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
 from tip.jobs import Part, run_parts
@@ -118,7 +120,7 @@ def deepplanning() -> str:
 
 
 def command(arguments: list[str]) -> None:
-    options = _read_options(arguments)
+    options = COMMANDS["reproduce"].parser().parse_args(arguments)
     name = f"figure{options.figure}" if options.figure else options.table
     name = f"table{name}" if name.isdigit() else name
     if name in DEEPPLANNING:
@@ -140,29 +142,6 @@ def command(arguments: list[str]) -> None:
     else:
         with lock(_root(base), "output_dir") if launch.machine() == 0 else nullcontext():
             _run_table(table, base, seeds, options, arguments)
-
-
-def _read_options(arguments: list[str]) -> Namespace:
-    cli = parser("python -m tip.reproduce", "Runs the arms of a table of the paper over seeds, then writes the table.")
-    which = cli.add_mutually_exclusive_group(required=True)
-    which.add_argument("--table", metavar="N", help="3, 4, 5, 6, 7, 8, main or rules (a file of configs/tables)")
-    which.add_argument("--figure", metavar="N", help="1, 3 or 4")
-    cli.add_argument("--seeds", default="0", metavar="0,1,2", help="default 0")
-    cli.add_argument(
-        "--jobs",
-        type=number_argument(1),
-        default=1,
-        metavar="N",
-        help="seeds (or arms) at a time, in processes of their own",
-    )
-    cli.add_argument("--arms", metavar="A,B", help="only these arms, by the labels of --dry-run, and the baselines")
-    cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")
-    cli.add_argument("--verbose", action="store_true", help="print the resolved configuration of each run before it")
-    cli.add_argument(
-        "--only-seed", type=seed_argument, metavar="N", help="run this seed's arms here and write no table"
-    )
-    cli.add_argument("--only-arm", metavar="A", help="with --only-seed: this arm of it alone")
-    return cli.parse_args(arguments)
 
 
 def _read_seeds(text: str) -> list[int]:

@@ -8,9 +8,10 @@ The page is one file and needs no network. It reads the token dumps that runs of
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd.cli import Parser, main, number_argument, path_argument, say
+from opd.cli import main, say
 from opd.errors import InputError
 from opd.files import amount, refuse_device, write_whole
+from tip.commands import COMMANDS
 from tip.results.token_map import page_of
 
 LARGE = 300 * 2**20  # bytes of a page that browsers open slowly
@@ -26,13 +27,7 @@ def names_of(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def command(arguments: list[str]) -> None:
-    cli = Parser("python -m tip.tokens", "Writes a page that shows which tokens count, from the token dumps of runs.")
-    cli.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run folder")
-    cli.add_argument("--out", required=True, type=path_argument, metavar="FILE", help="the page, tokens.html")
-    cli.add_argument(
-        "--rollouts", type=number_argument(1), metavar="N", help="only the first N dumped rollouts of each update"
-    )
-    options = cli.parse_args(arguments)
+    options = COMMANDS["tokens"].parser().parse_args(arguments)
     refuse_device(options.out, "a page to write")
     names = names_of([folder.absolute() for folder in options.runs])
     page = page_of(names, f"Token map of {', '.join(names)}", options.rollouts)

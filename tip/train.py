@@ -5,14 +5,15 @@ python -m tip.train --config configs/tiny.json --set tip.rule=soft_or --set tip.
 
 from opd.cli import main
 from opd.config import load_config
-from opd.train import start, train_parser
+from opd.train import start
+from tip.commands import COMMANDS
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
 from tip.weighter import TipWeighter
 
 
 def command(arguments: list[str]) -> None:
-    options = train_parser("python -m tip.train", "On-policy distillation on selected tokens.").parse_args(arguments)
+    options = COMMANDS["train"].parser().parse_args(arguments)
     config, sections = load_config(options.config, options.overrides, SECTIONS)
     weighter = TipWeighter(sections["tip"])
     start(config, weighter, sections, options, TipObserver(weighter))

@@ -26,8 +26,9 @@ import transformers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from data.commands import COMMANDS
 from data.tiny import addition, task
-from opd.cli import Parser, main, path_argument, say, seed_argument
+from opd.cli import main, say
 from opd.errors import InputError
 from opd.files import lock, read_object
 
@@ -246,11 +247,7 @@ def _made_whole(out: Path, make: Callable[[Path], None]) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    parser = Parser("python -m data.tiny.build", "Trains an embedded pair.")
-    parser.add_argument("--task", choices=PAIRS, default="chain")
-    parser.add_argument("--out", type=path_argument, required=True, help="folder of the pair")
-    parser.add_argument("--seed", type=seed_argument, default=0)
-    options = parser.parse_args(arguments)
+    options = COMMANDS["tiny.build"].parser().parse_args(arguments)
     print(build(options.out, options.seed, options.task))
 
 

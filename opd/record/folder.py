@@ -12,8 +12,9 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from opd import evaluate
+from opd.arguments import path_fault
 from opd.benchmarks import VALIDATION
-from opd.cli import command_line, path_fault, say
+from opd.cli import command_line, say
 from opd.config import ROOT
 from opd.errors import InputError
 from opd.files import check, read_object, step_number, whole_rows, write_whole

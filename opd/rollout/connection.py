@@ -16,7 +16,7 @@ from multiprocessing.connection import Client, Connection, answer_challenge, del
 from pathlib import Path
 from typing import Any, Protocol
 
-from opd.cli import address_of
+from opd.arguments import address_of
 from opd.config import ROOT
 from opd.errors import InputError
 from opd.rollout.wire import KEY, SHUTDOWN, limit
