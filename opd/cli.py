@@ -12,7 +12,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from opd.console import quiet_libraries, say
 from opd.errors import InputError, Interrupted, RunError, first_line
@@ -82,7 +81,8 @@ def _unexpected(error: Exception) -> str:
 
 def _exit(code: int) -> None:
     """Ends the process. One of several ends without Python's shutdown, during which gloo's threads can abort it."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    distributed = sys.modules.get("opd.distributed")  # which a command of one process need not import
+    if distributed is not None and distributed.world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -91,7 +91,4 @@ def _exit(code: int) -> None:
 
 def command_line() -> str:
     """The command line that started this process, as a user can type it again."""
-    program, *rest = sys.orig_argv[1:]
-    if Path(program).name in ("opd", "tip"):  # the entry points of an installation
-        return shlex.join([Path(program).name, *rest])
-    return shlex.join(["python", program, *rest])
+    return shlex.join(["python", *sys.orig_argv[1:]])

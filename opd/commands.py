@@ -50,13 +50,13 @@ COMMANDS = {
     "train": Command(
         "opd.train",
         "On-policy distillation on every response token.",
-        "python -m opd.train --config configs/tiny.json --set run_name=all",
+        f"python -m opd.train --config {PAIR} --set run_name=all",
         take_training,
     ),
     "evaluate": Command(
         "opd.evaluate",
         "Evaluate one model on a config's benchmarks.",
-        "python -m opd.evaluate --config configs/tiny.json --model data/tiny/pairs/chain/teacher",
+        f"python -m opd.evaluate --config {PAIR} --model Qwen/Qwen3-4B --limit 50",
         _take_evaluation,
     ),
     "compare": Command(
@@ -74,7 +74,7 @@ COMMANDS = {
     "doctor": Command(
         "opd.doctor",
         "Checks a configuration and this machine before a run.",
-        "python -m opd.doctor --config configs/tiny.json",
+        f"python -m opd.doctor --config {PAIR}",
         take_config,
     ),
     "vllm-server": Command(

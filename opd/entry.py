@@ -1,10 +1,10 @@
-"""The entry points `opd` and `tip`. A command is described before anything heavy is imported, so `--help` is fast."""
+"""Entry points. A command is described before anything heavy is imported, so `--help` is fast."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 
 from opd.arguments import Parser
 from opd.cli import main
@@ -61,6 +61,6 @@ def enter(program: str, about: str, commands: Mapping[str, Command]) -> None:
         if HELP & set(rest):
             commands[name].parser().print_help()
         else:
-            import_module(commands[name].module).command(rest)
+            os.execv(sys.executable, [sys.executable, "-m", commands[name].module, *rest])
 
     main(command)

