@@ -22,6 +22,7 @@ from opd.hooks import Observer, StatefulWeighter, TokenWeighter
 from opd.models import LanguageModel
 from opd.phases import Phases
 from opd.record import checkpoint, folder
+from opd.record.boards import check_boards, open_boards
 from opd.record.metrics import MetricsLog
 from opd.record.record import Record
 from opd.rollout import Sampler
@@ -85,6 +86,8 @@ def build(
 
     Raises InputError for a setting, a file or a model that cannot be used. Nothing is written before these checks.
     """
+    if distributed.is_first():
+        check_boards(config)
     settings = identity["deepspeed"]
     phases = Phases(device, config.engine.phases == 2, config.rollout.engine == "vllm")
     student, teacher = _load_models(config, continue_from, device, settings, phases)
@@ -201,5 +204,6 @@ def _enter_folder(run: Run, continue_from: Path | None) -> None:
     if distributed.is_first():
         folder.rewind(run_dir, run.step, continue_from)
         clear_folder(run_dir / SPILLED)
-        log = MetricsLog(run_dir, run.total_steps, run.step)
+        boards = open_boards(config, run.identity["config"], run.step)
+        log = MetricsLog(run_dir, run.total_steps, boards)
         run.record = Record(run_dir, config, log, run.student.tokenizer, run.grader, run.observer)
