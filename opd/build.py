@@ -22,6 +22,7 @@ from opd.models import LanguageModel
 from opd.phases import Phases
 from opd.progress import RunProgress, due
 from opd.record import checkpoint, folder
+from opd.record.boards import check_boards, open_boards
 from opd.record.metrics import MetricsLog
 from opd.record.record import Record
 from opd.rollout import Sampler
@@ -95,6 +96,8 @@ def build(
 
     Raises InputError for a setting, a file or a model that cannot be used. Nothing is written before these checks.
     """
+    if distributed.is_first():
+        check_boards(config)
     settings = identity["deepspeed"]
     phases = Phases(device, config.engine.phases == 2, config.rollout.engine == "vllm")
     student, teacher = _load_models(config, continue_from, device, settings, phases)
@@ -233,5 +236,5 @@ def _enter_folder(run: Run, continue_from: Path | None) -> None:
         clear_folder(run_dir / SPILLED)
         first = evaluate.finished(run_dir / "eval" / "step_000000", [loaded.name for loaded in run.benchmarks])
         run.progress.continue_after(run.step, evaluate.seconds_of(first) if first else None)
-        log = MetricsLog(run_dir, run.step)
+        log = MetricsLog(run_dir, open_boards(config, run.identity["config"], run.step))
         run.record = Record(run_dir, config, log, run.student.tokenizer, run.grader, run.observer)

@@ -247,14 +247,19 @@ class CheckpointSection:
 
 @strict
 class LogSection:
-    """Diagnostics beyond the metrics of every step."""
+    """Where metrics are shown, and diagnostics beyond those of every step."""
 
+    to: tuple[Literal["tensorboard", "wandb"], ...] = doc(
+        "Boards that show the metrics. tensorboard: files in RUN/tensorboard. wandb: Weights & Biases, with your "
+        "login; with WANDB_MODE=offline its files stay in RUN/wandb. metrics.jsonl holds the same numbers in any case.",
+        default=("tensorboard",),
+    )
     diagnostics_every: int = doc(
         "Updates between diagnostics: entropies, divergences, quadrants. They cost a scoring pass where the rule needs "
         "none. 0: never.",
         ge=0,
     )
-    samples: int = doc("Rollouts written as text to TensorBoard on a diagnostics step.", ge=0)
+    samples: int = doc("Rollouts written as text to the boards on a diagnostics step.", ge=0)
     token_dump_every: int = doc(
         "Updates between token dumps. A dump tokens/step_000010.jsonl holds every statistic of every token, the top 5 "
         "of both models, and what each rule would keep. 0: never.",
@@ -444,6 +449,8 @@ def _schedule_faults(config: Config) -> Iterator[str]:
         yield f"optim.steps is {optim.steps} and data.epochs is {epochs}: give one, set the other to null."
     if optim.steps is not None and optim.warmup_steps >= optim.steps:
         yield f"optim.warmup_steps is {optim.warmup_steps}, not below optim.steps = {optim.steps}."
+    if len(set(config.log.to)) < len(config.log.to):
+        yield f"log.to names a board twice: {list(config.log.to)}."
     if config.log.samples > 0 and config.log.diagnostics_every == 0:
         yield (
             f"log.samples is {config.log.samples}, but samples are written on diagnostics steps and "

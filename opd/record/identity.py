@@ -18,6 +18,7 @@ MACHINE = {  # section -> keys that fit a run to a machine and change no number,
     "rollout": ("servers", "timeout", "gpu_memory"),
     "engine": ("phases",),
     "teacher": ("cache_gb",),
+    "log": ("to",),
 }
 
 

@@ -63,7 +63,7 @@ class Record:
             return metrics
         diagnosis = self.observer.diagnose(stats, update.weights)
         for name, column in diagnosis.histograms.items():
-            self.log.board.add_histogram(name, column, stats.step)
+            self.log.histogram(name, column, stats.step)
         for kind, message in diagnosis.warnings.items():
             self.log.warn(kind, f"step {stats.step}: {message}", stats.step)
         return metrics | diagnosis.scalars
@@ -72,7 +72,7 @@ class Record:
         for i, (rollout, text) in enumerate(list(zip(rollouts, texts, strict=True))[: self.config.log.samples]):
             prompt = self.tokenizer.decode(rollout.prompt.token_ids)
             sample = f"```\n{prompt}{text}\n```\nreference: `{rollout.prompt.answer}`"
-            self.log.board.add_text(f"rollout/{i}", sample, step)
+            self.log.text(f"rollout/{i}", sample, step)
 
     def _dump(self, rollouts: Sequence[Rollout], update: Update) -> None:
         step = update.stats.step
