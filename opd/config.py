@@ -232,7 +232,11 @@ class EvalSection:
     k: int | None = doc("Samples per problem, instead of each benchmark's own k; null: its own.", ge=0, le=MOST_SAMPLES)
     every: int = doc("Evaluate every so many updates as well; 0: only before and after.", ge=0)
     reverse_kl: bool = doc(
-        "Also measure KL(student || teacher) on the sampled responses, in nats per token. Costs a pass of each model."
+        "Also measure KL(student || teacher) on the sampled responses, or on the greedy ones where there are no "
+        "samples, in nats per token. Costs a pass of each model."
+    )
+    reverse_kl_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = doc(
+        "On how many of the k samples of a problem eval.reverse_kl is measured; null: on all.", default=None
     )
     limit: Count | None = doc("Only the first problems of each benchmark; null: all.")
 

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -126,15 +126,17 @@ def evaluate(
         begin = time.perf_counter()
         enter(subject.phase)
         numbered = _responses(subject, loaded, config, out / f"{loaded.name}.partial.jsonl", stop)
-        divergences = []
+        divergences = {}
         if config.eval.reverse_kl and subject.pair is not None:
-            divergences = _reverse_kl(subject.pair, [rollout for _, rollout in numbered], config, stop, enter)
+            scored = _scored(loaded.numbers, config.eval.reverse_kl_samples)
+            chosen = {i: rollout for i, (number, rollout) in enumerate(numbered) if number in scored}
+            divergences = _reverse_kl(subject.pair, chosen, config, stop, enter)
         if not first:
             continue
         with Progress(f"grading of {len(numbered)} responses"):
             rows = graded(subject.lm, numbered, grader, loaded.benchmark.answer_lines)
-        for row, divergence in zip(rows, divergences, strict=False):
-            row["reverse_kl"] = divergence
+        for i, divergence in divergences.items():
+            rows[i]["reverse_kl"] = divergence
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
         summary[loaded.name] = {
@@ -294,11 +296,21 @@ def _warn_of_ungraded(rows: Sequence[dict], path: Path) -> None:
         )
 
 
+def _scored(numbers: Sequence[int], most: int | None) -> tuple[int, ...]:
+    """The numbers of the samples whose divergence is measured: the first `most` ones, else the greedy response."""
+    samples = [number for number in numbers if number != GREEDY]
+    return tuple(samples[:most]) if samples else (GREEDY,)
+
+
 def _reverse_kl(
-    pair: Pair, rollouts: Sequence[Rollout], config: Config, stop: Callable[[bool], None], enter: Callable[[str], None]
-) -> list[float]:
+    pair: Pair,
+    rollouts: Mapping[int, Rollout],
+    config: Config,
+    stop: Callable[[bool], None],
+    enter: Callable[[str], None],
+) -> dict[int, float]:
     """Per response the mean of KL(student || teacher) over its tokens, in nats. The processes share the work."""
-    numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts)]
+    numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts.values())]
     share = share_of_rank(numbered, distributed.rank(), distributed.world_size())
     pad_id = pair.student.eos_ids[0]
     batches = equally_many(make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, "keep"), pad_id)
@@ -312,7 +324,8 @@ def _reverse_kl(
         stats = score_update(pair, batches, needs, 0, advance, enter)
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
     sums.index_add_(0, stats.sequence_id, stats.reverse_kl.double())
-    return [total / len(rollout.response_ids) for total, rollout in zip(sums.tolist(), rollouts, strict=True)]
+    pairs = zip(rollouts.items(), sums.tolist(), strict=True)
+    return {i: total / len(rollout.response_ids) for (i, rollout), total in pairs}
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, Any]:
@@ -337,7 +350,7 @@ def summarise(rows: Sequence[dict]) -> dict[str, Any]:
     means = [count / len(group) for count, group in zip(right, groups, strict=True)]
     k = max(map(len, groups), default=0)
     sizes = sorted({2**i for i in range(k.bit_length())} | {k} - {0})
-    scored = [row for row in rows if "reverse_kl" in row and (row["sample"] != GREEDY) == bool(problems)]
+    scored = [row for row in rows if "reverse_kl" in row]
     divergence_sum = sum(row["reverse_kl"] * row["tokens"] for row in scored)
     return {
         "problems": len({row["id"] for row in rows}),
@@ -468,7 +481,7 @@ def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[L
         "seed": config.seed,
         "grader": grading.VERSION,
         "batch_size": config.rollout.batch_size,
-        "reverse_kl": config.eval.reverse_kl and config.teacher.path,
+        "reverse_kl": config.eval.reverse_kl and [config.teacher.path, config.eval.reverse_kl_samples],
     }
     path, text = out / "evaluation.json", json.dumps(about, indent=1) + "\n"
     try:

@@ -224,6 +224,23 @@ def test_what_the_teacher_cannot_embed_is_not_sampled_where_it_reads_the_respons
     assert [text for text in responses(tmp_path / "alone", "one") if any(word in text for word in beyond)]
 
 
+@pytest.mark.parametrize(("k", "most", "expected"), [(2, None, [0, 1]), (2, 1, [0]), (2, 9, [0, 1]), (0, 1, [-1])])
+def test_the_divergence_is_measured_on_as_many_samples_as_asked_for(k, most, expected, tmp_path):
+    lm, teacher = random_lm(0), random_lm(1, name="teacher")
+    loaded = benchmarks.LoadedBenchmark(
+        "one", benchmark(k, greedy=True), [Prompt(f"p{i}", (5 + i, 9), "7") for i in range(4)]
+    )
+    pair = pair_of(lm, teacher, LOSS, len(lm.tokenizer))
+    subject = evaluate.Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), pair)
+    config = tiny_config(f"eval.reverse_kl_samples={json.dumps(most)}")
+    found = evaluate.evaluate(subject, [loaded], config, tmp_path, Decided())["one"]
+    rows = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    scored = [r for r in rows if "reverse_kl" in r]
+    assert sorted((r["id"], r["sample"]) for r in scored) == [(f"p{i}", n) for i in range(4) for n in expected]
+    total = sum(r["reverse_kl"] * r["tokens"] for r in scored)
+    assert found["reverse_kl"] == pytest.approx(total / sum(r["tokens"] for r in scored))
+
+
 def test_greedy_alone_and_samples_alone():
     greedy = evaluate.summarise([row("a", -1, True), row("b", -1, False)])
     assert greedy["mean_at_k"] is None and greedy["pass_at"] == {} and greedy["greedy_se"] == pytest.approx(0.5)
@@ -237,7 +254,7 @@ def test_the_greedy_responses_divergence_counts_only_without_samples():
     greedy = [row("a", -1, True, reverse_kl=3.0, tokens=2), row("b", -1, True, reverse_kl=1.0, tokens=6)]
     assert evaluate.summarise(greedy)["reverse_kl"] == pytest.approx((3 * 2 + 1 * 6) / 8)
     sampled = [row("a", 0, True, reverse_kl=0.5, tokens=4), row("b", 0, True, reverse_kl=2.0, tokens=1)]
-    assert evaluate.summarise(greedy + sampled)["reverse_kl"] == pytest.approx((0.5 * 4 + 2 * 1) / 5)
+    assert evaluate.summarise([row("a", -1, True), *sampled])["reverse_kl"] == pytest.approx((0.5 * 4 + 2 * 1) / 5)
 
 
 DATA = os.environ.get("OPD_TEST_DATA")
