@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from opd.arguments import address_of, path_fault
 from opd.errors import InputError
 from opd.files import NotJson, parse_json, read_text
+from opd.words import in_our_words
 
 strict = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
@@ -326,7 +327,11 @@ def load_config(
     for name in tree.keys() - {field.name for field in fields(Config)}:
         if ignore_extensions:
             del tree[name]
-        elif isinstance(tree[name], dict) and not difflib.get_close_matches(name, _leaf_names(Config), 1, 0.6):
+        elif (
+            isinstance(tree[name], dict)
+            and not in_our_words(name)
+            and not difflib.get_close_matches(name, _leaf_names(Config), 1, 0.6)
+        ):
             raise InputError(
                 f"{where}: section {name[:80]!r} belongs to an extension of this trainer, and this command trains "
                 "without it. Start the extension's own command, or remove the section."
@@ -422,6 +427,8 @@ def _explain(kind: type, fault: Any, where: str) -> str:
         legal = _leaf_names(kind)
         if fault["type"] == "missing":
             return f"{where}: {name[:200]} is missing. Every key must be there; see configs/schema.json."
+        if ours := in_our_words(name):
+            return f"{where}: {name[:200]} is not a known key: {ours}."
         near = difflib.get_close_matches(name, legal, 1, 0.6) or [n for n in legal if n.endswith("." + path[-1])][:1]
         return f"{where}: {name[:200]} is not a known key.{f' Did you mean {near[0]}?' if near else ''}"
     got = json.dumps(fault["input"], default=str)

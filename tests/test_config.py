@@ -2,15 +2,17 @@
 
 import ast
 import json
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
-from opd import benchmarks
+from opd import benchmarks, keys
 from opd.benchmarks import read_benchmark, read_benchmarks
-from opd.config import Config, load_config, read_pair, schema
+from opd.config import Config, load_config, read_json_object, read_pair, schema
 from opd.errors import InputError
+from opd.words import ELSEWHERE
 from tip.config import SECTIONS, TipConfig
 from tip.rules import RULES
 
@@ -264,3 +266,18 @@ def test_a_file_that_extends_itself_is_a_circle(tmp_path):
     path = pair_file(tmp_path / "a.json", extends="a.json")
     with pytest.raises(InputError, match=r"a.json, which extends .*a.json: the files extend each other in a circle"):
         read_pair(path)
+
+
+def test_words_of_other_trainers_are_answered_with_ours(tmp_path):
+    legal = keys.documented().keys()
+    for word, answer in ELSEWHERE.items():
+        named = re.findall(r"\b(?:student|teacher|data|rollout|loss|optim|engine|eval|checkpoint|log)\.[a-z_]+", answer)
+        assert set(named) <= legal, word
+        with pytest.raises(InputError, match=re.escape(f"{word} is not a known key: {answer}")):
+            load_config("configs/tiny.json", [f"{word}=1"])
+    path = tmp_path / "pair.json"
+    path.write_text(json.dumps(read_json_object("configs/tiny.json") | {"lora": {"r": 8}}))
+    with pytest.raises(InputError, match="lora is not a known key: there are no adapters"):
+        load_config(path)
+    with pytest.raises(InputError, match=r"optim\.learning_rate is not a known key: it is optim\.lr"):
+        load_config("configs/tiny.json", ["optim.learning_rate=1"])
