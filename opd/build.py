@@ -22,7 +22,7 @@ from opd.models import LanguageModel
 from opd.phases import Phases
 from opd.progress import RunProgress, due
 from opd.record import checkpoint, folder
-from opd.record.boards import check_boards, open_boards
+from opd.record.boards import open_boards
 from opd.record.metrics import MetricsLog
 from opd.record.record import Record
 from opd.rollout import Sampler
@@ -96,8 +96,6 @@ def build(
 
     Raises InputError for a setting, a file or a model that cannot be used. Nothing is written before these checks.
     """
-    if distributed.is_first():
-        check_boards(config)
     settings = identity["deepspeed"]
     phases = Phases(device, config.engine.phases == 2, config.rollout.engine == "vllm")
     student, teacher = _load_models(config, continue_from, device, settings, phases)

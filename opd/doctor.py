@@ -31,6 +31,7 @@ from opd.files import amount
 from opd.hooks import TokenWeighter
 from opd.models import LanguageModel
 from opd.record import folder
+from opd.record.boards import check_boards
 from opd.record.identity import identity_of
 from opd.rollout import Decoding
 from opd.rollout.connection import check_installed
@@ -53,6 +54,7 @@ def dry_run(config: Config, sections: Mapping[str, Any], weighter: TokenWeighter
     begin = folder.open_run(config.run_dir, identity_of(config, sections, read_benchmarks(config), weighter), resume)
     if config.rollout.engine == "vllm" and not config.rollout.servers:
         check_installed()
+    check_boards(config)
     student, teacher = models.outline(config.student, "student"), models.outline(config.teacher, "teacher")
     inputs = read_inputs(config, student, teacher)
     print(plan.describe(config, device, _plan(config, device, inputs.total_steps)))
@@ -107,6 +109,7 @@ def examine(config: Config) -> list[str]:
         distributed.start(device)
     if config.rollout.engine == "vllm" and not config.rollout.servers:
         report.check("vLLM", check_installed, lambda _: "installed")
+    report.check("boards", lambda: check_boards(config), lambda _: ", ".join(config.log.to) or "none")
     for path, prompt_field, answer_field in report.check("files", lambda: _files(config), _about_files) or ():
         read = partial(read_problems, path, prompt_field, answer_field)
         report.check(f"file {path}", read, lambda problems: f"{len(problems)} problems")

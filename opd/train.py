@@ -34,6 +34,7 @@ from opd.hooks import Observer, StatefulWeighter, TokenWeighter, UniformWeighter
 from opd.launch import pick_device
 from opd.progress import Progress, Watch, due, duration, peak_memory_gb, reset_peak_memory
 from opd.record import checkpoint, folder
+from opd.record.boards import check_boards
 from opd.record.identity import identity_of, start_folder
 from opd.record.record import fields_to_measure
 from opd.rollout import Decoding
@@ -75,6 +76,8 @@ def run(
         if continue_from == folder.DONE:
             say(f"{config.run_dir}: this run is complete")
             return config.run_dir
+        if distributed.is_first():
+            check_boards(config)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # filling would write every chunk of logits twice
         reset_peak_memory(device)

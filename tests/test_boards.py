@@ -11,6 +11,7 @@ import runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_bad_input import S, outcome, snapshot
 
+from opd import doctor
 from opd import train as opd_train
 from opd.record import boards
 
@@ -31,7 +32,8 @@ BOTH = 'log.to=["tensorboard", "wandb"]'
 @pytest.fixture
 def offline(monkeypatch, tmp_path_factory):
     """wandb as a user without a login has it who asks for offline mode."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    for name in {"WANDB_ERROR_REPORTING"} | {name for name in os.environ if name.startswith("WANDB_")}:
+        monkeypatch.setenv(name, "")  # so that it is as before when the test ends, whatever sets it
         monkeypatch.delenv(name)
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "NETRC"):
         monkeypatch.setenv(name, str(tmp_path_factory.getbasetemp() / "user" / name))
@@ -125,11 +127,10 @@ def test_a_run_without_boards_has_its_metrics(tiny_pair, tmp_path):
     assert runs.train(tmp_path, *SMALL, "optim.steps=2") == run and (run / "summary.json").exists()
 
 
-def refused(setup, setting, monkeypatch, capsys):
+def refused(setup, setting, monkeypatch, capsys, *more):
     before = snapshot(setup)
-    code, out, err = outcome(
-        opd_train.command, ["--config", str(setup / "pair.json"), *S, setting], monkeypatch, capsys
-    )
+    arguments = ["--config", str(setup / "pair.json"), *S, setting, *more]
+    code, out, err = outcome(opd_train.command, arguments, monkeypatch, capsys)
     assert code == 2 and out == "" and "Traceback" not in err, err
     assert snapshot(setup) == before
     return err
@@ -147,7 +148,11 @@ def test_nothing_is_sent_without_a_login(setup, offline, monkeypatch, capsys):
     wandb.teardown()  # what this process knows of modes and logins
     monkeypatch.delenv("WANDB_MODE")
     message = refused(setup, BOTH, monkeypatch, capsys)
+    assert not wandb.env.error_reporting_enabled()
     assert "error: log.to names wandb, which cannot log in (No API key configured." in message
+    assert message == refused(setup, BOTH, monkeypatch, capsys, "--dry-run")
+    report = outcome(doctor.command, ["--config", str(setup / "pair.json"), *S, BOTH], monkeypatch, capsys)[1]
+    assert "mend  boards: log.to names wandb, which cannot log in (No API key configured." in report
     assert "Run wandb login, set WANDB_MODE=offline, which sends nothing, or take wandb out" in message
     wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "somewhere")

@@ -27,6 +27,9 @@ def check_boards(config: Config) -> None:
     """Refuses a board that cannot be used, before anything is written. Raises InputError."""
     if "wandb" not in config.log.to:
         return
+    os.environ.setdefault(
+        "WANDB_ERROR_REPORTING", "false"
+    )  # wandb would report faults and usage, with or without a login
     try:
         from wandb import login, setup  # slow to import, and only needed here
     except ImportError:
