@@ -224,10 +224,15 @@ def test_every_tenth_update_has_a_line(clock, monkeypatch, capsys):
     ]
 
 
+def messages(capsys):
+    """What was said, without the lines that break a long silence on a slow machine."""
+    return [line for line in capsys.readouterr().err.splitlines() if not line.startswith("run: loading")]
+
+
 def test_a_run_says_its_settings_its_evaluations_and_its_end(tiny_pair, tmp_path, capsys):
     settings = ("optim.steps=2", "optim.warmup_steps=0", "eval.k=1", "eval.limit=4", "eval.every=0")
     runs.train(tmp_path, *settings, "tip.rule=q3", "tip.retention=0.25")
-    said = capsys.readouterr().err.splitlines()
+    said = messages(capsys)
     assert said[:6] == [
         "student  data/tiny/pairs/chain/student",
         "teacher  data/tiny/pairs/chain/teacher",
@@ -246,7 +251,7 @@ def test_a_run_says_its_settings_its_evaluations_and_its_end(tiny_pair, tmp_path
 
 def test_runs_that_share_evaluations_introduce_themselves_in_one_line(tiny_pair, tmp_path, capsys):
     runs.train(tmp_path, "optim.steps=1", "optim.warmup_steps=0", "eval.benchmarks=[]", shared=tmp_path, plain=True)
-    first = capsys.readouterr().err.splitlines()[0]
+    first = messages(capsys)[0]
     assert first == (
         "run: all; updates: 1 of 32 rollouts, learning rate 0.0003; torch on cpu, rollouts by transformers; "
         f"{tmp_path}/run"
