@@ -20,7 +20,7 @@ from opd.config import (
     SCHEMA_KEY,
     Config,
     Count,
-    PathText,
+    Source,
     Text,
     build,
     doc,
@@ -40,7 +40,7 @@ class Benchmark:
     """The problems of a benchmark, and how a model answers them."""
 
     version: int = doc("Number that rises with every change that changes the figures.", ge=1)
-    file: PathText = doc("The problems: a file, a folder or a data set of the hub, as in data.train.")
+    file: Source = doc("The problems: a file, a folder or a data set of the hub, as in data.train.")
     prompt_field: Text = doc("Field with the problem: a string or a list of messages.")
     answer_field: Text = doc("Field with the reference answer.")
     instruction: str = doc("Text that is appended to the problem.")

@@ -10,6 +10,7 @@ An extension of this trainer brings its own optional section as a dataclass whos
 
 import difflib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,7 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"  # the version of JSON Sc
 SCHEMA_KEY = {"type": "string", "description": "This schema, for editors."}
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ("configs/", "data/")  # folders of the repository whose files are found from any working directory
 Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 Text = Annotated[str, Field(min_length=1)]
@@ -42,7 +44,17 @@ def _checked_path(text: str) -> str:
     return text
 
 
-PathText = Annotated[Text, AfterValidator(_checked_path)]
+def located(text: str) -> str:
+    """The path of a shipped file, such as configs/FILE.json, from a folder that has no such file itself.
+
+    So commands and scripts find shipped files from any working directory. Any other text stays as it is.
+    """
+    is_shipped = text.startswith(SHIPPED) and not os.path.exists(text) and os.path.exists(ROOT / text)
+    return str(ROOT / text) if is_shipped else text
+
+
+PathText = Annotated[Text, AfterValidator(_checked_path)]  # a path to write
+Source = Annotated[PathText, AfterValidator(located)]  # what is read: a path, or the name of something
 MOST = 10**9  # the largest count: a larger one overflows the arrays that are made of it
 Count = Annotated[int, Field(ge=1, le=MOST)]
 MOST_SAMPLES = 100_000  # the most samples of one problem, and the most prompts of one update
@@ -61,14 +73,14 @@ def doc(text: str, **limits: Any) -> Any:
 class StudentSection:
     """The model that samples and learns."""
 
-    path: PathText = doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")
+    path: Source = doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")
     revision: str | None = doc("Hub commit or tag; null for a folder or the default branch.")
     dtype: Dtype = doc(
         "Compute dtype. Parameters and optimizer moments are always float32, because a bfloat16 parameter would not "
         "move at lr 1e-6."
     )
     attn_implementation: Attention = doc("Attention kernel of transformers.")
-    chat_template: PathText | None = doc(
+    chat_template: Source | None = doc(
         "File with the chat template, in Jinja, that makes prompts of messages, for a base model without one. "
         "Checkpoints hold it. null: the template of the model's tokenizer.",
         default=None,
@@ -80,7 +92,7 @@ class TeacherSection:
     """The frozen model that scores the student's tokens."""
 
     mode: Literal["local"] = doc("Where the teacher runs. local: in this process.")
-    path: PathText = doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")
+    path: Source = doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")
     revision: str | None = doc("Hub commit or tag; null for a folder or the default branch.")
     dtype: Dtype = doc("Dtype of the teacher's weights and arithmetic.")
     attn_implementation: Attention = doc("Attention kernel of transformers.")
@@ -102,7 +114,7 @@ class TeacherSection:
 class DataSection:
     """Training prompts."""
 
-    train: tuple[PathText, ...] = doc(
+    train: tuple[Source, ...] = doc(
         "Problems: .jsonl, .json, .csv and .parquet files, folders of them, and data sets of the Hugging Face hub as "
         "hub:OWNER/NAME[:CONFIG]@REVISION[/SPLIT]; several are mixed.",
         min_length=1,
@@ -208,7 +220,7 @@ class EngineSection:
     kind: Literal["torch", "deepspeed"] = doc(
         "torch: one process, one device. deepspeed: one process per GPU, started by opd.launch, torchrun or deepspeed."
     )
-    deepspeed: PathText | None = doc(
+    deepspeed: Source | None = doc(
         "Name of configs/deepspeed/NAME.json, or path of such a file: ZeRO stage and offload. null with kind torch. "
         "It holds no setting that the pair file decides: optimizer, schedule, clipping, dtype or batch."
     )
@@ -229,7 +241,7 @@ class EngineSection:
 class EvalSection:
     """Held-out accuracy of the step-0 student, the teacher, and the student in training and at the end."""
 
-    benchmarks: tuple[PathText, ...] = doc("Names of configs/benchmarks/NAME.json, or paths of such files.")
+    benchmarks: tuple[Source, ...] = doc("Names of configs/benchmarks/NAME.json, or paths of such files.")
     k: int | None = doc("Samples per problem, instead of each benchmark's own k; null: its own.", ge=0, le=MOST_SAMPLES)
     every: int = doc("Evaluate every so many updates as well; 0: only before and after.", ge=0)
     reverse_kl: bool = doc(
@@ -351,7 +363,7 @@ def read_pair(path: str | Path) -> tuple[dict[str, Any], str]:
     key beneath it as a whole. Raises InputError that names all files down to the faulty one.
     """
     tree: dict[str, Any] = {}
-    place = Path(path)
+    place = Path(located(str(path)))
     where, seen = str(place), set()
     while place.resolve() not in seen:
         seen.add(place.resolve())

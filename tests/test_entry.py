@@ -11,10 +11,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 from data.commands import COMMANDS as DATA
 from opd import entry, keys
 from opd.commands import COMMANDS as OPD
+from opd.config import ROOT, located
 from opd.errors import InputError
 from tip.commands import COMMANDS as TIP
 
@@ -95,3 +97,31 @@ def test_keys_are_explained(capsys):
     assert "Default: 'soft_or'." in " ".join(capsys.readouterr().out.split())
     with pytest.raises(InputError, match=r"Did you mean 'optim\.lr'"):
         keys.command(["optim.lrr"])
+
+
+def test_shipped_files_are_found_from_any_folder(tmp_path):
+    """As after an editable install, which puts the checkout on Python's path."""
+    code = "from opd.config import load_config as load; print(load('configs/tiny.json', ['output_dir=data/x'])[0])"
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    for path in ("data/tiny/pairs/chain/student", "data/tiny/pairs/chain/train.jsonl"):
+        assert repr(f"{Path.cwd()}/{path}") in result.stdout
+    assert "output_dir='data/x'" in result.stdout
+
+
+def test_a_path_that_exists_here_or_nowhere_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny.json").write_text("{}")
+    for text in ("configs/tiny.json", "configs/nothing.json", "Qwen/Qwen3-4B", "README.md", "opd/README.md"):
+        assert located(text) == text
+    assert located("configs/smollm2.json") == str(ROOT / "configs/smollm2.json")
+
+
+def test_a_wheel_holds_the_two_packages_and_an_editable_install_the_whole_checkout():
+    settings = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]
+    found = find_packages(include=settings["packages"]["find"]["include"])
+    assert {name.partition(".")[0] for name in found} == {"opd", "tip"}
+    assert settings["package-dir"] == {"": "."}  # setuptools makes a plain path of the checkout only then
