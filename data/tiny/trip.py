@@ -189,5 +189,5 @@ class Trip:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per symbol or word, 78 ids."""
+    """One token per symbol or word, 76 ids."""
     return tokenizer_of(WORDS, CONTEXT)
