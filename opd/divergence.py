@@ -1,6 +1,6 @@
 """Entropies and divergences from logits, token by token: the readable reference of what loss.py computes in chunks.
 
-All functions take float logits of shape (N, V), compute in their dtype and return (N,) in nats. They are
+All functions take float logits of shape (N, V), compute in their dtype and return (N,) in nats, or a share where the text says so. They are
 differentiable, keep several (N, V) tensors alive, and are meant for reading and for tests.
 """
 
@@ -39,6 +39,15 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Te
     from_teacher = (log_t.exp() * (log_t - log_m)).sum(-1)
     from_student = (log_s.exp() * (log_s - log_m)).sum(-1)
     return beta * from_teacher + (1 - beta) * from_student
+
+
+def total_variation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """1/2 sum_v |P_S - P_T|, in [0, 1].
+
+    A token that the student drafts and the teacher verifies is accepted with probability 1 minus this: speculative
+    sampling, arXiv 2211.17192.
+    """
+    return 0.5 * (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1)
 
 
 def check_beta(beta: float) -> None:
