@@ -1,7 +1,7 @@
 """Entropies and divergences from logits, token by token: the readable reference of what loss.py computes in chunks.
 
-All functions take float logits of shape (N, V), compute in their dtype and return (N,) in nats, or a share where the text says so. They are
-differentiable, keep several (N, V) tensors alive, and are meant for reading and for tests.
+All functions take float logits of shape (N, V), compute in their dtype and return (N,), in nats where the text says
+nothing else. They are differentiable, keep several (N, V) tensors alive, and are meant for reading and for tests.
 """
 
 import math
