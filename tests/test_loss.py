@@ -530,3 +530,20 @@ def test_unknown_statistics_are_refused():
     hs, student, ht, teacher, _ = case()
     with pytest.raises(ValueError, match=r"needs names \['entropy'\]"):
         token_stats(hs, student, ht, teacher, torch.zeros(7, dtype=torch.int64), frozenset({"entropy"}))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_teacher_known_on_its_top_k_gives_a_lower_bound_that_rises_to_the_divergence(seed):
+    g = torch.Generator().manual_seed(seed)
+    s, t = (3 * torch.randn(20, 31, generator=g, dtype=torch.float64) for _ in range(2))
+    p, q = s.softmax(-1), t.softmax(-1)
+    for name, bounded in (("reverse_kl", reference.topk_reverse_kl), ("forward_kl", reference.topk_forward_kl)):
+        exact = naive_loss(name, s, t)
+        bounds = torch.stack([bounded(s, t, k) for k in (1, 2, 5, 12, 30, 31)])
+        assert (bounds.diff(dim=0) > -1e-12).all() and (bounds <= exact + 1e-12).all()
+        assert bounds[0].mean() < 0.9 * exact.mean()
+        torch.testing.assert_close(bounds[-1], exact)
+    best = q.argsort(-1, descending=True)[:, :2]  # by probability tables: two ids and the rest
+    p3, q3 = (torch.cat([x.gather(1, best), 1 - x.gather(1, best).sum(1, keepdim=True)], 1) for x in (p, q))
+    torch.testing.assert_close(reference.topk_reverse_kl(s, t, 2), (p3 * (p3 / q3).log()).sum(1))
+    torch.testing.assert_close(reference.topk_forward_kl(s, t, 2), (q3 * (q3 / p3).log()).sum(1))
