@@ -28,6 +28,10 @@ def _take_trips(cli: Parser) -> None:
     cli.add_argument("--seed", type=seed_argument, default=0, metavar="N", help="default 0")
 
 
+def _take_evaluation(cli: Parser) -> None:
+    cli.add_argument("file", type=path_argument, help="JSONL file of an evaluation")
+
+
 def _take_files(cli: Parser) -> None:
     cli.add_argument("train", type=path_argument, help="JSONL file")
     cli.add_argument("evaluation", nargs="+", type=path_argument, help="JSONL files")
@@ -60,6 +64,12 @@ COMMANDS = {
         "Invents trips with known answers, in the form of DeepPlanning's.",
         "python -m data.deepplanning.synthetic --trips 20",
         _take_trips,
+    ),
+    "deepplanning.scores": Command(
+        "data.deepplanning.scores",
+        "Scores an evaluation on travel tasks by the benchmark and by the paper.",
+        "python -m data.deepplanning.scores outputs/mine/eval/step_000100/deepplanning.jsonl",
+        _take_evaluation,
     ),
     "contamination": Command(
         "data.contamination",

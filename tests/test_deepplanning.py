@@ -377,6 +377,31 @@ def test_scores_of_the_benchmark_and_of_the_paper_by_hand():
     assert of_parts(three.parts, True) == three
 
 
+def test_scores_of_an_evaluation(prepared, tmp_path, capsys):
+    folder, travel, rows = prepared
+    lines = []
+    for row in rows[:2]:
+        text = write_plan(row["meta"]["trip"], read_database(tasks.task_folder(folder, row["meta"]["task"])))
+        for sample, turn in ((-1, f"<plan>{text}</plan>"), (0, f"<plan>{text}</plan>"), (1, "none")):
+            score = travel.score(row, [turn])
+            lines.append({"id": row["id"], "sample": sample, "extracted": score.extracted, "parts": dict(score.parts)})
+    lines.append({"id": rows[0]["id"], "sample": 2, "extracted": None, "parts": {}})  # the environment failed
+    path = tmp_path / "evaluation.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    scores.command([str(path)])
+    greedy, sampled = capsys.readouterr().out.split("\n\n")
+    assert (
+        greedy.startswith("| synthetic_trips-en, greedy, 2 tasks |")
+        and "| benchmark: case accuracy | 100.0 |" in greedy
+    )
+    assert "| paper: Avg@3 (share of a task's wishes) | 41.7 |" in sampled and "| paper: Best@3 | 100.0 |" in sampled
+    assert "| benchmark: delivery rate | 40.0 |" in sampled
+    for content, message in (("{}", "line 1: id is missing"), ("", "no responses in it")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            scores.command([str(path)])
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------------
 def test_the_example_of_the_prompt_is_read_whole():
     text = plan_text(tasks.PROMPT.read_text().partition("# An example")[2])
@@ -847,6 +872,8 @@ def test_a_missing_folder_is_one_message(prepared, tmp_path):
     (tmp_path / "manifest.json").write_text('{"language": "zh"}')
     with pytest.raises(InputError, match="answer in English only"):
         Travel(str(tmp_path))
+    with pytest.raises(InputError, match=r"quirks: .*Expected true or false"):
+        Travel(str(tmp_path), quirks="no")
     with pytest.raises(InputError, match=r"id_99 is missing.*data\.prepare"):
         travel.reply(rows[0] | {"meta": rows[0]["meta"] | {"task": 99}}, [call("search_location", place_name="x")])
 

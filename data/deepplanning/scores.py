@@ -1,4 +1,4 @@
-"""What a plan is worth, by the benchmark and by the paper beside each other.
+"""What a plan is worth, by the benchmark and by the paper: `python -m data.deepplanning.scores EVALUATION.jsonl`.
 
 The benchmark asks whether all wishes hold and all 21 checks pass. The paper's Table 7 counts the share of the wishes
 that hold, whatever the checks say.
@@ -6,10 +6,17 @@ that hold, whatever the checks say.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 
+from typing_extensions import TypedDict
+
+from data.commands import COMMANDS
 from data.deepplanning.checks import CHECKS, DIMENSIONS, Case
 from data.deepplanning.constraints import Wish, holds
+from opd.cli import main
+from opd.errors import InputError
+from opd.files import check, read_rows
 
 CHECK, WISH, READ = "check/", "wish/", "every line read"  # parts: how their names begin, and the name of one
 
@@ -36,7 +43,7 @@ class Verdict:
     @property
     def commonsense(self) -> float:
         """The share of the 8 dimensions whose checks all pass."""
-        passed = [all(self.checks[check.__name__] for check in checks) for checks in DIMENSIONS.values()]
+        passed = [all(self.checks[one.__name__] for one in checks) for checks in DIMENSIONS.values()]
         return fmean(passed)
 
     @property
@@ -67,11 +74,13 @@ class Verdict:
 
 
 def of_parts(parts: Mapping[str, bool], delivered: bool) -> Verdict:
+    """The verdict with these parts. Without any, as where the environment failed, nothing holds."""
+    checks = {name.removeprefix(CHECK): value for name, value in parts.items() if name.startswith(CHECK)}
     return Verdict(
-        {name.removeprefix(CHECK): value for name, value in parts.items() if name.startswith(CHECK)},
+        dict.fromkeys(CHECKS, False) | checks,
         {name.removeprefix(WISH): value for name, value in parts.items() if name.startswith(WISH)},
         delivered,
-        parts[READ],
+        parts.get(READ, False),
     )
 
 
@@ -80,7 +89,7 @@ def judge(case: Case | None, wished: Mapping[str, Wish], read: bool = True) -> V
     if case is None or not case.plan.days:
         return Verdict(dict.fromkeys(CHECKS, False), dict.fromkeys(wished, False), case is not None, read)
     return Verdict(
-        {name: check(case) for name, check in CHECKS.items()},
+        {name: passes(case) for name, passes in CHECKS.items()},
         {kind: holds(kind, wish, case) for kind, wish in wished.items()},
         True,
         read,
@@ -108,3 +117,37 @@ def table(name: str, verdicts: Sequence[Sequence[Verdict]]) -> str:
     }
     lines = [f"| {name}, {len(verdicts)} tasks | % |", "|---|---|"]
     return "\n".join([*lines, *(f"| {label} | {100 * value:.1f} |" for label, value in rows.items())])
+
+
+class Judged(TypedDict):
+    """What is read of a line of an evaluation's file."""
+
+    id: str
+    sample: int  # below 0 for the greedy response
+    extracted: str | None
+    parts: dict[str, bool]
+
+
+def tables(path: Path) -> list[str]:
+    """The tables of an evaluation's file, of its samples and of its greedy responses, as far as it has them.
+
+    The tasks' own ids give the name. Raises InputError for a file of another kind.
+    """
+    verdicts: dict[tuple[str, str], dict[str, list[Verdict]]] = {}
+    for line, row in read_rows(path, "the JSONL file of an evaluation on these tasks"):
+        judged: Judged = check(row, Judged, f"{path}, line {line}", "a response that data.deepplanning.travel judged")
+        name, how = judged["id"].rpartition("-")[0], "greedy" if judged["sample"] < 0 else "sampled"
+        of_task = verdicts.setdefault((name, how), {}).setdefault(judged["id"], [])
+        of_task.append(of_parts(judged["parts"], judged["extracted"] is not None))
+    if not verdicts:
+        raise InputError(f"{path}: no responses in it. Expected the JSONL file of an evaluation.")
+    return [table(f"{name}, {how}", list(tasks.values())) for (name, how), tasks in verdicts.items()]
+
+
+def command(arguments: list[str]) -> None:
+    options = COMMANDS["deepplanning.scores"].parser().parse_args(arguments)
+    print("\n\n".join(tables(options.file)))
+
+
+if __name__ == "__main__":
+    main(command)

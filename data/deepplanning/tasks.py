@@ -59,11 +59,11 @@ class TripFacts(TypedDict):
 
 @dataclass(frozen=True)
 class Source:
-    """The three files that the tasks of a language are made of."""
+    """What the tasks of a language are made of."""
 
-    queries: Path
-    tools: Path
-    archive: Path
+    rows: list[dict[str, Any]]
+    tools: str  # the tools' descriptions, as a JSON text
+    archive: Path  # of the databases
     origin: Mapping[str, str]
 
 
@@ -79,19 +79,14 @@ def read_tasks(
         InputError: a file is missing or malformed.
     """
     files = _downloaded(language) if source == "hub" else _in_folder(Path(source), language)
-    raw = [row.fields for row in read_source(files.queries)]
-    splits = split(rows(raw, "deepplanning", language, str(files.queries)), seed)
-
+    splits = split(rows(files.rows, "deepplanning", language, source), seed)
     ids = {name: [row["id"] for row in found] for name, found in splits.items()}
 
     def write_more(folder: Path) -> dict[str, Any]:
-        text = read_text(files.tools, "the JSON list of the tools")
-        parse_json(text, str(files.tools))
-        (folder / TOOLS).write_text(text, encoding="utf-8")
+        (folder / TOOLS).write_text(files.tools, encoding="utf-8")
         wanted = {row["meta"]["task"] for found in splits.values() for row in found}
-        return {"language": language, "ids": ids, "tools": sha256(folder / TOOLS)} | unpack(
-            files.archive, wanted, folder
-        )
+        about = {"language": language, "ids": ids, "tools": sha256(folder / TOOLS)}
+        return about | unpack(files.archive, wanted, folder)
 
     return splits, {"tasks": files.origin}, write_more
 
@@ -108,8 +103,11 @@ def _in_folder(folder: Path, language: str) -> Source:
             "They are fetched without --source."
         )
 
-    files = [find(names) for names in (QUERIES, SCHEMAS, ARCHIVES)]
-    return Source(*files, {path.name: sha256(path) for path in files})
+    queries, schemas, archive = (find(names) for names in (QUERIES, SCHEMAS, ARCHIVES))
+    tools = read_text(schemas, "the JSON list of the tools")
+    parse_json(tools, str(schemas))
+    origin = {path.name: sha256(path) for path in (queries, schemas, archive)}
+    return Source([row.fields for row in read_source(queries)], tools, archive, origin)
 
 
 def _downloaded(language: str) -> Source:
@@ -118,10 +116,10 @@ def _downloaded(language: str) -> Source:
     archive = ARCHIVES[0].format(language)
     try:
         names = HfApi().list_repo_files(HUB, repo_type="dataset", revision=REVISION)
-        place = next(name for name in names if name.rpartition("/")[2] == archive)
+        place = next((name for name in names if name.rpartition("/")[2] == archive), archive)
         path = Path(hf_hub_download(HUB, place, repo_type="dataset", revision=REVISION))
-        queries = _fetch(path.parent, "data", QUERIES[0].format(language))
-        tools = _fetch(path.parent, "tools", SCHEMAS[0].format(language))
+        queries = _fetch("data", QUERIES[0].format(language))
+        tools = _fetch("tools", SCHEMAS[0].format(language))
     except InputError:
         raise
     except Exception as error:  # network, login, a moved repository: the clients have many kinds
@@ -129,19 +127,17 @@ def _downloaded(language: str) -> Source:
             f"the tasks of {HUB} cannot be fetched ({first_line(error)}). Check the network and your login, or name a "
             "folder with copies of the files: --source FOLDER."
         ) from None
-    return Source(queries, tools, path, {"hub": HUB, "revision": REVISION, "code": CODE, archive: sha256(path)})
+    origin = {"hub": HUB, "revision": REVISION, "code": CODE, archive: sha256(path)}
+    return Source(parse_json(queries, "the tasks"), tools, path, origin)
 
 
-def _fetch(folder: Path, place: str, name: str) -> Path:
-    """A file of the benchmark's repository, beside the hub's copy of the databases. Its content is checked."""
-    path = folder / name
-    if not path.exists() or sha256(path) != HASHES[name]:
-        with urllib.request.urlopen(f"{RAW}/{place}/{name}", timeout=60) as response:
-            content = response.read(MOST_DOWNLOAD)
-        if hashlib.sha256(content).hexdigest() != HASHES[name]:
-            raise InputError(f"{RAW}/{place}/{name}: its content is not that of the pinned commit. Try again later.")
-        path.write_bytes(content)
-    return path
+def _fetch(place: str, name: str) -> str:
+    """The text of a file of the benchmark's repository, if its content is that of the pinned commit."""
+    with urllib.request.urlopen(f"{RAW}/{place}/{name}", timeout=60) as response:
+        content = response.read(MOST_DOWNLOAD)
+    if hashlib.sha256(content).hexdigest() != HASHES[name]:
+        raise InputError(f"{RAW}/{place}/{name}: its content is not that of the pinned commit. Try again later.")
+    return content.decode()
 
 
 def rows(raw: list[dict], name: str, language: str, where: str) -> list[dict]:

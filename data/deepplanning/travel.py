@@ -18,7 +18,7 @@ from data.deepplanning.plan import parse_plan, plan_text, read_plan
 from data.deepplanning.scores import Score, judge
 from data.deepplanning.tasks import TOOLS, task_folder
 from opd.errors import InputError
-from opd.files import parse_json, read_object, read_text, sha256
+from opd.files import check, parse_json, read_object, read_text, sha256
 
 RULES = 1  # goes up when the same turns get another reply or score
 
@@ -36,7 +36,8 @@ class Travel:
     """
 
     def __init__(self, folder: str, quirks: bool = True, converter: Mapping[str, Any] | None = None):
-        self.folder = Path(folder)
+        self.folder = Path(check(folder, str, "folder", "the folder of prepared tasks, as a text"))
+        check(quirks, bool, "quirks", "true or false")
         path = self.folder / "manifest.json"
         if not path.is_file():
             raise InputError(
