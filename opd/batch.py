@@ -2,7 +2,8 @@
 
 The hidden state of a causal model at input index i predicts the token at index i + 1. So token t of a response to a
 prompt of P tokens is predicted at index P + t - 1. The prompt's last token predicts the first response token, and
-nothing is predicted from the last response token.
+nothing is predicted from the last response token. Only what the model sampled is counted: where an environment spoke,
+t has gaps, and the first token of a turn is predicted from the environment's last one.
 
 Shapes: B rollouts of a micro-batch, T positions of the longest one, N counted response tokens.
 """
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from opd import distributed
 from opd.data import Rollout
+from opd.seeds import derive_seed
+
+FACTS = ("sequence_id", "position", "turn", "token_id", "prompt_id", "length", "truncated")
 
 
 @dataclass(frozen=True)
@@ -25,20 +29,55 @@ class MicroBatch:
     attention_mask: Tensor  # (B, T) int64, 1 on prompt and response; it alone says what is padding
     rows: Tensor  # (N,) int64, first index in (B, T) of the hidden state that predicts the token
     columns: Tensor  # (N,) int64, second index in (B, T) of that hidden state
-    token_ids: Tensor  # (N,) int64, the predicted response tokens
-    sequence_id: Tensor  # (N,) int64, the rollout that the token belongs to
-    position: Tensor  # (N,) int64, place of the token in its response, from 0
+    facts: dict[str, Tensor]  # (N,) int64 each: the columns of TokenStats that are known without a model
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The predicted response tokens."""
+        return self.facts["token_id"]
+
+    @property
+    def sequence_id(self) -> Tensor:
+        """The rollouts that the tokens belong to."""
+        return self.facts["sequence_id"]
+
+    @property
+    def position(self) -> Tensor:
+        """The places of the tokens in their responses, from 0."""
+        return self.facts["position"]
 
 
 def counted_tokens(rollout: Rollout, truncated: str) -> int:
-    """How many tokens of a response, from its first one, take part in the loss.
+    """How many of the tokens that the model sampled, from the first one, take part in the loss.
 
-    `truncated` is the configuration's rollout.truncated and decides about responses that were cut at the length limit.
+    `truncated` is the configuration's rollout.truncated and decides about responses that were cut at a limit. Of a
+    conversation that an environment broke, none take part.
     """
-    length = len(rollout.response_ids)
-    if rollout.finish_reason == "stop" or truncated == "keep":
+    if rollout.finish_reason == "error":
+        return 0
+    length = rollout.model_tokens
+    if not rollout.is_cut or truncated == "keep":
         return length
-    return 0 if truncated == "drop" else length - repeated_tail(rollout.response_ids)
+    first, end = rollout.turns[-1]
+    return 0 if truncated == "drop" else length - repeated_tail(rollout.response_ids[first:end])
+
+
+def facts_of(rollout: Rollout, count: int) -> dict[str, Tensor]:
+    """The facts of the first `count` tokens that the model sampled, (count,) int64 each."""
+    position = torch.cat([torch.arange(first, end) for first, end in rollout.turns])[:count]
+    turns = torch.arange(len(rollout.turns))
+    same = {
+        "sequence_id": rollout.sequence_id,
+        "prompt_id": derive_seed(rollout.prompt.id, *rollout.prompt.token_ids),
+        "length": rollout.model_tokens,
+        "truncated": int(rollout.is_cut),
+    }
+    return {
+        **{name: torch.full((count,), fact) for name, fact in same.items()},
+        "position": position,
+        "turn": turns.repeat_interleave(torch.tensor([end - first for first, end in rollout.turns]))[:count],
+        "token_id": torch.tensor(rollout.response_ids)[position],
+    }
 
 
 def repeated_tail(ids: Sequence[int]) -> int:
@@ -105,7 +144,8 @@ def equally_many(batches: Sequence[MicroBatch], pad_id: int) -> list[MicroBatch]
 def empty_micro_batch(pad_id: int) -> MicroBatch:
     """A micro-batch of one padded token that predicts nothing."""
     none = torch.zeros(0, dtype=torch.long)
-    return MicroBatch(torch.full((1, 1), pad_id), torch.ones(1, 1, dtype=torch.long), none, none, none, none, none)
+    facts = dict.fromkeys(FACTS, none)
+    return MicroBatch(torch.full((1, 1), pad_id), torch.ones(1, 1, dtype=torch.long), none, none, facts)
 
 
 def _length(rollout: Rollout) -> int:
@@ -127,16 +167,14 @@ def _collate(group: Sequence[Rollout], counted: dict[int, int], pad_id: int) -> 
         attention_mask_BT[row, : len(ids)] = 1
     counted_B = torch.tensor([counted[rollout.sequence_id] for rollout in group])
     prompt_lengths_B = torch.tensor([len(rollout.prompt.token_ids) for rollout in group])
-    sequence_ids_B = torch.tensor([rollout.sequence_id for rollout in group])
+    facts = [facts_of(rollout, counted[rollout.sequence_id]) for rollout in group]
+    facts_N = {name: torch.cat([columns[name] for columns in facts]) for name in FACTS}
     rows_N = torch.arange(len(group)).repeat_interleave(counted_B)
-    position_N = torch.cat([torch.arange(count) for count in counted_B.tolist()])
-    columns_N = prompt_lengths_B[rows_N] + position_N - 1
+    columns_N = prompt_lengths_B[rows_N] + facts_N["position"] - 1
     return MicroBatch(
         input_ids=input_ids_BT,
         attention_mask=attention_mask_BT,
         rows=rows_N,
         columns=columns_N,
-        token_ids=input_ids_BT[rows_N, columns_N + 1],
-        sequence_id=sequence_ids_B[rows_N],
-        position=position_N,
+        facts=facts_N,
     )

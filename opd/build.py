@@ -27,6 +27,7 @@ from opd.record.metrics import MetricsLog
 from opd.record.record import Record
 from opd.rollout import Sampler
 from opd.rollout.choose import open_sampler
+from opd.rollout.turns import Dialogue, open_dialogue
 from opd.step import Pair
 from opd.stop import Stop
 from opd.teacher.cache import Cache, clear_folder
@@ -50,6 +51,7 @@ class Run:
     observer: Observer | None
     prompts: list[Prompt]
     benchmarks: list[LoadedBenchmark]
+    dialogue: Dialogue | None  # what answers the student in training
     total_steps: int
     sampler: Sampler | None = None  # None while it is closed
     record: Record | None = None  # None on all processes but the first
@@ -115,6 +117,7 @@ def build(
         observer=observer,
         prompts=inputs.prompts,
         benchmarks=inputs.benchmarks,
+        dialogue=inputs.dialogue,
         total_steps=inputs.total_steps,
     )
     _introduce(run, device)
@@ -159,16 +162,19 @@ class Inputs:
     vocab_size: int  # token ids below it are compared
     prompts: list[Prompt]
     benchmarks: list[LoadedBenchmark]
+    dialogue: Dialogue | None
     total_steps: int
 
 
 def read_inputs(config: Config, student: LanguageModel, teacher: LanguageModel) -> Inputs:
     """Reads the data of a run and checks it against both models, which need no weights for it. Raises InputError."""
     vocab_size = models.shared_vocabulary(student, teacher)
-    prompts, validation = read_training_prompts(config.data, student.tokenizer, config.seed)
+    dialogue = open_dialogue(config.data.environment, student, config.data)
+    data = dialogue.data if dialogue else config.data
+    prompts, validation = read_training_prompts(data, student.tokenizer, config.seed)
     benchmarks = load_benchmarks(config, student, config.eval.limit)
     if validation:
-        benchmarks.append(validation_benchmark(config, validation))
+        benchmarks.append(validation_benchmark(config, validation, dialogue))
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
         check_benchmarks(lm, benchmarks)
@@ -176,7 +182,7 @@ def read_inputs(config: Config, student: LanguageModel, teacher: LanguageModel) 
     total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
     if config.optim.warmup_steps >= total_steps:
         raise InputError(f"optim.warmup_steps is {config.optim.warmup_steps}, not below the run's {total_steps} steps.")
-    return Inputs(vocab_size, prompts, benchmarks, total_steps)
+    return Inputs(vocab_size, prompts, benchmarks, dialogue, total_steps)
 
 
 def _make_engine(
@@ -235,4 +241,4 @@ def _enter_folder(run: Run, continue_from: Path | None) -> None:
         first = evaluate.finished(run_dir / "eval" / "step_000000", [loaded.name for loaded in run.benchmarks])
         run.progress.continue_after(run.step, evaluate.seconds_of(first) if first else None)
         log = MetricsLog(run_dir, open_boards(config, run.identity["config"], run.step))
-        run.record = Record(run_dir, config, log, run.student.tokenizer, run.grader, run.observer)
+        run.record = Record(run_dir, config, log, run.student.tokenizer, run.grader, run.dialogue, run.observer)

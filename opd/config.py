@@ -111,6 +111,24 @@ class TeacherSection:
 
 
 @strict
+class EnvironmentSection:
+    """What answers the student between its turns, and the limits of a conversation (opd/rollout/environment.py)."""
+
+    name: str = doc(
+        "The class, as package.module:Class. It is imported and runs in this process.",
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+        max_length=200,
+    )
+    settings: dict[str, Any] = doc("Keyword arguments of the class.")
+    max_turns: Count = doc("A conversation is cut after so many turns of the model.")
+    max_turn_tokens: Count = doc(
+        "A turn is cut after so many tokens, and the conversation with it. A turn begins only where a whole one fits "
+        "into max_response_tokens, which counts the tokens of both sides."
+    )
+    max_reply_tokens: Count = doc("A conversation is cut where a reply of the environment has more tokens.")
+
+
+@strict
 class DataSection:
     """Training prompts."""
 
@@ -136,6 +154,9 @@ class DataSection:
     shuffle: bool = doc("true: a new order of the prompts in every epoch, from the seed. false: file order.")
     epochs: Count | None = doc(
         "Passes over the prompts; null when optim.steps is given. Public reruns of the paper: 1."
+    )
+    environment: EnvironmentSection | None = doc(
+        "What answers the student between its turns, such as tools; null: a response is one turn.", default=None
     )
 
 
@@ -171,7 +192,9 @@ class RolloutSection:
     batch_size: Count = doc("Responses a process generates together. It bounds the key/value cache and not the result.")
     temperature: float = doc("Sampling temperature; 0 is greedy. Table 9: 1.0.", ge=0)
     top_p: float = doc("Nucleus: smallest set of tokens with this probability. Table 9: 1.0.", gt=0, le=1)
-    max_response_tokens: Count = doc("A response is cut after this many tokens. Table 9: 8192.")
+    max_response_tokens: Count = doc(
+        "A response is cut after this many tokens, those of an environment included. Table 9: 8192."
+    )
     truncated: Literal["keep", "drop", "mask_tail"] = doc(
         "Which tokens of a cut response count. keep: all; drop: none; mask_tail: all but an end that repeats itself at "
         "least three times, whose first round counts."
@@ -462,6 +485,7 @@ def _faults(config: Config) -> Iterator[str]:
     """Combinations of settings that have no meaning, each as a message."""
     yield from _schedule_faults(config)
     yield from _sampling_faults(config.rollout)
+    yield from environment_faults(config.data.environment, config.rollout.max_response_tokens, "rollout")
     yield from _evaluation_faults(config)
     yield from _engine_faults(config)
 
@@ -503,9 +527,18 @@ def _sampling_faults(rollout: RolloutSection) -> Iterator[str]:
         yield f"rollout.servers names a server twice: {list(rollout.servers)}. One serves one process of a run."
 
 
+def environment_faults(environment: EnvironmentSection | None, most: int, owner: str) -> Iterator[str]:
+    """Limits of an environment with which no conversation begins, for responses of at most so many tokens."""
+    if environment is not None and environment.max_turn_tokens > most:
+        yield (
+            f"environment.max_turn_tokens is {environment.max_turn_tokens}, more than the {most} of {owner}."
+            "max_response_tokens: no turn would fit. Lower it, or raise the other."
+        )
+
+
 def _evaluation_faults(config: Config) -> Iterator[str]:
     data, benchmarks = config.data, config.eval.benchmarks
-    if data.validation > 0 and data.answer_field is None:
+    if data.validation > 0 and data.answer_field is None and data.environment is None:
         yield f"data.validation is {data.validation} and data.answer_field is null: nothing to validate against."
     if len(set(benchmarks)) < len(benchmarks):
         yield f"eval.benchmarks names a benchmark twice: {list(benchmarks)}."

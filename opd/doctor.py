@@ -36,6 +36,7 @@ from opd.record.identity import identity_of
 from opd.rollout import Decoding
 from opd.rollout.connection import check_installed
 from opd.rollout.local import TransformersSampler
+from opd.rollout.turns import Dialogue, open_dialogue
 from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
 
@@ -117,7 +118,10 @@ def examine(config: Config) -> list[str]:
     teacher = report.check("teacher", lambda: load_teacher(config, device), _about)
     prompts = benchmarks = vocab_size = None
     if student:
-        training = partial(read_training_prompts, config.data, student.tokenizer, config.seed)
+        section = config.data.environment
+        dialogue = report.check("environment", lambda: open_dialogue(section, student, config.data), _about_dialogue)
+        data = dialogue.data if dialogue else config.data
+        training = partial(read_training_prompts, data, student.tokenizer, config.seed)
         if read := report.check("training data", training, lambda read: _lengths(read[0])):
             prompts, validation = read
             _tell(f"      held out as benchmark validation: {len(validation)}")
@@ -158,6 +162,14 @@ def _about(lm: LanguageModel) -> str:
         f"{type(lm.model).__name__}, {parameters / 1e6:.2f} M parameters, computes in {lm.compute_dtype}; "
         f"{len(lm.tokenizer)} token ids, EOS {list(lm.eos_ids)}"
     )
+
+
+def _about_dialogue(dialogue: Dialogue | None) -> str:
+    if dialogue is None:
+        return "none, a response is one turn"
+    names = [tool.get("function", tool).get("name", "?") for tool in dialogue.environment.tools]
+    tools = f"the tools {', '.join(map(str, names))}" if names else "no tools in the prompt"
+    return f"{dialogue.limits.name}, version {dialogue.environment.version}, {tools}"
 
 
 def _lengths(prompts: Sequence[Prompt]) -> str:

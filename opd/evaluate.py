@@ -17,7 +17,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NotRequired
 from zlib import crc32
 
 import torch
@@ -25,8 +25,8 @@ from typing_extensions import TypedDict
 
 from opd import distributed, grading, models
 from opd.accuracy import majority, pass_at, standard_error
-from opd.batch import equally_many, make_micro_batches, share_of_rank
-from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, load_benchmarks
+from opd.batch import counted_tokens, equally_many, make_micro_batches, share_of_rank
+from opd.benchmarks import GREEDY, Benchmark, LoadedBenchmark, check_benchmarks, load_benchmarks
 from opd.cli import main, say
 from opd.commands import COMMANDS
 from opd.config import Config, StudentSection, TeacherSection, load_config
@@ -38,6 +38,7 @@ from opd.models import LanguageModel
 from opd.progress import Progress
 from opd.rollout import Decoding, Sampler
 from opd.rollout.choose import fixed_sampler
+from opd.rollout.turns import Dialogue, converse
 from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
 
@@ -62,6 +63,12 @@ class Figures(_Timed):
     truncated: float
     unformatted: float
     length_mean: float
+    share_at_k: NotRequired[float | None]  # this and the next ones only where an environment scores
+    share_best_at_k: NotRequired[float | None]
+    share_greedy: NotRequired[float | None]
+    delivered: NotRequired[float]
+    turns_mean: NotRequired[float]
+    environment: NotRequired[str]  # its version
     benchmark: dict[str, Any]
     grader: str
     seed: int
@@ -78,9 +85,12 @@ class Response(TypedDict):
     extracted: str | None
     vote: str | None  # the answer that it votes for in maj@k; None when it takes part in no vote
     answer: str | None
-    correct: bool | None  # None when the grader crashed or ran out of time; such an answer counts as wrong
+    correct: bool | None  # None when the grader or the environment failed; such an answer counts as wrong
     finish_reason: str
-    tokens: int
+    tokens: int  # that the model sampled
+    share: NotRequired[float | None]  # of what was asked; this and the next ones only where an environment scores
+    parts: NotRequired[dict[str, bool]]  # whether each part of what was asked holds
+    turns: NotRequired[list[str]]  # what the model said in each of them
 
 
 @dataclass(frozen=True)
@@ -134,14 +144,15 @@ def evaluate(
         if not first:
             continue
         with Progress(f"grading of {len(numbered)} responses"):
-            rows = graded(subject.lm, numbered, grader, loaded.benchmark.answer_lines)
+            rows = _judged(subject.lm, numbered, loaded, grader)
         for i, divergence in divergences.items():
             rows[i]["reverse_kl"] = divergence
         write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
         summary[loaded.name] = {
             **summarise(rows),
-            "benchmark": asdict(loaded.benchmark),
+            "benchmark": _described(loaded.benchmark),
+            **_version(loaded.dialogue),
             "grader": grading.VERSION,
             "seed": config.seed,
             "responses_sha256": sha256(out / f"{loaded.name}.jsonl"),
@@ -203,9 +214,9 @@ def _responses(
     first = distributed.is_first()
     lines = distributed.from_first(_read_partial(partial, len(batches)) if first else "").splitlines()
     rollouts = {
-        (batch["sample"], i): Rollout(i, prompts[i], tuple(ids), finish_reason)
+        (batch["sample"], i): _rollout(i, prompts[i], *response)
         for batch in map(json.loads, lines)
-        for i, (ids, finish_reason) in zip(batch["problems"], batch["responses"], strict=True)
+        for i, response in zip(batch["problems"], batch["responses"], strict=True)
     }
     sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
     greedy = replace(sampled, temperature=0.0, top_p=1.0)
@@ -224,15 +235,23 @@ def _responses(
                 continue
             decoding = greedy if number == GREEDY else sampled
             seeds = [(config.seed, "eval", loaded.name, prompts[i].id, number) for i in chosen]
-            batch = subject.sampler.sample([prompts[i] for i in chosen], decoding, subject.vocab_size, seeds, advance)
+            asked = [prompts[i] for i in chosen]
+            batch = converse(subject.sampler, loaded.dialogue, asked, decoding, subject.vocab_size, seeds, advance)
             if file:
-                responses = [(rollout.response_ids, rollout.finish_reason) for rollout in batch]
+                responses = [(rollout.response_ids, rollout.finish_reason, rollout.turns) for rollout in batch]
                 text = json.dumps({"sample": number, "problems": chosen, "responses": responses})
                 file.write(_with_checksum(text))
                 file.flush()
             rollouts.update({(number, i): rollout for i, rollout in zip(chosen, batch, strict=True)})
             stop(True)
     return [(number, rollouts[number, i]) for number in loaded.numbers for i in range(len(order))]
+
+
+def _rollout(
+    place: int, prompt: Prompt, ids: Sequence[int], finish_reason: str, turns: Sequence[Sequence[int]] = ()
+) -> Rollout:
+    """A response as a partial file holds it; one of an earlier version of this trainer is one turn."""
+    return Rollout(place, prompt, tuple(ids), finish_reason, tuple((first, end) for first, end in turns))
 
 
 def _with_checksum(text: str) -> str:
@@ -251,6 +270,18 @@ def _read_partial(path: Path, batches: int) -> str:
     write_whole(path, "".join(map(_with_checksum, texts)))
     say(f"{path.name}: {len(texts)} of {batches} batches are there")
     return "\n".join(texts)
+
+
+def _version(dialogue: Dialogue | None) -> dict[str, str]:
+    return {"environment": dialogue.environment.version} if dialogue else {}
+
+
+def _judged(
+    lm: LanguageModel, numbered: Sequence[tuple[int, Rollout]], loaded: LoadedBenchmark, grader: grading.Grader
+) -> list[dict[str, Any]]:
+    if loaded.dialogue:
+        return scored_by_environment(lm, numbered, loaded.dialogue)
+    return graded(lm, numbered, grader, loaded.benchmark.answer_lines)
 
 
 def graded(
@@ -286,9 +317,44 @@ def graded(
     return rows
 
 
+def scored_by_environment(
+    lm: LanguageModel, numbered: Sequence[tuple[int, Rollout]], dialogue: Dialogue
+) -> list[dict[str, Any]]:
+    """A row, as Response, for every (sample number, conversation). A conversation takes part in no vote."""
+    rows = []
+    for number, rollout in numbered:
+        score = dialogue.score(rollout)
+        rows.append(
+            {
+                "id": rollout.prompt.id,
+                "sample": number,
+                "prompt": lm.tokenizer.decode(rollout.prompt.token_ids),
+                "response": lm.tokenizer.decode(rollout.response_ids),
+                "extracted": score.extracted if score else None,
+                "answer": rollout.prompt.answer,
+                "correct": score.correct if score else None,
+                "vote": None,
+                "finish_reason": rollout.finish_reason,
+                "tokens": rollout.model_tokens,
+                "share": score.share if score else None,
+                "parts": dict(score.parts) if score else {},
+                "turns": dialogue.texts(rollout),
+            }
+        )
+    return rows
+
+
 def _warn_of_ungraded(rows: Sequence[dict], path: Path) -> None:
     ungraded = sum(row["correct"] is None for row in rows)
-    if 100 * ungraded > UNGRADED_PERCENT * len(rows):
+    if 100 * ungraded <= UNGRADED_PERCENT * len(rows):
+        return
+    if "share" in rows[0]:
+        say(
+            f"warning: the environment failed in {ungraded} of {len(rows)} conversations of {path.stem}, and they "
+            f'count as wrong. They are the rows with "correct": null in {path}. Mend the environment, raise its '
+            "version, and evaluate again."
+        )
+    else:
         say(
             f"warning: the grader gave up on {ungraded} of {len(rows)} answers of {path.stem} (it crashed or ran out "
             f'of time), and they count as wrong. Look at the rows with "correct": null in {path}: if these are '
@@ -309,7 +375,11 @@ def _reverse_kl(
     stop: Callable[[bool], None],
     enter: Callable[[str], None],
 ) -> dict[int, float]:
-    """Per response the mean of KL(student || teacher) over its tokens, in nats. The processes share the work."""
+    """Per response the mean of KL(student || teacher) over its tokens, in nats. The processes share the work.
+
+    A conversation that an environment broke has none.
+    """
+    rollouts = {i: rollout for i, rollout in rollouts.items() if counted_tokens(rollout, "keep")}
     numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts.values())]
     share = share_of_rank(numbered, distributed.rank(), distributed.world_size())
     pad_id = pair.student.eos_ids[0]
@@ -325,7 +395,7 @@ def _reverse_kl(
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
     sums.index_add_(0, stats.sequence_id, stats.reverse_kl.double())
     pairs = zip(rollouts.items(), sums.tolist(), strict=True)
-    return {i: total / len(rollout.response_ids) for (i, rollout), total in pairs}
+    return {i: total / rollout.model_tokens for (i, rollout), total in pairs}
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, Any]:
@@ -369,20 +439,40 @@ def summarise(rows: Sequence[dict]) -> dict[str, Any]:
         else None,
         "reverse_kl": divergence_sum / sum(row["tokens"] for row in scored) if scored else None,
         "ungraded": sum(row["correct"] is None for row in rows),
-        "truncated": fmean(row["finish_reason"] == "length" for row in rows),
+        "truncated": fmean(row["finish_reason"] in ("length", "turns") for row in rows),
         "unformatted": fmean(row["extracted"] is None for row in rows),
         "length_mean": fmean(row["tokens"] for row in rows),
+        **(_conversation_figures(rows, groups) if "share" in rows[0] else {}),
+    }
+
+
+def _conversation_figures(rows: Sequence[dict], groups: Sequence[Sequence[dict]]) -> dict[str, Any]:
+    """The figures that only an environment gives; `groups` holds the sampled rows of each problem.
+
+    share_at_k is the mean over problems of the mean share of what was asked, and share_best_at_k that of the best
+    sample's share. A conversation without a verdict has the share 0. Nobody votes on conversations.
+    """
+    shares = [[row["share"] or 0.0 for row in group] for group in groups]
+    greedy = [row["share"] or 0.0 for row in rows if row["sample"] == GREEDY]
+    return {
+        "maj_at_k": None,
+        "share_at_k": fmean(map(fmean, shares)) if shares else None,
+        "share_best_at_k": fmean(map(max, shares)) if shares else None,
+        "share_greedy": fmean(greedy) if greedy else None,
+        "delivered": fmean(row["extracted"] is not None for row in rows),
+        "turns_mean": fmean(len(row["turns"]) for row in rows),
     }
 
 
 def scalars(summary: dict[str, dict], prefix: str) -> dict[str, float]:
     """The figures under TensorBoard names, <prefix>/<benchmark>/<figure>."""
     names = ("greedy", "mean_at_k", "maj_at_k", "reverse_kl", "ungraded", "truncated", "unformatted", "length_mean")
+    names += ("share_at_k", "share_best_at_k", "share_greedy", "delivered", "turns_mean")
     return {
         f"{prefix}/{benchmark}/{name}": figures[name]
         for benchmark, figures in summary.items()
         for name in names
-        if figures[name] is not None
+        if figures.get(name) is not None
     }
 
 
@@ -401,6 +491,8 @@ def _parts(figures: dict) -> Iterator[str]:
         yield f"greedy {percent(figures['greedy'], figures['greedy_se'])}"
     if figures["mean_at_k"] is not None:
         yield f"mean@{figures['k']} {percent(figures['mean_at_k'], figures['mean_at_k_se'])}"
+    if figures.get("share_at_k") is not None:
+        yield f"share@{figures['k']} {percent(figures['share_at_k'], None)}"
     if figures["reverse_kl"] is not None:
         yield f"reverse KL {figures['reverse_kl']:.4f}"
     if figures["ungraded"]:
@@ -466,6 +558,12 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps([(p.id, p.token_ids, p.answer) for p in prompts]).encode()).hexdigest()
 
 
+def _described(benchmark: Benchmark) -> dict[str, Any]:
+    """A benchmark as plain data. One without an environment is described as by a trainer that knows none."""
+    described = asdict(benchmark)
+    return {key: value for key, value in described.items() if key != "environment" or value is not None}
+
+
 def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[LoadedBenchmark]) -> None:
     """Keeps what `out` holds of an evaluation of the same model in the same way, and clears any other evaluation.
 
@@ -475,11 +573,12 @@ def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[L
     about = {
         "model": model,
         "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameter_files],
-        "benchmarks": {b.name: [asdict(b.benchmark), _digest(b.prompts)] for b in benchmarks},
+        "benchmarks": {b.name: [_described(b.benchmark), _digest(b.prompts)] for b in benchmarks},
         "data": asdict(config.data),
         "dtype": config.student.dtype,
         "seed": config.seed,
         "grader": grading.VERSION,
+        "environments": {b.name: b.dialogue.environment.version for b in benchmarks if b.dialogue},
         "batch_size": config.rollout.batch_size,
         "reverse_kl": config.eval.reverse_kl and [config.teacher.path, config.eval.reverse_kl_samples],
     }

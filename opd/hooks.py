@@ -1,5 +1,7 @@
 """The patch point of the training step: statistics of all response tokens in, one weight per token out.
 
+The other hook, what answers the student between its turns, is opd.rollout.environment.Environment.
+
 The step calls a `TokenWeighter` once per update, between the scoring pass and the weighted backward pass. A weighter
 never sees logits: a tensor of tokens times vocabulary would not fit in memory. It returns weights and no loss, so that
 the step alone decides what the loss is divided by.
@@ -22,7 +24,12 @@ class TokenStats:
     """
 
     sequence_id: Tensor  # int64: which rollout of the update
-    position: Tensor  # int64: place in the response, from 0
+    position: Tensor  # int64: place in the response, from 0; an environment's tokens count here and have no row
+    turn: Tensor  # int64: the model's turn that the token belongs to, from 0
+    token_id: Tensor  # int64: the sampled token
+    prompt_id: Tensor  # int64: the same for all rollouts of one prompt, in this and in other updates
+    length: Tensor  # int64: how many tokens the model sampled in the whole response
+    truncated: Tensor  # int64: 1 where a limit ended the response, else 0
     vocab_size: int  # number of token ids that both models have and that are compared
     step: int  # number of the update, from 1
     student_entropy: Tensor | None = None  # H(P_S)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from opd import distributed
-from opd.batch import MicroBatch, equally_many
+from opd.batch import FACTS, MicroBatch, equally_many
 from opd.config import LossSection
 from opd.engine import Engine
 from opd.hooks import TokenStats, TokenWeighter, TokenWeights
@@ -115,7 +115,7 @@ class TokenTable:
 
     def __init__(self, batches: Sequence[MicroBatch], teacher_hidden: Sequence[Tensor]):
         self.batches, self.teacher_hidden = batches, teacher_hidden
-        self.columns = [{"sequence_id": batch.sequence_id, "position": batch.position} for batch in batches]
+        self.columns = [dict(batch.facts) for batch in batches]
         self.rows_here = torch.zeros(0, dtype=torch.long)  # `gather` sets it: where this process's rows stand
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, Tensor, dict[str, Tensor]]]:
@@ -124,9 +124,7 @@ class TokenTable:
 
     def gather(self, needs: frozenset[str], vocab_size: int, step: int) -> TokenStats:
         """The rows of all processes, sorted by sequence id and then by position, with the columns in `needs`."""
-        columns = {
-            name: torch.cat([c[name] for c in self.columns]) for name in ("sequence_id", "position", *sorted(needs))
-        }
+        columns = {name: torch.cat([c[name] for c in self.columns]) for name in (*FACTS, *sorted(needs))}
         joined, rows_here = distributed.gather_rows(columns)
         by_position = joined["position"].argsort(stable=True)
         order = by_position[joined["sequence_id"][by_position].argsort(stable=True)]

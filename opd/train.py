@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from opd import distributed, evaluate, files, models
-from opd.batch import make_micro_batches, share_of_rank
+from opd.batch import counted_tokens, make_micro_batches, share_of_rank
 from opd.benchmarks import read_benchmarks
 from opd.build import Run, build, open_student_sampler
 from opd.cli import main, say
@@ -39,6 +39,7 @@ from opd.record.identity import identity_of, start_folder
 from opd.record.record import fields_to_measure
 from opd.rollout import Decoding
 from opd.rollout.choose import fixed_sampler, make_probe
+from opd.rollout.turns import converse
 from opd.step import Update, stats_by_batch, train_step
 
 
@@ -138,7 +139,7 @@ def sample_rollouts(run: Run, step: int) -> list[Rollout]:
             progress.advance(responses, tokens)
             run.stop.check()
 
-        return run.sampler.sample(prompts, decoding, run.pair.vocab_size, seeds, advance)
+        return converse(run.sampler, run.dialogue, prompts, decoding, run.pair.vocab_size, seeds, advance)
 
 
 def learn(run: Run, step: int, rollouts: list[Rollout], watch: Watch) -> Update:
@@ -325,6 +326,7 @@ def _dump_offenders(run: Run, step: int, rollouts: list[Rollout], reason: str) -
     """Writes the update's rollouts, each with whether its statistics are finite, and returns a message about them."""
     path = run.config.run_dir / f"not_finite_step_{step:06d}.jsonl"
     lines, broken = [], []
+    rollouts = [r for r in rollouts if counted_tokens(r, "keep")]
     batches = [make_micro_batches([r], 1, run.student.eos_ids[0], "keep")[0] for r in rollouts]
     needs = frozenset({"reverse_kl", "forward_kl"})
     scored = stats_by_batch(run.pair_outside_updates, batches, needs, run.phases.enter)

@@ -11,6 +11,7 @@ from opd.batch import make_micro_batches
 from opd.config import LossSection, load_config
 from opd.data import Prompt, Rollout
 from opd.engine.plain import TorchEngine
+from opd.hooks import TokenStats
 from opd.models import LanguageModel
 from opd.step import Pair
 from opd.teacher.local import LocalTeacher
@@ -69,6 +70,13 @@ def random_rollouts(lm, count=6, seed=0, prompt=(3, 9), response=(1, 12), end="s
 def pair_of(student, teacher, loss=LOSS, vocab_size=35):
     """What an update works on; the random models' tokenizer has 35 ids."""
     return Pair(student, LocalTeacher(teacher), vocab_size, loss)
+
+
+def stats_of(*, sequence_id, position, **columns):
+    """TokenStats of single-turn responses, with these columns; what a test does not name is 0."""
+    zeros = torch.zeros_like(sequence_id)
+    facts = dict.fromkeys(("turn", "token_id", "prompt_id", "length", "truncated"), zeros)
+    return TokenStats(sequence_id=sequence_id, position=position, **facts | columns)
 
 
 def one_each(rollouts, pad_id=0, truncated="keep"):

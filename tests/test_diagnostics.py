@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from helpers import stats_of
 from runs import words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd import cli
-from opd.hooks import TokenStats, TokenWeights
+from opd.hooks import TokenWeights
 from opd.record import dump
 from tip import analyze
 from tip import train as tip_train
@@ -22,7 +23,7 @@ from tip.weighter import TipWeighter
 
 def stats(h, d):
     n = len(h)
-    return TokenStats(
+    return stats_of(
         sequence_id=torch.zeros(n).long(),
         position=torch.arange(n),
         vocab_size=7,

@@ -346,6 +346,11 @@ def test_hostile_tokens_are_text_and_only_what_is_near_is_in_the_document(folder
     assert js(browser, "document.querySelectorAll('.t').length") < 60 * len(HOSTILE)
     choose(browser, "rollout", "119")
     assert len(classes(browser, 119)) == len(HOSTILE)
+    browser.execute_script("window.print = () => { window.printed = document.querySelectorAll('.t').length }")
+    browser.execute_script("document.getElementById('print').click()")
+    assert until(lambda: js(browser, "window.printed")) == 120 * len(HOSTILE)
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    until(lambda: js(browser, "document.querySelectorAll('.t').length") < 60 * len(HOSTILE))
     assert browser.get_log("browser") == []
 
 

@@ -34,6 +34,7 @@ from opd.launch import pick_device
 from opd.progress import Progress
 from opd.rollout import Decoding, Sampler
 from opd.rollout.choose import fixed_sampler
+from opd.rollout.turns import converse, open_dialogue
 from opd.seeds import generator
 from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
@@ -215,11 +216,12 @@ def _what_came_out(result: dict[str, Any]) -> str:
 
 
 def _rollouts(config: Config, pair: Pair, sampler: Sampler, prompts: list[Prompt], part: str) -> list[MicroBatch]:
+    dialogue = open_dialogue(config.data.environment, pair.student, config.data)
     decoding = Decoding(config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens)
     chosen = [prompt for prompt in prompts for _ in range(config.rollout.n)]
     seeds = [(config.seed, "analyze", part, i) for i in range(len(chosen))]
     with Progress(f"rollouts ({part})", len(chosen)) as progress:
-        rollouts = sampler.sample(chosen, decoding, pair.vocab_size, seeds, progress.advance)
+        rollouts = converse(sampler, dialogue, chosen, decoding, pair.vocab_size, seeds, progress.advance)
     return make_micro_batches(
         rollouts, config.optim.micro_batch_tokens, pair.student.eos_ids[0], config.rollout.truncated
     )
@@ -234,7 +236,9 @@ def _load(config: Config) -> tuple[Pair, list[Prompt]]:
         distributed.start(device)  # for a teacher in host memory
     student, teacher = models.load(config.student, device, "student"), load_teacher(config, device)
     pair = Pair(student, LocalTeacher(teacher), models.shared_vocabulary(student, teacher), config.loss)
-    prompts, _ = read_training_prompts(config.data, student.tokenizer, config.seed)
+    dialogue = open_dialogue(config.data.environment, student, config.data)
+    data = dialogue.data if dialogue else config.data
+    prompts, _ = read_training_prompts(data, student.tokenizer, config.seed)
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
     models.check_prompt_ids(prompts, teacher)

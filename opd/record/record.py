@@ -14,6 +14,7 @@ from opd.hooks import Observer
 from opd.progress import due
 from opd.record import dump
 from opd.record.metrics import MetricsLog
+from opd.rollout.turns import LIMITS, Dialogue
 from opd.seeds import generator
 from opd.step import Update
 
@@ -35,6 +36,7 @@ class Record:
     log: MetricsLog
     tokenizer: PreTrainedTokenizerBase
     grader: Grader
+    dialogue: Dialogue | None  # what answers the student and scores its conversations
     observer: Observer | None  # adds diagnostics, and columns of token dumps
 
     def update(self, rollouts: Sequence[Rollout], update: Update, around: Mapping[str, float]) -> str:
@@ -43,8 +45,13 @@ class Record:
         `around` are metrics that the run measured around the update.
         """
         step = update.stats.step
-        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
-        metrics = {**update.metrics, **rollout_metrics(rollouts, texts, self.grader), **around}
+        skip = self.dialogue is None  # in a conversation the special tokens show who speaks
+        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=skip) for r in rollouts]
+        if self.dialogue:
+            of_rollouts = conversation_metrics(rollouts, self.dialogue)
+        else:
+            of_rollouts = rollout_metrics(rollouts, texts, self.grader)
+        metrics = {**update.metrics, **of_rollouts, **around}
         if due(step, self.config.log.diagnostics_every):
             metrics |= self._diagnose(update)
             self._show_samples(step, rollouts, texts)
@@ -105,12 +112,34 @@ def fields_to_measure(config: Config, observer: Observer | None, step: int) -> f
 
 def rollout_metrics(rollouts: Sequence[Rollout], texts: Sequence[str], grader: Grader) -> dict[str, float]:
     """Length and truncation of the responses, and their accuracy where the prompts have reference answers."""
-    metrics = {
-        "rollout/length_mean": statistics.fmean(len(r.response_ids) for r in rollouts),
-        "rollout/truncated": statistics.fmean(r.finish_reason == "length" for r in rollouts),
-    }
+    metrics = _lengths(rollouts)
     if rollouts[0].prompt.answer is not None:
         verdicts = grader.grade([(text, r.prompt.answer) for r, text in zip(rollouts, texts, strict=True)])
         metrics["rollout/ungraded"] = float(sum(verdict.correct is None for verdict in verdicts))
         metrics["rollout/accuracy"] = statistics.fmean(verdict.correct is True for verdict in verdicts)
     return metrics
+
+
+def conversation_metrics(rollouts: Sequence[Rollout], dialogue: Dialogue) -> dict[str, float]:
+    """What an environment says of conversations, how often each limit ended one, and how many tokens are its own."""
+    scores = [dialogue.score(rollout) for rollout in rollouts]
+    known = [score for score in scores if score is not None]
+    model_tokens = sum(rollout.model_tokens for rollout in rollouts)
+    return _lengths(rollouts) | {
+        "rollout/accuracy": sum(score.correct for score in known) / len(scores),
+        "rollout/share": sum(score.share for score in known) / len(scores),
+        "rollout/delivered": sum(score.extracted is not None for score in known) / len(scores),
+        "rollout/ungraded": float(len(scores) - len(known)),
+        "rollout/turns_mean": statistics.fmean(len(r.turns) for r in rollouts),
+        "rollout/tool_tokens": 1 - model_tokens / sum(len(r.response_ids) for r in rollouts),
+        "rollout/environment_errors": float(sum(r.finish_reason == "error" for r in rollouts)),
+        "rollout/neutralised": float(sum(r.neutralised for r in rollouts)),
+        **{f"rollout/cut_by_{limit}": statistics.fmean(r.limit == limit for r in rollouts) for limit in LIMITS},
+    }
+
+
+def _lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    return {
+        "rollout/length_mean": statistics.fmean(r.model_tokens for r in rollouts),  # that the student sampled
+        "rollout/truncated": statistics.fmean(r.is_cut for r in rollouts),
+    }
