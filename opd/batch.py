@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opd import distributed
 from opd.data import Rollout
+from opd.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class MicroBatch:
     token_ids: Tensor  # (N,) int64, the predicted response tokens
     sequence_id: Tensor  # (N,) int64, the rollout that the token belongs to
     position: Tensor  # (N,) int64, place of the token in its response, from 0
+    rollouts: tuple[Rollout, ...]  # those that the tokens belong to
 
 
 def counted_tokens(rollout: Rollout, truncated: str) -> int:
@@ -105,7 +107,25 @@ def equally_many(batches: Sequence[MicroBatch], pad_id: int) -> list[MicroBatch]
 def empty_micro_batch(pad_id: int) -> MicroBatch:
     """A micro-batch of one padded token that predicts nothing."""
     none = torch.zeros(0, dtype=torch.long)
-    return MicroBatch(torch.full((1, 1), pad_id), torch.ones(1, 1, dtype=torch.long), none, none, none, none, none)
+    return MicroBatch(torch.full((1, 1), pad_id), torch.ones(1, 1, dtype=torch.long), none, none, none, none, none, ())
+
+
+def known_columns(batch: MicroBatch) -> dict[str, Tensor]:
+    """The (N,) columns of TokenStats that are known before a model runs, by name. No verdict is known yet."""
+    by_id = {rollout.sequence_id: rollout for rollout in batch.rollouts}
+    ids, which_N = batch.sequence_id.unique(return_inverse=True)
+    rollouts = [by_id[i] for i in ids.tolist()]
+    prompts = [derive_seed(*rollout.prompt.token_ids) for rollout in rollouts]
+    return {
+        "sequence_id": batch.sequence_id,
+        "position": batch.position,
+        "token_id": batch.token_ids,
+        "prompt_id": torch.tensor(prompts, dtype=torch.long)[which_N],
+        "turn": torch.zeros_like(batch.position),
+        "length": torch.tensor([len(r.response_ids) for r in rollouts], dtype=torch.long)[which_N],
+        "truncated": torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.bool)[which_N],
+        "verdict": torch.full(batch.position.shape, torch.nan),
+    }
 
 
 def _length(rollout: Rollout) -> int:
@@ -139,4 +159,5 @@ def _collate(group: Sequence[Rollout], counted: dict[int, int], pad_id: int) -> 
         token_ids=input_ids_BT[rows_N, columns_N + 1],
         sequence_id=sequence_ids_B[rows_N],
         position=position_N,
+        rollouts=tuple(group),
     )

@@ -132,7 +132,14 @@ def check_benchmarks(lm: LanguageModel, benchmarks: Sequence[LoadedBenchmark]) -
         check_context(lm, key, loaded.benchmark.max_response_tokens, loaded.prompts)
 
 
-def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchmark:
+def takes_answer_lines(config: Config, benchmarks: Sequence[LoadedBenchmark]) -> bool:
+    """How training responses are graded: data.answer_lines, and without it as the benchmarks are."""
+    if config.data.answer_lines is not None:
+        return config.data.answer_lines
+    return any(loaded.benchmark.answer_lines for loaded in benchmarks)
+
+
+def validation_benchmark(config: Config, prompts: list[Prompt], answer_lines: bool) -> LoadedBenchmark:
     """Held-out training prompts as a benchmark: one greedy and one sampled response each, decoded as in training."""
     benchmark = Benchmark(
         version=1,
@@ -145,7 +152,7 @@ def validation_benchmark(config: Config, prompts: list[Prompt]) -> LoadedBenchma
         temperature=config.rollout.temperature or 1.0,
         top_p=config.rollout.top_p,
         max_response_tokens=config.rollout.max_response_tokens,
-        answer_lines=False,
+        answer_lines=answer_lines,
     )
     return LoadedBenchmark(VALIDATION, benchmark, prompts)
 

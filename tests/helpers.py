@@ -75,6 +75,21 @@ def one_each(rollouts, pad_id=0, truncated="keep"):
     return make_micro_batches(rollouts, 1, pad_id, truncated)
 
 
+def known(sequence_id, position):
+    """The columns of TokenStats that are always there: one prompt, one turn, no verdict."""
+    zeros = torch.zeros(len(sequence_id), dtype=torch.int64)
+    return {
+        "sequence_id": sequence_id,
+        "position": position,
+        "token_id": zeros,
+        "prompt_id": zeros,
+        "turn": zeros,
+        "length": torch.bincount(sequence_id)[sequence_id],
+        "truncated": zeros.bool(),
+        "verdict": torch.full((len(sequence_id),), torch.nan),
+    }
+
+
 def engine_for(lm, *overrides):
     return TorchEngine(lm, tiny_config(*overrides), 10)
 

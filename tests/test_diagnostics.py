@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import known
 from runs import words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,8 +24,7 @@ from tip.weighter import TipWeighter
 def stats(h, d):
     n = len(h)
     return TokenStats(
-        sequence_id=torch.zeros(n).long(),
-        position=torch.arange(n),
+        **known(torch.zeros(n).long(), torch.arange(n)),
         vocab_size=7,
         step=3,
         student_entropy=torch.tensor(h) * math.log(7),

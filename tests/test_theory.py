@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import pair_of, random_lm, random_rollouts
+from helpers import known, pair_of, random_lm, random_rollouts
 
 from opd.batch import make_micro_batches
 from opd.hooks import TokenStats
@@ -174,8 +174,7 @@ def test_the_blind_spot_in_a_selection():
     d = torch.full((20,), 0.1)
     d[0] = 5.0
     stats = TokenStats(
-        sequence_id=torch.zeros(20).long(),
-        position=torch.arange(20),
+        **known(torch.zeros(20).long(), torch.arange(20)),
         vocab_size=7,
         step=1,
         student_entropy=h.float(),

@@ -9,13 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.config import Config
 from opd.data import Rollout
-from opd.grading import Grader
 from opd.hooks import Observer
 from opd.progress import due
 from opd.record import dump
 from opd.record.metrics import MetricsLog
 from opd.seeds import generator
 from opd.step import Update
+from opd.verdicts import Graded, Verdicts
 
 DIAGNOSTICS = {  # TokenStats field -> the metric that is its mean over all response tokens
     "student_entropy": "student/entropy",
@@ -34,7 +34,7 @@ class Record:
     config: Config
     log: MetricsLog
     tokenizer: PreTrainedTokenizerBase
-    grader: Grader
+    verdicts: Verdicts  # of the latest update
     observer: Observer | None  # adds diagnostics, and columns of token dumps
 
     def update(self, rollouts: Sequence[Rollout], update: Update, around: Mapping[str, float]) -> str:
@@ -42,12 +42,11 @@ class Record:
 
         `around` are metrics that the run measured around the update.
         """
-        step = update.stats.step
-        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
-        metrics = {**update.metrics, **rollout_metrics(rollouts, texts, self.grader), **around}
+        step, graded = update.stats.step, self.verdicts.result()
+        metrics = {**update.metrics, **rollout_metrics(rollouts, graded), **around}
         if due(step, self.config.log.diagnostics_every):
             metrics |= self._diagnose(update)
-            self._show_samples(step, rollouts, texts)
+            self._show_samples(step, rollouts, graded.texts)
         if due(step, self.config.log.token_dump_every):
             self._dump(rollouts, update)
         self.log.write(step, metrics)
@@ -103,14 +102,13 @@ def fields_to_measure(config: Config, observer: Observer | None, step: int) -> f
     return fields
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], texts: Sequence[str], grader: Grader) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout], graded: Graded) -> dict[str, float]:
     """Length and truncation of the responses, and their accuracy where the prompts have reference answers."""
     metrics = {
         "rollout/length_mean": statistics.fmean(len(r.response_ids) for r in rollouts),
         "rollout/truncated": statistics.fmean(r.finish_reason == "length" for r in rollouts),
     }
-    if rollouts[0].prompt.answer is not None:
-        verdicts = grader.grade([(text, r.prompt.answer) for r, text in zip(rollouts, texts, strict=True)])
-        metrics["rollout/ungraded"] = float(sum(verdict.correct is None for verdict in verdicts))
-        metrics["rollout/accuracy"] = statistics.fmean(verdict.correct is True for verdict in verdicts)
+    if graded.verdicts is not None:
+        metrics["rollout/ungraded"] = float(sum(verdict.correct is None for verdict in graded.verdicts))
+        metrics["rollout/accuracy"] = statistics.fmean(verdict.correct is True for verdict in graded.verdicts)
     return metrics
