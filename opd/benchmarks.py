@@ -6,7 +6,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,21 @@ class Benchmark:
     k: int = doc("Sampled responses per problem, for mean@k, pass@k and maj@k. Paper: 16.", ge=0, le=MOST_SAMPLES)
     temperature: float = doc("Temperature of the k samples. Paper: 1.0.", ge=COLDEST)
     top_p: float = doc("Nucleus of the k samples. Not stated in the paper.", gt=0, le=1)
+    top_k: Count | None = doc(
+        "Only so many of the likeliest tokens are drawn in the k samples, and top_p is a share of their probability. "
+        "null: all. Not stated in the paper.",
+        default=None,
+    )
     max_response_tokens: Count = doc("A response is cut after this many tokens.")
     answer_lines: bool = doc("In a response without a box, the last line that starts with Answer: gives the answer.")
+
+
+def described(benchmark: Benchmark) -> dict[str, Any]:
+    """A benchmark as plain data, as it stands beside its figures; keys that are null are left out.
+
+    So figures that were measured before such a key existed are still of the same benchmark.
+    """
+    return {key: value for key, value in asdict(benchmark).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 from opd import distributed, grading, models
 from opd.accuracy import majority, pass_at, standard_error
 from opd.batch import equally_many, make_micro_batches, share_of_rank
-from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, load_benchmarks
+from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, described, load_benchmarks
 from opd.cli import main, say
 from opd.commands import COMMANDS
 from opd.config import Config, StudentSection, TeacherSection, load_config
@@ -141,7 +141,7 @@ def evaluate(
         _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
         summary[loaded.name] = {
             **summarise(rows),
-            "benchmark": asdict(loaded.benchmark),
+            "benchmark": described(loaded.benchmark),
             "grader": grading.VERSION,
             "seed": config.seed,
             "responses_sha256": sha256(out / f"{loaded.name}.jsonl"),
@@ -207,8 +207,8 @@ def _responses(
         for batch in map(json.loads, lines)
         for i, (ids, finish_reason) in zip(batch["problems"], batch["responses"], strict=True)
     }
-    sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
-    greedy = replace(sampled, temperature=0.0, top_p=1.0)
+    sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens, benchmark.top_k)
+    greedy = replace(sampled, temperature=0.0, top_p=1.0, top_k=None)
     with (
         partial.open("a", encoding="utf-8") if first else nullcontext() as file,
         Progress(f"{subject.lm.name} on {loaded.name}", len(batches) and len(order) * len(loaded.numbers)) as progress,
@@ -475,7 +475,7 @@ def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[L
     about = {
         "model": model,
         "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameter_files],
-        "benchmarks": {b.name: [asdict(b.benchmark), _digest(b.prompts)] for b in benchmarks},
+        "benchmarks": {b.name: [described(b.benchmark), _digest(b.prompts)] for b in benchmarks},
         "data": asdict(config.data),
         "dtype": config.student.dtype,
         "seed": config.seed,
