@@ -1,5 +1,7 @@
 """The commands of data: what `python -m data.NAME` takes."""
 
+import argparse
+import re
 from pathlib import Path
 
 from opd.arguments import Parser, path_argument, seed_argument
@@ -13,7 +15,21 @@ def _take_set(cli: Parser) -> None:
     cli.add_argument("name", choices=NAMES)
     cli.add_argument("--source", type=path_argument, default="hub", help="hub (default), a file, or for gsm8k a folder")
     cli.add_argument("--out", type=path_argument, default=OUT, metavar="DIR", help=f"default: {OUT}")
-    cli.add_argument("--seed", type=seed_argument, default=42, metavar="N", help="default 42")
+    cli.add_argument(
+        "--split",
+        type=_share,
+        metavar="SHARE",
+        help="share of the problems to train on, for example 0.8; the others are held out. dapo_math_17k: default 0.8",
+    )
+    cli.add_argument(
+        "--split-seed", "--seed", type=seed_argument, default=42, metavar="N", dest="seed", help="default 42"
+    )
+
+
+def _share(text: str) -> float:
+    if not re.fullmatch(r"0\.\d{1,9}", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"got {text[:80]!r}, expected a share between 0 and 1, for example 0.8")
+    return float(text)
 
 
 def _take_files(cli: Parser) -> None:
