@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from opd.arguments import Parser, path_argument, seed_argument
+from opd.arguments import Parser, number_argument, path_argument, seed_argument, take_config
 from opd.entry import Command
 
 NAMES = ("dapo_math_17k", "math500", "aime24", "aime25", "gsm8k")
@@ -52,6 +52,21 @@ def _take_smollm2(cli: Parser) -> None:
     cli.add_argument("--out", type=path_argument, default=Path("outputs/smollm2"), metavar="DIR")
 
 
+def _take_grpo(cli: Parser) -> None:
+    take_config(cli)
+    cli.add_argument("--model", metavar="PATH", help="the model to start from; default: teacher.path")
+    cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: OUTPUT_DIR/RUN_NAME-grpo-teacher")
+    cli.add_argument("--lr", type=float, default=1e-6, metavar="RATE", help="learning rate; default: 1e-6")
+    cli.add_argument(
+        "--steps", type=number_argument(1), metavar="N", help="updates; default: one pass over the problems"
+    )
+    cli.add_argument(
+        "--micro-batch", type=number_argument(1), default=8, metavar="N", help="responses in one pass; default: 8"
+    )
+    cli.add_argument("--vllm", action="store_true", help="vLLM samples, beside the trainer on each GPU")
+    cli.add_argument("--deepspeed", type=path_argument, metavar="FILE", help="a DeepSpeed file of transformers")
+
+
 COMMANDS = {
     "prepare": Command(
         "data.prepare",
@@ -70,6 +85,12 @@ COMMANDS = {
         "Trains an embedded pair.",
         "python -m data.tiny.build --out outputs/pair --task addition",
         _take_pair,
+    ),
+    "grpo_teacher": Command(
+        "data.grpo_teacher",
+        "Trains a teacher by GRPO, with TRL; scripts/train_teacher_grpo.sh starts it.",
+        "python -m data.grpo_teacher --config configs/tiny.json --set rollout.n=8 --steps 100",
+        _take_grpo,
     ),
     "smollm2": Command(
         "data.smollm2",

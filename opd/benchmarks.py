@@ -5,7 +5,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,11 +145,11 @@ def check_benchmarks(lm: LanguageModel, benchmarks: Sequence[LoadedBenchmark]) -
         check_context(lm, key, loaded.benchmark.max_response_tokens, loaded.prompts)
 
 
-def takes_answer_lines(config: Config, benchmarks: Sequence[LoadedBenchmark]) -> bool:
+def takes_answer_lines(config: Config, benchmarks: Iterable[Benchmark]) -> bool:
     """How training responses are graded: data.answer_lines, and without it as the benchmarks are."""
     if config.data.answer_lines is not None:
         return config.data.answer_lines
-    return any(loaded.benchmark.answer_lines for loaded in benchmarks)
+    return any(benchmark.answer_lines for benchmark in benchmarks)
 
 
 def validation_benchmark(config: Config, prompts: list[Prompt], answer_lines: bool) -> LoadedBenchmark:

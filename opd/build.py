@@ -199,7 +199,7 @@ def read_inputs(config: Config, student: LanguageModel, teacher: LanguageModel) 
     vocab_size = models.shared_vocabulary(student, teacher)
     prompts, validation = read_training_prompts(config.data, student.tokenizer, config.seed)
     benchmarks = load_benchmarks(config, student, config.eval.limit)
-    answer_lines = takes_answer_lines(config, benchmarks)
+    answer_lines = takes_answer_lines(config, [loaded.benchmark for loaded in benchmarks])
     if validation:
         benchmarks.append(validation_benchmark(config, validation, answer_lines))
     for lm in (student, teacher):

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from runs import configured, train
 
 from opd import train as training
 from opd.batch import make_micro_batches
-from opd.benchmarks import LoadedBenchmark, read_benchmark, takes_answer_lines
+from opd.benchmarks import read_benchmark, takes_answer_lines
 from opd.build import load_scorers
 from opd.config import ScorerSection
 from opd.data import Prompt, Rollout
@@ -248,13 +249,13 @@ def test_a_run_with_verdicts_and_a_scorer_is_the_plain_run_and_sees_both(tmp_pat
 
 
 def test_answer_lines_count_in_training_as_in_the_benchmarks(tmp_path):
-    loaded = LoadedBenchmark("one", read_benchmark("configs/benchmarks/tiny.json"), [])
-    lines = LoadedBenchmark("two", type(loaded.benchmark)(**{**vars(loaded.benchmark), "answer_lines": True}), [])
+    boxed = read_benchmark("configs/benchmarks/tiny.json")
+    lines = replace(boxed, answer_lines=True)
     config, _ = configured(tmp_path)
-    assert not takes_answer_lines(config, [loaded]) and takes_answer_lines(config, [loaded, lines])
+    assert not takes_answer_lines(config, [boxed]) and takes_answer_lines(config, [boxed, lines])
     for choice in ("true", "false"):
         config, _ = configured(tmp_path, f"data.answer_lines={choice}")
-        assert takes_answer_lines(config, [loaded, lines]) == (choice == "true")
+        assert takes_answer_lines(config, [boxed, lines]) == (choice == "true")
 
 
 def test_the_update_of_random_rollouts_has_the_same_columns_for_any_cut():
