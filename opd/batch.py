@@ -30,6 +30,7 @@ class MicroBatch:
     rows: Tensor  # (N,) int64, first index in (B, T) of the hidden state that predicts the token
     columns: Tensor  # (N,) int64, second index in (B, T) of that hidden state
     facts: dict[str, Tensor]  # (N,) int64 each: the columns of TokenStats that are known without a model
+    rollouts: tuple[Rollout, ...]  # those that the tokens belong to
 
     @property
     def token_ids(self) -> Tensor:
@@ -145,7 +146,7 @@ def empty_micro_batch(pad_id: int) -> MicroBatch:
     """A micro-batch of one padded token that predicts nothing."""
     none = torch.zeros(0, dtype=torch.long)
     facts = dict.fromkeys(FACTS, none)
-    return MicroBatch(torch.full((1, 1), pad_id), torch.ones(1, 1, dtype=torch.long), none, none, facts)
+    return MicroBatch(torch.full((1, 1), pad_id), torch.ones(1, 1, dtype=torch.long), none, none, facts, ())
 
 
 def _length(rollout: Rollout) -> int:
@@ -177,4 +178,5 @@ def _collate(group: Sequence[Rollout], counted: dict[int, int], pad_id: int) -> 
         rows=rows_N,
         columns=columns_N,
         facts=facts_N,
+        rollouts=tuple(group),
     )

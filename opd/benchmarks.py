@@ -5,8 +5,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ class Benchmark:
     k: int = doc("Sampled responses per problem, for mean@k, pass@k and maj@k. Paper: 16.", ge=0, le=MOST_SAMPLES)
     temperature: float = doc("Temperature of the k samples. Paper: 1.0.", ge=COLDEST)
     top_p: float = doc("Nucleus of the k samples. Not stated in the paper.", gt=0, le=1)
+    top_k: Count | None = doc(
+        "Only so many of the likeliest tokens are drawn in the k samples, and top_p is a share of their probability. "
+        "null: all. Not stated in the paper.",
+        default=None,
+    )
     max_response_tokens: Count = doc("A response is cut after this many tokens, those of an environment included.")
     answer_lines: bool = doc("In a response without a box, the last line that starts with Answer: gives the answer.")
     environment: EnvironmentSection | None = doc(
@@ -58,6 +63,14 @@ class Benchmark:
         "is one turn, and its answer is graded.",
         default=None,
     )
+
+
+def described(benchmark: Benchmark) -> dict[str, Any]:
+    """A benchmark as plain data, as it stands beside its figures; keys that are null are left out.
+
+    So figures that were measured before such a key existed are still of the same benchmark.
+    """
+    return {key: value for key, value in asdict(benchmark).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,16 @@ def check_benchmarks(lm: LanguageModel, benchmarks: Sequence[LoadedBenchmark]) -
         check_context(lm, key, loaded.benchmark.max_response_tokens, loaded.prompts)
 
 
-def validation_benchmark(config: Config, prompts: list[Prompt], dialogue: Dialogue | None) -> LoadedBenchmark:
+def takes_answer_lines(config: Config, benchmarks: Iterable[Benchmark]) -> bool:
+    """How training responses are graded: data.answer_lines, and without it as the benchmarks are."""
+    if config.data.answer_lines is not None:
+        return config.data.answer_lines
+    return any(benchmark.answer_lines for benchmark in benchmarks)
+
+
+def validation_benchmark(
+    config: Config, prompts: list[Prompt], answer_lines: bool, dialogue: Dialogue | None
+) -> LoadedBenchmark:
     """Held-out training prompts as a benchmark: one greedy and one sampled response each, decoded as in training.
 
     `dialogue` is that of training.
@@ -166,7 +188,7 @@ def validation_benchmark(config: Config, prompts: list[Prompt], dialogue: Dialog
         temperature=config.rollout.temperature or 1.0,
         top_p=config.rollout.top_p,
         max_response_tokens=config.rollout.max_response_tokens,
-        answer_lines=False,
+        answer_lines=answer_lines,
         environment=config.data.environment,
     )
     return LoadedBenchmark(VALIDATION, benchmark, prompts, dialogue)

@@ -146,6 +146,11 @@ class DataSection:
         "Field with the problem: a string, which is one user message, or a list of {role, content} messages."
     )
     answer_field: str | None = doc("Field with the reference answer, for `rollout/accuracy`; null: none.")
+    answer_lines: bool | None = doc(
+        "Whether, in a training response without a box, the last line that starts with Answer: gives the answer. null: "
+        "as the benchmarks, where one of eval.benchmarks says so.",
+        default=None,
+    )
     system_prompt: str | None = doc("System message put before every prompt; null: none.")
     chat_template_args: dict[str, Any] = doc(
         'Extra arguments of the chat template, for example {"enable_thinking": false}.'
@@ -158,6 +163,16 @@ class DataSection:
     environment: EnvironmentSection | None = doc(
         "What answers the student between its turns, such as tools; null: a response is one turn.", default=None
     )
+
+
+@strict
+class ScorerSection:
+    """Code that scores the tokens of rollouts for a weighter (opd.scorer). It runs in the processes of the run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = doc(
+        "The class, as package.module:Class; Python must find the module."
+    )
+    settings: dict[str, Any] = doc("Keyword arguments of the class.", default_factory=dict)
 
 
 @strict
@@ -198,6 +213,9 @@ class RolloutSection:
     truncated: Literal["keep", "drop", "mask_tail"] = doc(
         "Which tokens of a cut response count. keep: all; drop: none; mask_tail: all but an end that repeats itself at "
         "least three times, whose first round counts."
+    )
+    scorer: ScorerSection | None = doc(
+        "What gives weighters further columns about tokens, such as process rewards. null: nothing does.", default=None
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from opd import distributed, launch, models, plan
 from opd.batch import make_micro_batches
 from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, read_benchmarks
-from opd.build import read_inputs
+from opd.build import load_scorers, read_inputs
 from opd.cli import command_line, main
 from opd.commands import COMMANDS
 from opd.config import Config, load_config
@@ -56,6 +56,7 @@ def dry_run(config: Config, sections: Mapping[str, Any], weighter: TokenWeighter
     if config.rollout.engine == "vllm" and not config.rollout.servers:
         check_installed()
     check_boards(config)
+    load_scorers(config, weighter)
     student, teacher = models.outline(config.student, "student"), models.outline(config.teacher, "teacher")
     inputs = read_inputs(config, student, teacher)
     print(plan.describe(config, device, _plan(config, device, inputs.total_steps)))

@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 from opd import distributed, grading, models
 from opd.accuracy import majority, pass_at, standard_error
 from opd.batch import counted_tokens, equally_many, make_micro_batches, share_of_rank
-from opd.benchmarks import GREEDY, Benchmark, LoadedBenchmark, check_benchmarks, load_benchmarks
+from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, described, load_benchmarks
 from opd.cli import main, say
 from opd.commands import COMMANDS
 from opd.config import Config, StudentSection, TeacherSection, load_config
@@ -151,7 +151,7 @@ def evaluate(
         _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
         summary[loaded.name] = {
             **summarise(rows),
-            "benchmark": _described(loaded.benchmark),
+            "benchmark": described(loaded.benchmark),
             **_version(loaded.dialogue),
             "grader": grading.VERSION,
             "seed": config.seed,
@@ -218,8 +218,8 @@ def _responses(
         for batch in map(json.loads, lines)
         for i, response in zip(batch["problems"], batch["responses"], strict=True)
     }
-    sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
-    greedy = replace(sampled, temperature=0.0, top_p=1.0)
+    sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens, benchmark.top_k)
+    greedy = replace(sampled, temperature=0.0, top_p=1.0, top_k=None)
     with (
         partial.open("a", encoding="utf-8") if first else nullcontext() as file,
         Progress(f"{subject.lm.name} on {loaded.name}", len(batches) and len(order) * len(loaded.numbers)) as progress,
@@ -558,12 +558,6 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps([(p.id, p.token_ids, p.answer) for p in prompts]).encode()).hexdigest()
 
 
-def _described(benchmark: Benchmark) -> dict[str, Any]:
-    """A benchmark as plain data. One without an environment is described as by a trainer that knows none."""
-    described = asdict(benchmark)
-    return {key: value for key, value in described.items() if key != "environment" or value is not None}
-
-
 def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[LoadedBenchmark]) -> None:
     """Keeps what `out` holds of an evaluation of the same model in the same way, and clears any other evaluation.
 
@@ -573,7 +567,7 @@ def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[L
     about = {
         "model": model,
         "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameter_files],
-        "benchmarks": {b.name: [_described(b.benchmark), _digest(b.prompts)] for b in benchmarks},
+        "benchmarks": {b.name: [described(b.benchmark), _digest(b.prompts)] for b in benchmarks},
         "data": asdict(config.data),
         "dtype": config.student.dtype,
         "seed": config.seed,

@@ -116,6 +116,7 @@ def update(run: Run) -> None:
     watch = Watch(run.student.device, run.phases.enter)
     with watch("rollout"):
         rollouts = sample_rollouts(run, step)
+    run.verdicts.begin(rollouts)
     result = learn(run, step, rollouts, watch)
     with watch("sync"):
         parity = send_weights(run, due(step, run.config.rollout.parity_every))
@@ -148,7 +149,7 @@ def learn(run: Run, step: int, rollouts: list[Rollout], watch: Watch) -> Update:
     share = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
     batches = make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, config.rollout.truncated)
     measure = fields_to_measure(config, run.observer, step)
-    passes = 3 if run.weighter.needs | measure else 2
+    passes = 3 if (run.weighter.needs | measure) - run.pair.outside else 2
     with Progress(f"scoring and update of step {step}", passes * len(batches), "micro-batches") as progress:
         watch.advance = progress.advance
         try:
@@ -311,6 +312,7 @@ def _guarded(run: Run) -> Iterator[None]:
     finally:
         if run.record:
             run.record.log.close()
+        run.verdicts.close()
         run.grader.close()
         if run.sampler:
             run.sampler.close()

@@ -73,9 +73,10 @@ def pair_of(student, teacher, loss=LOSS, vocab_size=35):
 
 
 def stats_of(*, sequence_id, position, **columns):
-    """TokenStats of single-turn responses, with these columns; what a test does not name is 0."""
+    """TokenStats of single-turn responses to one prompt, with these columns; what a test does not name is 0."""
     zeros = torch.zeros_like(sequence_id)
-    facts = dict.fromkeys(("turn", "token_id", "prompt_id", "length", "truncated"), zeros)
+    facts = dict.fromkeys(("turn", "token_id", "prompt_id", "truncated"), zeros)
+    facts |= {"length": torch.bincount(sequence_id)[sequence_id], "verdict": torch.full(sequence_id.shape, torch.nan)}
     return TokenStats(sequence_id=sequence_id, position=position, **facts | columns)
 
 

@@ -1173,7 +1173,7 @@ def test_the_real_tasks(language):
     path = Path(DATA) / f"deepplanning/travel_queries_{language}.json"
     assert tasks.sha256(path) == tasks.HASHES[f"travelplanning_query_{language}.json"]
     found = tasks.rows(json.loads(path.read_text()), "deepplanning", language, str(path))
-    parts = tasks.split(found, 42)
+    parts = tasks.split(found, 0.8, 42)
     assert len(found) == 120 and {name: len(rows) for name, rows in parts.items()} == {"train": 96, "test": 24}
     counted = [wishes(row["meta"]["trip"], quirks=True) for row in found]
     assert {kind for wished in counted for kind in wished} == set(ALL_KINDS)

@@ -25,6 +25,7 @@ from opd.grading import Grader, Verdict
 from opd.models import sampled_vocabulary
 from opd.record.record import rollout_metrics
 from opd.rollout.local import TransformersSampler
+from opd.verdicts import Graded
 
 
 class Decided:
@@ -151,7 +152,7 @@ def test_a_benchmark_that_is_almost_wholly_ungraded_is_almost_wholly_wrong():
 def test_rollouts_that_are_ungraded_are_not_right():
     rollouts = [Rollout(i, Prompt(str(i), (1,), "7"), (1,), "stop") for i in range(4)]
     grader = Decided(Verdict("7", True), Verdict("x", None), Verdict("y", None), Verdict("8", False))
-    metrics = rollout_metrics(rollouts, [""] * 4, grader)
+    metrics = rollout_metrics(rollouts, Graded([""] * 4, grader.grade([])))
     assert (metrics["rollout/accuracy"], metrics["rollout/ungraded"]) == (0.25, 2.0)
 
 

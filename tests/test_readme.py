@@ -188,8 +188,9 @@ def sandbox(tmp_path_factory):
         path.write_text(f'#!/bin/bash\nprintf "%s\\0" {name} "$@" >> "$CALLS"; echo >> "$CALLS"; echo outputs/a-run\n')
         path.chmod(0o755)
     (stand_ins / "activate").write_text(f'PATH="{stand_ins}:$PATH"\n')
-    shutil.copytree(stand_ins, root / ".venv-bench/bin")
-    shutil.copy(root / "requirements-bench.txt", root / ".venv-bench/installed")
+    for name in ("bench", "trl"):
+        shutil.copytree(stand_ins, root / f".venv-{name}/bin")
+        shutil.copy(root / f"requirements-{name}.txt", root / f".venv-{name}/installed")
     return root
 
 

@@ -168,6 +168,38 @@ def test_aopd_by_hand():
     assert found.forward_share.tolist() == [1, 1, 0, 1, 0, 1, 1, 1, 0, 1]
 
 
+def test_aopd_with_a_threshold_by_hand():
+    # log q/p: 0 -4.8 2 -.1 .1 -.5 -3.9 0 .1 -.2
+    found = TipWeighter(TipConfig(rule="aopd", aopd_threshold=-0.3))(stats(), torch.Generator())
+    assert found.forward_share.tolist() == [0, 1, 0, 0, 0, 1, 1, 0, 0, 0]
+    found = TipWeighter(TipConfig(rule="aopd", aopd_threshold=0.5))(stats(), torch.Generator())
+    assert found.forward_share.tolist() == [1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_first_k_by_hand():
+    assert kept("first_k", 0.5) == [0, 1, 2, 6, 7]
+    assert kept("first_k", 0.2) == [0]  # floor(1.2) and floor(0.8)
+    assert kept("first_k", 0.34, budget="per_update") == [0, 1, 6]  # the first tokens of both before any second one
+
+
+def test_iw_opd_by_hand():
+    # |log q/p|: 0 4.8 2 .1 .1 .5, together 7.5; 3.9 0 .1 .2, together 4.2
+    upto = [0, 4.8 / 7.5, 6.8 / 7.5, 6.9 / 7.5, 7 / 7.5, 1, 3.9 / 4.2, 3.9 / 4.2, 4 / 4.2, 1]
+    for gain in (1.0, 2.5, 0.0):
+        found = TipWeighter(TipConfig(rule="iw_opd", iw_gain=gain))(stats(), torch.Generator())
+        assert found.weights.tolist() == pytest.approx([1 + gain * (1 - share) for share in upto], rel=1e-6)
+        assert found.forward_share is None
+    same = dataclasses.replace(stats(), teacher_logprob=LOG_S)  # models that agree: no token comes before another
+    assert len(TipWeighter(TipConfig(rule="iw_opd"))(same, torch.Generator()).weights.unique()) == 1
+
+
+def test_tropd_by_hand():
+    # q/p: 1 e^-4.8 e^2 e^-.1 e^.1 e^-.5 e^-3.9 1 e^.1 e^-.2
+    found = TipWeighter(TipConfig(rule="tropd"))(stats(), torch.Generator())
+    expected = [math.exp(min(0.0, a)) for a in (0, -4.8, 2, -0.1, 0.1, -0.5, -3.9, 0, 0.1, -0.2)]
+    assert found.weights.tolist() == pytest.approx(expected, rel=1e-5) and found.forward_share is None
+
+
 def test_total_variation_by_hand():
     found = TipWeighter(TipConfig(rule="total_variation", retention=0.3))(stats(), torch.Generator())
     assert torch.nonzero(found.weights).flatten().tolist() == [1, 4, 6]  # .9 .6 .7 of the whole update

@@ -17,12 +17,13 @@ from opd.batch import counted_tokens, make_micro_batches
 from opd.data import Prompt, Rollout
 from opd.hooks import TokenWeights
 from opd.record import dump
-from opd.record.record import conversation_metrics
+from opd.record.record import rollout_metrics
 from opd.rollout import Decoding
 from opd.rollout.environment import Score
 from opd.rollout.local import TransformersSampler
 from opd.rollout.turns import LIMITS, Dialogue, converse, open_dialogue
 from opd.step import train_step
+from opd.verdicts import Graded
 from tip.config import TipConfig
 from tip.weighter import TipWeighter
 
@@ -183,7 +184,7 @@ def test_every_limit_ends_conversations_by_its_name(limits, most, reason, limit)
         assert len(rollout.response_ids) <= most and len(model) <= limits.max_turns
         assert max(map(len, model)) <= limits.max_turn_tokens
         assert max(map(len, environment), default=0) <= limits.max_reply_tokens
-    metrics = conversation_metrics(rollouts, dialogue)
+    metrics = rollout_metrics(rollouts, Graded([], scores=[dialogue.score(rollout) for rollout in rollouts]))
     assert metrics[f"rollout/cut_by_{limit}"] == len(ended) / 64
     assert metrics["rollout/truncated"] == pytest.approx(sum(metrics[f"rollout/cut_by_{name}"] for name in LIMITS))
 
@@ -209,7 +210,7 @@ def check_errors(rollouts, dialogue, err, method):
     assert err.count("warning:") == 1 and f"{method} of environment {dialogue.limits.name} failed at problem p" in err
     assert err.count("Traceback") == 1 and "after turn 1" in err
     assert all(counted_tokens(r, "keep") == 0 and dialogue.score(r) is None for r in failed)
-    metrics = conversation_metrics(rollouts, dialogue)
+    metrics = rollout_metrics(rollouts, Graded([], scores=[dialogue.score(rollout) for rollout in rollouts]))
     assert metrics["rollout/environment_errors"] == metrics["rollout/ungraded"] == len(failed)
 
 
@@ -232,7 +233,7 @@ def test_a_verdict_that_is_none_is_ungraded(verdict, capsys):
     lm = planner()
     dialogue = Dialogue(Judges(verdict), section("environments:Judges"), lm, DATA)
     rollouts = converse(Scripted(lm), dialogue, PROMPTS, DECODING, 76, seeds_of(PROMPTS))
-    metrics = conversation_metrics(rollouts, dialogue)
+    metrics = rollout_metrics(rollouts, Graded([], scores=[dialogue.score(rollout) for rollout in rollouts]))
     assert (metrics["rollout/ungraded"], metrics["rollout/accuracy"], metrics["rollout/environment_errors"]) == (
         64,
         0,

@@ -158,10 +158,12 @@ def test_rollouts_are_on_policy_seeded_and_told_as_they_come(student, sampler, p
         torch.testing.assert_close(logprobs, sequence_logprobs(student, [ids]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("vocabulary", "top_p"), [(35, 1.0), (20, 1.0), (35, 0.5)])
-def test_samples_have_the_students_distribution(vocabulary, top_p, student, sampler, prompts):
-    """2,000 first tokens of one prompt follow the exact probabilities; ids beyond vocabulary and nucleus never come."""
-    drawn = draw(sampler, [prompts[0]] * 2000, Decoding(1.0, top_p, 1), vocabulary=vocabulary)
+@pytest.mark.parametrize(
+    ("vocabulary", "top_p", "top_k"), [(35, 1.0, None), (20, 1.0, None), (35, 0.5, None), (35, 1.0, 4)]
+)
+def test_samples_have_the_students_distribution(vocabulary, top_p, top_k, student, sampler, prompts):
+    """2,000 first tokens of one prompt follow the exact probabilities; ids that are excluded never come."""
+    drawn = draw(sampler, [prompts[0]] * 2000, Decoding(1.0, top_p, 1, top_k), vocabulary=vocabulary)
     ids = torch.tensor(prompts[0].token_ids)[None]
     with torch.no_grad():
         logits = student.model(ids).logits[0, -1].double()
@@ -169,8 +171,8 @@ def test_samples_have_the_students_distribution(vocabulary, top_p, student, samp
         assert logits.softmax(-1)[20:].sum() > 0.1  # or it would show nothing
     exact = logits[:vocabulary].softmax(-1)
     ordered, ids = exact.sort(descending=True)
-    outside = ids[ordered.cumsum(-1) - ordered >= top_p]
-    assert len(outside) > 20 or top_p == 1
+    outside = ids[top_k:] if top_k else ids[ordered.cumsum(-1) - ordered >= top_p]
+    assert len(outside) > 20 or (top_p == 1 and not top_k)
     exact[outside] = 0
     exact /= exact.sum()
     counts = torch.bincount(torch.tensor([r.response_ids[0] for r in drawn]), minlength=vocabulary).double()

@@ -111,10 +111,10 @@ def keep_by_every_rule(
 ) -> dict[str, Tensor]:
     """What each named rule keeps with the other settings of `config`, as `<rule>@<retention>` -> (N,) bool.
 
-    The label is `<rule>` alone where the retention changes nothing.
+    The label is `<rule>` alone where the retention changes nothing. tip.rollout_weight is left out.
     """
     kept = {}
-    plain = dataclasses.replace(config, retention_end=None, retention_steps=None, scope="update")
+    plain = dataclasses.replace(config, retention_end=None, retention_steps=None, scope="update", rollout_weight="none")
     for name in names:
         ignores_retention = RULES[name].mechanic == "weights"
         for retention in (1.0,) if ignores_retention else retentions:

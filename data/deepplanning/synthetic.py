@@ -416,6 +416,7 @@ def write_trips(out: Path, trips: int = 20, seed: int = 0) -> Path:
     """Writes invented trips in the layout of prepared data, whole or not at all; returns the folder."""
     made = [make_trip(number, seed, days=3 + number % 3) for number in range(trips)]
     rows = tasks.rows([trip.task for trip in made], NAME, "en", NAME)
+    splits = tasks.split(rows, tasks.TRAIN_SHARE, seed)
 
     def write_more(folder: Path) -> dict[str, Any]:
         shutil.copy(TOOLS, folder / tasks.TOOLS)
@@ -424,7 +425,7 @@ def write_trips(out: Path, trips: int = 20, seed: int = 0) -> Path:
         return {"language": "en"}
 
     with lock(out / NAME, "--out"):
-        return write(NAME, Found(tasks.split(rows, seed), {"invented": NAME}, write_more=write_more), seed, out)
+        return write(NAME, Found(splits, {"invented": NAME}, tasks.TRAIN_SHARE, write_more=write_more), seed, out)
 
 
 def write_tables(tables: Tables, folder: Path) -> None:

@@ -5,7 +5,6 @@ stand in a row's `meta` and never in its prompt.
 """
 
 import hashlib
-import random
 import re
 import urllib.request
 import zipfile
@@ -19,7 +18,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from data.deepplanning.database import FILES, read_table
-from data.sources import need, text_of
+from data.sources import cut, need, text_of
 from opd.cli import say
 from opd.errors import InputError, first_line
 from opd.files import amount, check, parse_json, read_text, sha256
@@ -68,18 +67,19 @@ class Source:
 
 
 def read_tasks(
-    source: str, language: str, seed: int
+    source: str, language: str, share: float, seed: int
 ) -> tuple[dict[str, list[dict]], dict[str, Any], Callable[[Path], dict[str, Any]]]:
     """Train and test rows, where they are from, and what writes tools and databases beside them.
 
     Args:
         source: "hub", or a folder with the three files.
+        share: of the tasks that are for training.
         seed: of the split.
     Raises:
         InputError: a file is missing or malformed.
     """
     files = _downloaded(language) if source == "hub" else _in_folder(Path(source), language)
-    splits = split(rows(files.rows, "deepplanning", language, source), seed)
+    splits = split(rows(files.rows, "deepplanning", language, source), share, seed)
     ids = {name: [row["id"] for row in found] for name, found in splits.items()}
 
     def write_more(folder: Path) -> dict[str, Any]:
@@ -169,12 +169,9 @@ def rows(raw: list[dict], name: str, language: str, where: str) -> list[dict]:
     return found
 
 
-def split(found: list[dict], seed: int) -> dict[str, list[dict]]:
-    """Four fifths of the tasks for training and the others for testing, both in their order."""
-    order = list(range(len(found)))
-    random.Random(seed).shuffle(order)
-    cut = int(TRAIN_SHARE * len(found))
-    return {name: [found[i] for i in sorted(part)] for name, part in (("train", order[:cut]), ("test", order[cut:]))}
+def split(found: list[dict], share: float, seed: int) -> dict[str, list[dict]]:
+    """A share of the tasks for training and the others for testing, both in their order."""
+    return dict(zip(("train", "test"), cut(found, share, seed), strict=True))
 
 
 def task_folder(folder: Path, task: int) -> Path:

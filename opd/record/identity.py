@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opd import grading, sources
-from opd.benchmarks import Benchmark
+from opd.benchmarks import Benchmark, described
 from opd.config import Config
 from opd.engine.zero_file import read_deepspeed
 from opd.hooks import TokenWeighter
@@ -32,7 +32,7 @@ def identity_of(
     """
     return {
         "config": {**asdict(config), **{name: asdict(section) for name, section in sections.items()}},
-        "benchmarks": {name: asdict(benchmark) for name, benchmark in benchmarks.items()},
+        "benchmarks": {name: described(benchmark) for name, benchmark in benchmarks.items()},
         "grader": grading.VERSION,
         "environments": environment_versions(config, benchmarks) or None,
         "files": _digests(config, benchmarks),

@@ -9,14 +9,15 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.config import Config
 from opd.data import Rollout
-from opd.grading import Grader
 from opd.hooks import Observer
 from opd.progress import due
 from opd.record import dump
 from opd.record.metrics import MetricsLog
-from opd.rollout.turns import LIMITS, Dialogue
+from opd.rollout.environment import Score
+from opd.rollout.turns import LIMITS
 from opd.seeds import generator
 from opd.step import Update
+from opd.verdicts import Graded, Verdicts
 
 DIAGNOSTICS = {  # TokenStats field -> the metric that is its mean over all response tokens
     "student_entropy": "student/entropy",
@@ -35,8 +36,7 @@ class Record:
     config: Config
     log: MetricsLog
     tokenizer: PreTrainedTokenizerBase
-    grader: Grader
-    dialogue: Dialogue | None  # what answers the student and scores its conversations
+    verdicts: Verdicts  # of the latest update
     observer: Observer | None  # adds diagnostics, and columns of token dumps
 
     def update(self, rollouts: Sequence[Rollout], update: Update, around: Mapping[str, float]) -> str:
@@ -44,17 +44,11 @@ class Record:
 
         `around` are metrics that the run measured around the update.
         """
-        step = update.stats.step
-        skip = self.dialogue is None  # in a conversation the special tokens show who speaks
-        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=skip) for r in rollouts]
-        if self.dialogue:
-            of_rollouts = conversation_metrics(rollouts, self.dialogue)
-        else:
-            of_rollouts = rollout_metrics(rollouts, texts, self.grader)
-        metrics = {**update.metrics, **of_rollouts, **around}
+        step, graded = update.stats.step, self.verdicts.result()
+        metrics = {**update.metrics, **rollout_metrics(rollouts, graded), **around}
         if due(step, self.config.log.diagnostics_every):
             metrics |= self._diagnose(update)
-            self._show_samples(step, rollouts, texts)
+            self._show_samples(step, rollouts, graded.texts)
         if due(step, self.config.log.token_dump_every):
             self._dump(rollouts, update)
         self.log.write(step, metrics)
@@ -110,22 +104,25 @@ def fields_to_measure(config: Config, observer: Observer | None, step: int) -> f
     return fields
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], texts: Sequence[str], grader: Grader) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout], graded: Graded) -> dict[str, float]:
     """Length and truncation of the responses, and their accuracy where the prompts have reference answers."""
-    metrics = _lengths(rollouts)
-    if rollouts[0].prompt.answer is not None:
-        verdicts = grader.grade([(text, r.prompt.answer) for r, text in zip(rollouts, texts, strict=True)])
-        metrics["rollout/ungraded"] = float(sum(verdict.correct is None for verdict in verdicts))
-        metrics["rollout/accuracy"] = statistics.fmean(verdict.correct is True for verdict in verdicts)
+    metrics = {
+        "rollout/length_mean": statistics.fmean(r.model_tokens for r in rollouts),  # that the student sampled
+        "rollout/truncated": statistics.fmean(r.is_cut for r in rollouts),
+    }
+    if graded.scores is not None:
+        return metrics | _conversation_metrics(rollouts, graded.scores)
+    if graded.verdicts is not None:
+        metrics["rollout/ungraded"] = float(sum(verdict.correct is None for verdict in graded.verdicts))
+        metrics["rollout/accuracy"] = statistics.fmean(verdict.correct is True for verdict in graded.verdicts)
     return metrics
 
 
-def conversation_metrics(rollouts: Sequence[Rollout], dialogue: Dialogue) -> dict[str, float]:
+def _conversation_metrics(rollouts: Sequence[Rollout], scores: Sequence[Score | None]) -> dict[str, float]:
     """What an environment says of conversations, how often each limit ended one, and how many tokens are its own."""
-    scores = [dialogue.score(rollout) for rollout in rollouts]
     known = [score for score in scores if score is not None]
     model_tokens = sum(rollout.model_tokens for rollout in rollouts)
-    return _lengths(rollouts) | {
+    return {
         "rollout/accuracy": sum(score.correct for score in known) / len(scores),
         "rollout/share": sum(score.share for score in known) / len(scores),
         "rollout/delivered": sum(score.extracted is not None for score in known) / len(scores),
@@ -135,11 +132,4 @@ def conversation_metrics(rollouts: Sequence[Rollout], dialogue: Dialogue) -> dic
         "rollout/environment_errors": float(sum(r.finish_reason == "error" for r in rollouts)),
         "rollout/neutralised": float(sum(r.neutralised for r in rollouts)),
         **{f"rollout/cut_by_{limit}": statistics.fmean(r.limit == limit for r in rollouts) for limit in LIMITS},
-    }
-
-
-def _lengths(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    return {
-        "rollout/length_mean": statistics.fmean(r.model_tokens for r in rollouts),  # that the student sampled
-        "rollout/truncated": statistics.fmean(r.is_cut for r in rollouts),
     }
