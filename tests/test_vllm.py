@@ -27,6 +27,7 @@ from opd.rollout import Decoding, connection, vllm
 from opd.rollout.choose import make_probe
 from opd.rollout.connection import python_of_vllm
 from opd.rollout.local import TransformersSampler
+from opd.rollout.turns import converse, open_dialogue
 from opd.rollout.vllm import VllmSampler
 from opd.rollout.wire import KEY
 from tip.config import SECTIONS
@@ -110,6 +111,23 @@ def test_greedy_responses_are_those_of_transformers(student, sampler, prompts, m
         theirs = draw(TransformersSampler(student, 64), prompts, GREEDY)
         assert ours == theirs
     assert {r.finish_reason for r in ours} <= {"stop", "length"}
+
+
+def test_conversations_are_those_of_transformers():
+    """Four turns with an environment, greedily: each is a request with all that was said before."""
+    config, _ = load_config("configs/tiny_planning.json", ["rollout.engine=vllm"])
+    lm = load(config.student, CPU, "student")
+    dialogue = open_dialogue(config.data.environment, lm, config.data)
+    prompts = read_training_prompts(config.data, lm.tokenizer, 0)[0][:8]
+    decoding = Decoding(0.0, 1.0, config.rollout.max_response_tokens)
+    sampler = VllmSampler(lm, config.student, config, 256)
+    try:
+        ours, theirs = (
+            converse(s, dialogue, prompts, decoding, 76, seeds(8)) for s in (sampler, TransformersSampler(lm, 64))
+        )
+    finally:
+        sampler.close()
+    assert ours == theirs and max(len(r.turns) for r in ours) >= 4
 
 
 def test_any_of_several_eos_ids_ends_a_response(student, sampler, prompts, monkeypatch):
