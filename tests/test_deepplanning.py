@@ -28,8 +28,11 @@ from data.deepplanning.plan import parse_plan, plan_text, read_plan
 from data.deepplanning.scores import Verdict, judge, of_parts
 from data.deepplanning.travel import Travel
 from data.prepare import command, prepare
+from opd.benchmarks import read_benchmarks
+from opd.config import load_config
 from opd.data import read_problems
 from opd.errors import InputError, RunError
+from opd.rollout.environment import checked_messages, checked_score, load
 
 DATA = os.environ.get("OPD_TEST_DATA")
 real = pytest.mark.skipif(not DATA, reason="OPD_TEST_DATA names no folder with problem files")
@@ -887,6 +890,23 @@ def test_no_answer_stands_in_a_prompt(prepared):
             for key, gold in wish.items():
                 if key.endswith("_no") or (key == "hotel_name"):
                     assert gold not in user and gold not in system, kind
+
+
+@pytest.mark.parametrize("name", ["qwen3_14b_to_1.7b_deepplanning", "qwen3_32b_to_1.7b_deepplanning"])
+def test_the_shipped_pairs_train_and_evaluate_in_the_same_environment(name, prepared):
+    config, _ = load_config(f"configs/{name}.json")
+    (benchmark,) = read_benchmarks(config).values()
+    section = config.data.environment
+    assert benchmark.environment == section and benchmark.max_response_tokens == config.rollout.max_response_tokens
+    assert (config.data.epochs, config.data.chat_template_args) == (15, {"enable_thinking": True})
+    assert (benchmark.k, benchmark.temperature) == (16, 1.0)
+    if not Path(section.settings["folder"]).exists():
+        with pytest.raises(InputError, match="data/prepared/deepplanning holds no prepared tasks"):
+            load(section)
+    folder, _, rows = prepared
+    travel = load(replace(section, settings={"folder": str(folder)}))
+    assert len(checked_messages(travel.reply(rows[0], [call("search_location", place_name="x") * 2]))) == 2
+    assert checked_score(travel.score(rows[0], ["no plan"])).extracted is None
 
 
 # --- the converter ----------------------------------------------------------------------------------------------------

@@ -105,6 +105,8 @@ MODELS = {
     "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, 8, 128, 151936, True),
     "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, 8, 128, 151936, True),
     "Qwen/Qwen3-4B": (2560, 9728, 36, 32, 8, 128, 151936, True),
+    "Qwen/Qwen3-14B": (5120, 17408, 40, 40, 8, 128, 151936, False),
+    "Qwen/Qwen3-32B": (5120, 25600, 64, 64, 8, 128, 151936, False),
     "Qwen/Qwen3-8B": (4096, 12288, 36, 32, 8, 128, 151936, False),
     "meta-llama/Llama-3.1-8B-Instruct": (4096, 14336, 32, 32, 8, 128, 128256, False),
     "meta-llama/Llama-3.3-70B-Instruct": (8192, 28672, 80, 64, 8, 128, 128256, False),
@@ -174,6 +176,12 @@ def test_a_recipe_for_one_gpu_fits_by_hand_arithmetic(name, card, tmp_path):
     backward = one_layer + layers * longest * hidden * 2 + config.loss.chunk_bytes + 4 * vocabulary * hidden
     assert found.peaks["update"] == held + 4 * p + backward
     assert max(found.peaks.values()) < GPU[card] * 2**30, {k: v / 2**30 for k, v in found.peaks.items()}
+
+
+@pytest.mark.parametrize("teacher", ["14b", "32b"])
+def test_the_pairs_for_travel_tasks_fit_eight_gpus(teacher, tmp_path):
+    *_, found = of_recipe(f"qwen3_{teacher}_to_1.7b_deepplanning", tmp_path, 8)
+    assert max(found.peaks.values()) < GPU[80] * 2**30, {k: v / 2**30 for k, v in found.peaks.items()}
 
 
 def test_the_papers_pairs_fit_eight_gpus_by_hand_arithmetic(tmp_path):

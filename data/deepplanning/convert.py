@@ -4,6 +4,7 @@ It is off unless the settings name an endpoint, because its answers can differ f
 the text of the plan leaves this machine. Its answer is read as JSON and validated, and nothing else is done with it.
 """
 
+import http.client
 import json
 import os
 import re
@@ -56,7 +57,7 @@ def convert(text: str, endpoint: Endpoint, attempts: int = ATTEMPTS, pause: floa
             time.sleep(pause)
         try:
             return read_plan(parse_json(_json_in(_ask(text, endpoint)), "the answer", "the JSON of a plan"))
-        except (OSError, InputError, KeyError, IndexError, TypeError, ValueError) as error:
+        except (OSError, http.client.HTTPException, InputError, KeyError, IndexError, TypeError, ValueError) as error:
             fault = first_line(error)
     raise RunError(
         f"the converter at {endpoint['url']} gave no plan in {attempts} attempts (the last time: {fault}). Check the "

@@ -118,7 +118,7 @@ EMPTY = frozenset(
         "1.#IND",
     )
 ) | {"1.#QNAN", "-1.#IND", "-1.#QNAN"}
-KEPT = 64  # databases kept in memory, of about 5 MB each
+KEPT = 64  # databases kept in memory, of a few MB each
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ that hold, whatever the checks say.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -19,16 +19,6 @@ from opd.errors import InputError
 from opd.files import check, read_rows
 
 CHECK, WISH, READ = "check/", "wish/", "every line read"  # parts: how their names begin, and the name of one
-
-
-@dataclass(frozen=True)
-class Score:
-    """The verdict on a conversation, as opd.rollout.environment has it."""
-
-    correct: bool  # everything that was asked holds
-    share: float  # the share of what was asked that holds, in [0, 1]
-    extracted: str | None = None  # the plan; None where there is none
-    parts: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from data.deepplanning.constraints import wishes
 from data.deepplanning.convert import convert, read_endpoint
 from data.deepplanning.database import Database, read_database
 from data.deepplanning.plan import parse_plan, plan_text, read_plan
-from data.deepplanning.scores import Score, judge
+from data.deepplanning.scores import judge
 from data.deepplanning.tasks import TOOLS, task_folder
 from opd.errors import InputError
 from opd.files import check, parse_json, read_object, read_text, sha256
+from opd.rollout.environment import Score
 
 RULES = 1  # goes up when the same turns get another reply or score
 
