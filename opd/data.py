@@ -56,12 +56,12 @@ class Rollout:
     prompt: Prompt
     response_ids: tuple[int, ...]  # with the EOS id that ended it, and with what an environment said in between
     finish_reason: Literal["stop", "length", "turns", "error"]
-    turns: tuple[tuple[int, int], ...] = ()  # [first, end) of what the model sampled; () stands for all, as one turn
+    turns: tuple[tuple[int, int], ...] = ()  # [first, end) of what the model sampled; a single turn is all
     limit: str | None = None  # the setting that cut a conversation
     neutralised: int = 0  # texts of control tokens in what the environment said
 
     def __post_init__(self) -> None:
-        if not self.turns:
+        if len(self.turns) < 2:
             object.__setattr__(self, "turns", ((0, len(self.response_ids)),))
 
     @property

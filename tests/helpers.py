@@ -72,7 +72,7 @@ def pair_of(student, teacher, loss=LOSS, vocab_size=35):
     return Pair(student, LocalTeacher(teacher), vocab_size, loss)
 
 
-def stats_of(*, sequence_id, position, **columns):
+def token_stats_of(*, sequence_id, position, **columns):
     """TokenStats of single-turn responses to one prompt, with these columns; what a test does not name is 0."""
     zeros = torch.zeros_like(sequence_id)
     facts = dict.fromkeys(("turn", "token_id", "prompt_id", "truncated"), zeros)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import stats_of
+from helpers import token_stats_of
 from runs import words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,7 +23,7 @@ from tip.weighter import TipWeighter
 
 def stats(h, d):
     n = len(h)
-    return stats_of(
+    return token_stats_of(
         sequence_id=torch.zeros(n).long(),
         position=torch.arange(n),
         vocab_size=7,

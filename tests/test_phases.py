@@ -225,6 +225,7 @@ def a_run(parts, sampler, *settings):
         observer=None,
         prompts=[rollout.prompt for rollout in sampler.rollouts],
         benchmarks=[],
+        dialogue=None,
         total_steps=10,
         record=None,
         grader=(grader := Grader()),

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import engine_for, flat_gradient, one_each, pair_of, random_lm, random_rollouts, relative, stats_of
+from helpers import engine_for, flat_gradient, one_each, pair_of, random_lm, random_rollouts, relative, token_stats_of
 from runs import configured, words
 
 from opd.batch import make_micro_batches
@@ -33,7 +33,7 @@ def stats(verdict=VERDICT):
         "prompt_id": PROMPT,
         "verdict": torch.tensor(verdict)[SEQUENCE],
     }
-    return stats_of(**columns, vocab_size=7, step=1, reverse_kl=torch.arange(10.0))
+    return token_stats_of(**columns, vocab_size=7, step=1, reverse_kl=torch.arange(10.0))
 
 
 def factors(how, verdict=VERDICT, **options):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import engine_for, flat_gradient, one_each, pair_of, random_lm, random_rollouts, relative, stats_of
+from helpers import engine_for, flat_gradient, one_each, pair_of, random_lm, random_rollouts, relative, token_stats_of
 
 from opd.batch import make_micro_batches
 from opd.config import load_config
@@ -96,7 +96,7 @@ def test_an_update_without_tokens_leaves_the_memory_as_it_is():
 def test_running_quantiles_by_hand():
     weighter = TipWeighter(TipConfig(rule="divergence", scope="running", running_decay=0.75))
     for step, d in ((1, [0.0, 1.0, 4.0]), (2, [2.0, 2.0, 8.0])):
-        stats = stats_of(
+        stats = token_stats_of(
             sequence_id=torch.zeros(3).long(),
             position=torch.arange(3),
             vocab_size=7,
@@ -116,7 +116,7 @@ def two_learnt(rule):
     """A running weighter after two updates of three tokens, the second of them, and its metrics."""
     weighter = TipWeighter(TipConfig(rule=rule, scope="running", running_decay=0.75, entropy_clip_quantile=None))
     for step, h, d in ((1, [0.0, 0.5, 1.0], [0.0, 1.0, 4.0]), (2, [0.25, 0.75, 0.6], [1.0, 1.8, 8.0])):
-        stats = stats_of(
+        stats = token_stats_of(
             sequence_id=torch.zeros(3).long(),
             position=torch.arange(3),
             vocab_size=7,

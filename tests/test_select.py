@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import stats_of
+from helpers import token_stats_of
 
 from opd.errors import InputError
 from opd.hooks import TokenStats
@@ -34,7 +34,7 @@ LOG_T = torch.tensor([-0.1, -5.0, -1.0, -0.2, -0.4, -2.5, -4.0, -1.0, -0.2, -0.9
 
 def stats(h=H, d=D, sequence=SEQUENCE, position=POSITION, step=1):
     n = len(h)
-    return stats_of(
+    return token_stats_of(
         sequence_id=sequence,
         position=position,
         vocab_size=7,
@@ -433,7 +433,7 @@ def test_a_rule_reads_no_more_than_it_says_it_needs(rule):
 def test_every_rule_takes_an_update_without_tokens(rule):
     none = torch.zeros(0)
     optional = {f.name: none for f in dataclasses.fields(TokenStats) if f.default is None}
-    empty = stats_of(sequence_id=none.long(), position=none.long(), vocab_size=7, step=1, **optional)
+    empty = token_stats_of(sequence_id=none.long(), position=none.long(), vocab_size=7, step=1, **optional)
     found = TipWeighter(TipConfig(rule=rule, aggregation="rollout_mean"))(empty, torch.Generator())
     assert found.weights.shape == (0,)
     found.check(empty)

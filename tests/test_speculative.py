@@ -7,11 +7,10 @@ from statistics import fmean
 
 import pytest
 import torch
-from helpers import pair_of, random_lm
+from helpers import pair_of, random_lm, token_stats_of
 
 from opd.batch import make_micro_batches
 from opd.data import Prompt
-from opd.hooks import TokenStats
 from opd.rollout import Decoding
 from opd.rollout.local import TransformersSampler
 from opd.seeds import generator
@@ -25,7 +24,7 @@ def stats_of(p, q, draft):
     """Statistics of one draft; the distributions behind a prefix are p[prefix] and q[prefix]."""
     prefixes = [draft[:t] for t in range(len(draft))]
     log = lambda table: torch.tensor([math.log(table[pre][x]) for pre, x in zip(prefixes, draft, strict=True)])  # noqa: E731
-    return TokenStats(
+    return token_stats_of(
         sequence_id=torch.zeros(len(draft), dtype=torch.int64),
         position=torch.arange(len(draft)),
         vocab_size=3,
@@ -55,7 +54,7 @@ def test_the_length_is_the_expectation_over_all_drafts():
 
 
 def test_a_block_ends_with_its_response_and_at_a_gap():
-    stats = TokenStats(
+    stats = token_stats_of(
         sequence_id=torch.tensor([0, 0, 1, 1]),
         position=torch.tensor([0, 1, 0, 5]),
         vocab_size=9,

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import pair_of, random_lm, random_rollouts, stats_of
+from helpers import pair_of, random_lm, random_rollouts, token_stats_of
 
 from opd.batch import make_micro_batches
 from opd.loss import Head, Objective, divergence_sum, token_stats
@@ -172,7 +172,7 @@ def test_the_blind_spot_in_a_selection():
     h = torch.linspace(0.01, 1.0, 20).double()
     d = torch.full((20,), 0.1)
     d[0] = 5.0
-    stats = stats_of(
+    stats = token_stats_of(
         sequence_id=torch.zeros(20).long(),
         position=torch.arange(20),
         vocab_size=7,

@@ -195,6 +195,13 @@ def test_a_run_that_was_killed_in_an_update_is_the_unbroken_one(run, tmp_path, m
         assert (again / name).read_bytes() == (run / name).read_bytes()
 
 
+def test_held_out_problems_are_scored_by_the_environment_of_training(tmp_path):
+    folder = train(tmp_path, "data.validation=3", "data.answer_field=null", "optim.steps=1", "eval.reverse_kl=false")
+    final = json.loads((folder / "summary.json").read_text())["eval"]
+    assert final["teacher"]["validation"]["share_at_k"] > final["step_0"]["validation"]["share_at_k"] > 0
+    assert final["final"]["validation"]["environment"] == "trip-1"
+
+
 def test_the_token_map_shows_replies_before_the_turns_they_led_to(run):
     text = page_of({"run": run}, "A map")
     about, strings = json.loads(blob(text, "about")), json.loads(blob(text, "strings"))
@@ -216,7 +223,9 @@ def test_dumps_without_turns_are_still_mapped(run, tmp_path):
     assert all(not r["replies"] for r in about["runs"][0]["updates"][0]["rollouts"])
 
 
-def test_an_analysis_makes_conversations(tmp_path):
+def test_an_analysis_makes_conversations(tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "plots", lambda *_: {})  # they take most of the time
+    monkeypatch.setattr(analyze, "page", lambda *_: "")
     analyze.command(["--config", CONFIG, "--prompts", "6", "--oracle-tokens", "0", "--out", str(tmp_path / "out")])
     result = json.loads((tmp_path / "out/analysis.json").read_text())
     assert result["rollouts"] == 6 and 40 * 6 < result["tokens"] < 70 * 6

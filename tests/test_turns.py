@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from environments import LETTERS, Echo, Judges, Scripted, section
-from helpers import engine_for, naive_loss, one_each, pair_of, random_lm, stats_of
+from helpers import engine_for, naive_loss, one_each, pair_of, random_lm, token_stats_of
 from test_environment import DATA, planner
 
 from data.tiny import trip
@@ -145,10 +145,16 @@ def test_progress_counts_conversations_once():
     assert [sum(column) for column in zip(*told, strict=True)] == [64, sum(r.model_tokens for r in rollouts)]
 
 
+def sampled():
+    """Conversations that a model of this process samples, on each of several processes a share of every turn."""
+    lm = planner(std=0.3)
+    return talk(section(turn=24), PROMPTS[:6], TransformersSampler(lm, 4), lm=lm)[0]
+
+
 def by_process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     rollouts, _, _ = talk(section("environments:ByProcess"), PROMPTS[:4])
-    torch.save([r.response_ids for r in rollouts], f"{folder}/{rank}.pt")
+    torch.save([[r.response_ids for r in talked] for talked in (rollouts, sampled())], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -162,7 +168,8 @@ def test_all_processes_hear_what_the_first_one_heard():
             process.join(120)
             assert process.exitcode == 0
         a, b = (torch.load(f"{folder}/{rank}.pt") for rank in (0, 1))
-    assert a == b and max(map(len, a)) > 6
+    assert a == b and max(map(len, a[0])) > 6
+    assert a[1] == [r.response_ids for r in sampled()]  # and two processes sample what one does
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -333,7 +340,7 @@ def test_a_rule_keeps_its_share_of_the_models_tokens():
     facts = {name: column[order] for name, column in facts.items()}
     count = len(order)
     scores = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    stats = stats_of(**facts, vocab_size=76, step=1, student_entropy=scores, reverse_kl=scores)
+    stats = token_stats_of(**facts, vocab_size=76, step=1, student_entropy=scores, reverse_kl=scores)
     kept = TipWeighter(TipConfig(rule="soft_or", retention=0.2))(stats, torch.Generator()).weights > 0
     for rollout in rollouts:
         assert int(kept[stats.sequence_id == rollout.sequence_id].sum()) == int(0.2 * rollout.model_tokens + 1e-9)
