@@ -1,0 +1,93 @@
+"""Whole updates of this trainer outside of a run: rollouts, teacher, scoring and update, as opd.train makes them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.batch import make_micro_batches
+from opd.config import Config, load_config
+from opd.data import Prompt, Rollout
+from opd.engine.plain import TorchEngine
+from opd.hooks import TokenWeighter, UniformWeighter
+from opd.models import LanguageModel
+from opd.progress import Watch
+from opd.rollout import Decoding
+from opd.rollout.local import TransformersSampler
+from opd.step import Pair, train_step
+from opd.teacher.local import LocalTeacher
+from tip.config import TipConfig
+from tip.weighter import TipWeighter
+
+UPDATES = 1000  # of the learning rate's schedule, which is constant
+
+
+def language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    eos_id = model.generation_config.eos_token_id
+    return LanguageModel(model, tokenizer, (eos_id,), dtype, name)
+
+
+def weighter_of(name: str) -> TokenWeighter:
+    """The weighter "plain", which keeps all tokens, or "soft_or", which keeps half of them."""
+    return UniformWeighter() if name == "plain" else TipWeighter(TipConfig(rule="soft_or", retention=0.5))
+
+
+def as_a_run() -> None:
+    """Sets what a run sets in its process."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def config_of(*settings: str) -> Config:
+    """The configuration of the embedded pair, of which updates read `optim`, `loss` and `engine`."""
+    return load_config("configs/tiny.json", ["optim.warmup_steps=0", *settings])[0]
+
+
+@dataclass
+class Updates:
+    """Updates of one pair on the same prompts."""
+
+    student: LanguageModel
+    teacher: LanguageModel
+    prompts: Sequence[Sequence[int]]
+    max_response_tokens: int
+    config: Config
+    weighter: TokenWeighter
+    enter: Callable[[str], None] = lambda phase: None
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        vocab = self.student.model.get_output_embeddings().out_features
+        self.pair = Pair(self.student, LocalTeacher(self.teacher), vocab, self.config.loss)
+        self.engine = TorchEngine(self.student, self.config, UPDATES)
+        self.sampler = TransformersSampler(self.student, self.config.rollout.batch_size)
+
+    def rollouts(self, step: int) -> list[Rollout]:
+        prompts = [Prompt(str(i), tuple(ids), None) for i, ids in enumerate(self.prompts)]
+        seeds = [(0, "rollout", step, i) for i in range(len(prompts))]
+        decoding = Decoding(1.0, 1.0, self.max_response_tokens)
+        return self.sampler.sample(prompts, decoding, self.pair.vocab_size, seeds)
+
+    def learn(self, rollouts: Sequence[Rollout], watch: Watch) -> dict[str, Any]:
+        """The update itself; returns its metrics."""
+        limit, pad_id = self.config.optim.micro_batch_tokens, self.student.eos_ids[0]
+        batches = make_micro_batches(rollouts, limit, pad_id, "keep")
+        result = train_step(self.pair, self.engine, batches, self.weighter, step=self.step, seed=0, watch=watch)
+        self.pair.teacher.cache.clear()
+        return result.metrics
+
+    def one(self) -> dict[str, float]:
+        """One update: seconds of its phases and of the whole, and its tokens."""
+        self.step += 1
+        watch, begin = Watch(self.student.device, self.enter), time.perf_counter()
+        with watch("rollout"):
+            rollouts = self.rollouts(self.step)
+        metrics = self.learn(rollouts, watch)
+        phases = {name: metrics.get(f"time/{name}", 0.0) for name in ("rollout", "teacher", "score", "update")}
+        tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+        return {**phases, "total": time.perf_counter() - begin, "tokens": tokens, "loss": metrics["loss/divergence"]}
