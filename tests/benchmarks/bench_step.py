@@ -9,8 +9,8 @@ Sides:
 
 Each side runs in a process of its own with one thread, one after another, and then all again. The first update of a
 process warms up. A figure is the median of its other updates, then the median over repeats, and a ratio is the median
-of the ratios of a repeat. Responses are either all as long as the limit, or of natural lengths (random_models.Ends): the
-same lengths on every side. A micro-batch has as many padded tokens at most on every side.
+of the ratios of a repeat. Responses are either all as long as the limit, or of natural lengths (random_models.Ends),
+which are the same on every side. A micro-batch has as many padded tokens at most on every side.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def run_side(setting: dict[str, Any], side: str, peer: str) -> dict[str, Any]:
     if done.returncode:
         sys.exit(f"error: the side {side} ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    names = (*PHASES, "total", "tokens")
+    names = (*PHASES, "total", "cpu", "tokens")
     medians = {name: statistics.median(update[name] for update in result["updates"]) for name in names}
     return medians | {"peak": result["peak"], "beyond_imports": result["peak"] - result["imported"]}
 
@@ -92,34 +92,38 @@ def has_trl(peer: str) -> bool:
 
 # --- report -----------------------------------------------------------------------------------------------------------
 def summary(repeats: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Per side its medians over repeats, and the ratios of plain and of soft_or to the other sides."""
+    """Per side its medians over repeats, and the ratio of plain to it: median, lowest and highest of the repeats."""
     sides = {
         side: {name: statistics.median(repeat[side][name] for repeat in repeats) for name in repeats[0][side]}
         for side in repeats[0]
     }
     for side in sides:
-        ratios = sorted(repeat["plain"]["total"] / repeat[side]["total"] for repeat in repeats)
-        sides[side]["plain_to_this"] = statistics.median(ratios)
-        sides[side]["plain_to_this_range"] = [ratios[0], ratios[-1]]
+        for kind in ("total", "cpu"):
+            ratios = sorted(repeat["plain"][kind] / repeat[side][kind] for repeat in repeats)
+            sides[side][f"ratio_{kind}"] = [statistics.median(ratios), ratios[0], ratios[-1]]
     return sides
 
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "Seconds of an update, medians; a ratio is the time of `plain` to the time of the side, with its range.",
-        "Memory is the peak of the process in MiB, and what of it came after the imports.",
+        "Seconds of an update, and of its phases. A ratio is the time of `plain` to that of the side, with its range",
+        "over repeats: by the clock, and by the processor, which other work on the machine disturbs less. Memory is the",
+        "peak of the process in MiB, and what of it came after the imports.",
         "",
-        "| pair and lengths | side | update | plain / side | rollout | teacher | scoring | update phase | tokens/s | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| pair and lengths | side | seconds | by the clock | by the processor | rollout | teacher | scoring | update "
+        "| tokens/s | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, sides in results["settings"].items():
         for side, figures in sides.items():
-            low, high = figures["plain_to_this_range"]
-            ratio = "" if side == "plain" else f"{figures['plain_to_this']:.2f} ({low:.2f} to {high:.2f})"
+            ratios = " | ".join(
+                "" if side == "plain" else "{:.2f} ({:.2f} to {:.2f})".format(*figures[f"ratio_{kind}"])
+                for kind in ("total", "cpu")
+            )
             phases = " | ".join(f"{figures[phase]:.3g}" for phase in PHASES)
             memory = f"{figures['peak'] / 2**20:.0f}, {figures['beyond_imports'] / 2**20:.0f}"
             lines.append(
-                f"| {name} | {side} | {figures['total']:.3g} | {ratio} | {phases} "
+                f"| {name} | {side} | {figures['total']:.3g} | {ratios} | {phases} "
                 f"| {figures['tokens'] / figures['total']:.0f} | {memory} |"
             )
     return "\n".join(lines)

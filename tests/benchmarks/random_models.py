@@ -1,4 +1,4 @@
-"""What the benchmarks train: random Qwen3 models of given sizes, prompts, and responses that end where they are told to.
+"""What the benchmarks train: random Qwen3 models of given sizes, prompts, and responses that end where they are told.
 
 It needs torch and transformers alone, so that another trainer's environment can import it.
 """

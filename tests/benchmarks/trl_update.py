@@ -24,16 +24,16 @@ class Timed(TrainerCallback):
     def __init__(self):
         self.updates: list[dict[str, float]] = []
         self.present: dict[str, float] = {}
-        self.begin = 0.0
+        self.begin = self.cpu = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.present = {"rollout": 0.0, "teacher": 0.0, "score": 0.0, "tokens": 0}
-        self.begin = time.perf_counter()
+        self.begin, self.cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        total = time.perf_counter() - self.begin
+        total, cpu = time.perf_counter() - self.begin, time.process_time() - self.cpu
         update = total - self.present["rollout"] - self.present["teacher"]
-        self.updates.append({**self.present, "update": update, "total": total})
+        self.updates.append({**self.present, "update": update, "total": total, "cpu": cpu})
 
     def around(self, name: str, work: Callable, counts: Callable[[tuple], bool] = lambda arguments: True) -> Callable:
         """`work`, whose seconds count as phase `name` where its arguments say so."""

@@ -74,7 +74,8 @@ class Updates:
         return self.sampler.sample(prompts, decoding, self.pair.vocab_size, seeds)
 
     def learn(self, rollouts: Sequence[Rollout], watch: Watch) -> dict[str, Any]:
-        """The update itself; returns its metrics."""
+        """The next update itself; returns its metrics."""
+        self.step += 1
         limit, pad_id = self.config.optim.micro_batch_tokens, self.student.eos_ids[0]
         batches = make_micro_batches(rollouts, limit, pad_id, "keep")
         result = train_step(self.pair, self.engine, batches, self.weighter, step=self.step, seed=0, watch=watch)
@@ -82,12 +83,12 @@ class Updates:
         return result.metrics
 
     def one(self) -> dict[str, float]:
-        """One update: seconds of its phases and of the whole, and its tokens."""
-        self.step += 1
-        watch, begin = Watch(self.student.device, self.enter), time.perf_counter()
+        """One update: seconds of its phases and of the whole, those of the processor, its tokens and its loss."""
+        watch, begin, cpu = Watch(self.student.device, self.enter), time.perf_counter(), time.process_time()
         with watch("rollout"):
-            rollouts = self.rollouts(self.step)
+            rollouts = self.rollouts(self.step + 1)
         metrics = self.learn(rollouts, watch)
         phases = {name: metrics.get(f"time/{name}", 0.0) for name in ("rollout", "teacher", "score", "update")}
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-        return {**phases, "total": time.perf_counter() - begin, "tokens": tokens, "loss": metrics["loss/divergence"]}
+        whole = {"total": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
+        return {**phases, **whole, "tokens": tokens, "loss": metrics["loss/divergence"]}
