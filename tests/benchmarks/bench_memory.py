@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from child import in_child
 from random_models import TOY_STUDENT, TOY_TEACHER, random_model, word_tokenizer
-from resident import resident
+from resident import available, resident
 from torch import Tensor
 from updates import Updates, config_of, language_model, weighter_of
 
@@ -149,10 +149,7 @@ def cells(size: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def free_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    text = Path("/proc/meminfo").read_text()
-    return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available()
 
 
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:

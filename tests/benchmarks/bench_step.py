@@ -107,8 +107,8 @@ def summary(repeats: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, A
 def table(results: dict[str, Any]) -> str:
     lines = [
         "Seconds of an update, and of its phases. A ratio is the time of `plain` to that of the side, with its range",
-        "over repeats: by the clock, and by the processor, which other work on the machine disturbs less. Memory is the",
-        "peak of the process in MiB, and what of it came after the imports.",
+        "over repeats: by the clock, and by the processor, which other work on the machine disturbs less. Memory is",
+        "the peak of the process in MiB, and what of it came after the imports.",
         "",
         "| pair and lengths | side | seconds | by the clock | by the processor | rollout | teacher | scoring | update "
         "| tokens/s | memory |",

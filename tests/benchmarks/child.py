@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
@@ -20,14 +21,19 @@ def in_child(work: Callable[[], Any], seconds: float = 86_400.0) -> dict[str, An
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)  # so that what it starts can be ended with it
         os.close(reading)
         _answer(work, writing)
     os.close(writing)
-    with open(reading) as pipe:
-        text = _read(pipe, seconds)
+    text = None
+    try:
+        with open(reading) as pipe:
+            text = _read(pipe, seconds)
+    finally:
         if text is None:
-            os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            with suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if text is None:
         return {"error": f"it did not end within {seconds:.0f} s"}
     return json.loads(text) if text else {"error": f"its process ended with exit code {code}"}
@@ -39,7 +45,7 @@ def _answer(work: Callable[[], Any], writing: int) -> None:
         answer = {"value": work()}
     except BaseException as error:
         traceback.print_exc()
-        answer = {"error": f"{type(error).__name__}: {str(error)[:500]}", "kind": type(error).__name__}
+        answer = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
     with open(writing, "w") as pipe:
         json.dump(answer, pipe)
     sys.stdout.flush(), sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Resident memory of this process, in bytes."""
+"""Memory of this process and of the machine, in bytes."""
 
 import resource
 from pathlib import Path
@@ -13,3 +13,9 @@ def resident() -> int:
 def high_water() -> int:
     """The most that was ever in memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available() -> int:
+    """What the machine can still give."""
+    text = Path("/proc/meminfo").read_text()
+    return int(text.split("MemAvailable:")[1].split()[0]) * 1024

@@ -14,6 +14,7 @@ from opd.data import Prompt, Rollout
 from opd.engine.plain import TorchEngine
 from opd.hooks import TokenWeighter, UniformWeighter
 from opd.models import LanguageModel
+from opd.phases import Phases
 from opd.progress import Watch
 from opd.rollout import Decoding
 from opd.rollout.local import TransformersSampler
@@ -58,14 +59,24 @@ class Updates:
     max_response_tokens: int
     config: Config
     weighter: TokenWeighter
-    enter: Callable[[str], None] = lambda phase: None
+    entered: Callable[[str], None] = lambda phase: None  # is told each phase once the models lie where it wants them
     step: int = 0
 
     def __post_init__(self) -> None:
         vocab = self.student.model.get_output_embeddings().out_features
+        self.phases = Phases(self.student.device, self.config.engine.phases == 2, vllm=False)
+        self.phases.add("student", self.student.model.parameters)
+        head = set(self.teacher.head_scope.parameters())
+        self.phases.add("teacher", lambda: [p for p in self.teacher.model.parameters() if p not in head])
+        self.phases.add("teacher head", lambda: head)
         self.pair = Pair(self.student, LocalTeacher(self.teacher), vocab, self.config.loss)
-        self.engine = TorchEngine(self.student, self.config, UPDATES)
+        self.engine = TorchEngine(self.student, self.config, UPDATES, self.phases.content)
+        self.phases.add("optimizer", self.engine.moments)
         self.sampler = TransformersSampler(self.student, self.config.rollout.batch_size)
+
+    def enter(self, phase: str) -> None:
+        self.phases.enter(phase)
+        self.entered(phase)
 
     def rollouts(self, step: int) -> list[Rollout]:
         prompts = [Prompt(str(i), tuple(ids), None) for i, ids in enumerate(self.prompts)]
@@ -88,7 +99,7 @@ class Updates:
         with watch("rollout"):
             rollouts = self.rollouts(self.step + 1)
         metrics = self.learn(rollouts, watch)
-        phases = {name: metrics.get(f"time/{name}", 0.0) for name in ("rollout", "teacher", "score", "update")}
+        phases = {name: metrics[f"time/{name}"] for name in ("rollout", "teacher", "score", "update", "move")}
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         whole = {"total": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
         return {**phases, **whole, "tokens": tokens, "loss": metrics["loss/divergence"]}
