@@ -82,9 +82,10 @@ def random_model(
 
 def word_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     """A tokenizer whose words are the token ids themselves, so that a text and its ids are one another's image."""
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(vocab)}, unk_token=str(PAD)))
+    words = {"<pad>": PAD, "<end>": END} | {str(i): i for i in range(SPECIAL, vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=str(PAD), eos_token=str(END))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
 
 @dataclass(frozen=True)
