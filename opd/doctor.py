@@ -238,11 +238,10 @@ def _score(
     decoding = Decoding(rollout.temperature, rollout.top_p, min(rollout.max_response_tokens, SCORED_TOKENS))
     seeds = [(config.seed, "doctor", i) for i in range(len(chosen))]
     rollouts = TransformersSampler(student, SCORED).sample(chosen, decoding, vocab_size, seeds)
-    batches = make_micro_batches(rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], "keep")
-    itself, other = (
-        score_update(Pair(student, LocalTeacher(lm), vocab_size, config.loss), batches, frozenset({"reverse_kl"}), 0)
-        for lm in (student, teacher)
-    )
+    pairs = [Pair(student, LocalTeacher(lm), vocab_size, config.loss) for lm in (student, teacher)]
+    width = pairs[1].packed_row
+    batches = make_micro_batches(rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], "keep", width)
+    itself, other = (score_update(pair, batches, frozenset({"reverse_kl"}), 0) for pair in pairs)
     scored = _Scored(len(itself.position), itself.reverse_kl.max().item(), other.reverse_kl.mean().item())
     if not scored.from_itself <= SAME:
         raise InputError(

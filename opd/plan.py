@@ -156,7 +156,7 @@ class _Work:
     rollouts: int
     together: int  # responses that it generates at once
     length: int  # tokens of the longest prompt and the longest response
-    micro: int  # padded tokens of a micro-batch
+    micro: int  # tokens of a micro-batch, padding included
     processes: int  # how many processes share the run
 
     @classmethod

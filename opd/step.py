@@ -42,6 +42,11 @@ class Pair:
     vocab_size: int  # token ids below it are compared, because both tokenizers have them
     loss: LossSection
 
+    @property
+    def packed_row(self) -> int:
+        """Tokens of the longest row in which both models take several sequences, for opd.batch.make_micro_batches."""
+        return min(self.student.packed_row, self.teacher.packed_row)
+
     @torch.no_grad()
     def stats(self, batch: MicroBatch, teacher_hidden_NH: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
         """The scoring pass of one micro-batch: the (N,) columns of TokenStats that `needs` names, on the CPU."""
