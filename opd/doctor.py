@@ -196,15 +196,16 @@ def _check_machine(report: Report, config: Config, device: torch.device, prompts
 def _check_memory(needed: plan.Plan, device: torch.device) -> str:
     """Raises InputError where a phase of the plan is larger than the device, or the whole larger than the machine."""
     phase, peak = max(needed.peaks.items(), key=lambda item: item[1])
-    host, machine = sum(needed.host.values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host, machine, has = sum(needed.host.values()), plan.memory_of(torch.device("cpu")), plan.memory_of(device)
     on_gpu = device.type == "cuda"
-    has = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine
     takes = peak if on_gpu else peak + host
     text = f"phase {phase} takes {amount(takes)} of the {device.type}'s {amount(has)}"
     if takes > has:
+        lower = "Lower rollout.batch_size or optim.micro_batch_tokens."
+        way = needed.way_to_fit(has - takes + peak) if phase == "update" else lower
         raise InputError(
-            f"{text}. Lower optim.micro_batch_tokens or rollout.batch_size, set engine.gradient_checkpointing=true or "
-            "engine.phases=2, or take more devices (engine.kind=deepspeed). --dry-run shows the parts."
+            f"{text}. {way} engine.phases=2 and more devices (engine.kind=deepspeed) help too. --dry-run shows the "
+            "parts."
         )
     if on_gpu and host > machine:
         raise InputError(f"host memory: the run takes {amount(host)} of {amount(machine)}. Set teacher.cache_gb.")
