@@ -24,7 +24,7 @@ from opd.batch import MicroBatch, equally_many
 from opd.config import LossSection
 from opd.engine import Engine
 from opd.hooks import TokenStats, TokenWeighter, TokenWeights
-from opd.loss import Objective, divergence_sum, token_stats
+from opd.loss import Objective, divergence_sum, reads_teacher, token_stats
 from opd.models import LanguageModel
 from opd.progress import Watch
 from opd.seeds import generator
@@ -56,7 +56,7 @@ class Pair:
             columns = token_stats(
                 student_hidden_NH,
                 self.student.head(self.vocab_size),
-                teacher_hidden_NH.to(device),
+                teacher_hidden_NH.to(device) if reads_teacher(needs) else teacher_hidden_NH,
                 self.teacher.head(self.vocab_size),
                 batch.token_ids.to(device),
                 needs,

@@ -1,6 +1,7 @@
 """Identities of the training step. "Same gradient" is the relative L2 norm of the whole gradient, 1e-6 unless said."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from opd.batch import make_micro_batches
 from opd.config import LossSection
 from opd.data import Prompt, Rollout
 from opd.hooks import TokenStats, TokenWeights, UniformWeighter
+from opd.loss import reads_teacher
 from opd.step import train_step
 from tip.config import TipConfig
 from tip.rules import RULES
@@ -321,6 +323,34 @@ def test_a_scoring_pass_is_made_only_when_somebody_needs_one(monkeypatch, rule, 
         measure=frozenset(measure),
     )
     assert calls.count("student") in (4 * passes, 4 * passes - 1) and calls.count("teacher") == 4
+
+
+class Untouchable(torch.Tensor):
+    """A tensor that has a shape, a dtype and a device, and whose values nobody may use."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert function.__name__ in ("__get__", "__len__"), f"{function.__name__} uses it"
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_statistics_of_the_student_alone_never_touch_the_teacher(monkeypatch):
+    student, teacher = random_lm(1), random_lm(2, hidden=48, name="teacher")
+    (batch,) = make_micro_batches(random_rollouts(student), 10**6, 0, "keep")
+    alone = frozenset({"student_entropy", "student_logprob", "student_top5_ids"})
+    pair = pair_of(student, teacher)
+    (states,) = pair.teacher.hidden_states([batch])
+    expected = pair.stats(batch, states, alone | {"reverse_kl"})
+    head = pair.teacher.head(35)
+    forbidden = replace(head, weight=head.weight.as_subclass(Untouchable))
+    monkeypatch.setattr(type(pair.teacher), "head", lambda teacher, vocab_size: forbidden)
+    found = pair.stats(batch, states.as_subclass(Untouchable), alone)
+    assert found.keys() == alone and all(torch.equal(found[name], expected[name]) for name in alone)
+    with pytest.raises(AssertionError, match="uses it"):  # the states, on their way to the device
+        pair.stats(batch, states.as_subclass(Untouchable), frozenset({"reverse_kl"}))
+    with pytest.raises(AssertionError, match="uses it"):  # the head
+        pair.stats(batch, states, frozenset({"reverse_kl"}))
+    assert reads_teacher(frozenset({"teacher_entropy"})) and not reads_teacher(RULES["entropy_topk"].needs)
 
 
 @pytest.mark.parametrize(
