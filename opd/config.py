@@ -250,8 +250,8 @@ class OptimSection:
     grad_clip: float = doc("L2 norm the gradient is clipped to. Not stated; public reruns: 1.0.", gt=0)
     steps: Count | None = doc("Number of updates; null when data.epochs is given.")
     micro_batch_tokens: Count = doc(
-        "Padded tokens of prompts and responses in one forward pass; one rollout always fits. It bounds memory and "
-        "not the result."
+        "Tokens of prompts and responses in one forward pass, padding included; one rollout always fits. It bounds "
+        "memory and not the result."
     )
 
 

@@ -209,15 +209,16 @@ def _check_machine(report: Report, config: Config, device: torch.device, prompts
 def _check_memory(needed: plan.Plan, device: torch.device) -> str:
     """Raises InputError where a phase of the plan is larger than the device, or the whole larger than the machine."""
     phase, peak = max(needed.peaks.items(), key=lambda item: item[1])
-    host, machine = sum(needed.host.values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host, machine, has = sum(needed.host.values()), plan.memory_of(torch.device("cpu")), plan.memory_of(device)
     on_gpu = device.type == "cuda"
-    has = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine
     takes = peak if on_gpu else peak + host
     text = f"phase {phase} takes {amount(takes)} of the {device.type}'s {amount(has)}"
     if takes > has:
+        lower = "Lower rollout.batch_size or optim.micro_batch_tokens."
+        way = needed.way_to_fit(has - takes + peak) if phase == "update" else lower
         raise InputError(
-            f"{text}. Lower optim.micro_batch_tokens or rollout.batch_size, set engine.gradient_checkpointing=true or "
-            "engine.phases=2, or take more devices (engine.kind=deepspeed). --dry-run shows the parts."
+            f"{text}. {way} engine.phases=2 and more devices (engine.kind=deepspeed) help too. --dry-run shows the "
+            "parts."
         )
     if on_gpu and host > machine:
         raise InputError(f"host memory: the run takes {amount(host)} of {amount(machine)}. Set teacher.cache_gb.")
@@ -251,11 +252,10 @@ def _score(
     decoding = Decoding(rollout.temperature, rollout.top_p, min(rollout.max_response_tokens, SCORED_TOKENS))
     seeds = [(config.seed, "doctor", i) for i in range(len(chosen))]
     rollouts = TransformersSampler(student, SCORED).sample(chosen, decoding, vocab_size, seeds)
-    batches = make_micro_batches(rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], "keep")
-    itself, other = (
-        score_update(Pair(student, LocalTeacher(lm), vocab_size, config.loss), batches, frozenset({"reverse_kl"}), 0)
-        for lm in (student, teacher)
-    )
+    pairs = [Pair(student, LocalTeacher(lm), vocab_size, config.loss) for lm in (student, teacher)]
+    width = pairs[1].packed_row
+    batches = make_micro_batches(rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], "keep", width)
+    itself, other = (score_update(pair, batches, frozenset({"reverse_kl"}), 0) for pair in pairs)
     scored = _Scored(len(itself.position), itself.reverse_kl.max().item(), other.reverse_kl.mean().item())
     if not scored.from_itself <= SAME:
         raise InputError(

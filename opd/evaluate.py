@@ -383,7 +383,8 @@ def _reverse_kl(
     numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts.values())]
     share = share_of_rank(numbered, distributed.rank(), distributed.world_size())
     pad_id = pair.student.eos_ids[0]
-    batches = equally_many(make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, "keep"), pad_id)
+    batches = make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, "keep", pair.packed_row)
+    batches = equally_many(batches, pad_id)
     needs = frozenset({"reverse_kl"})
     with Progress(f"reverse KL of the {pair.student.name}", len(batches), "micro-batches") as progress:
 

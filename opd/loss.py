@@ -17,7 +17,7 @@ Shape suffixes: N tokens, V vocabulary (the compared ids), H hidden size of the 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -318,6 +318,11 @@ def token_stats(
     return {name: torch.cat(column) for name, column in columns.items()}
 
 
+def reads_teacher(needs: frozenset[str]) -> bool:
+    """Whether one of these statistics needs the teacher's hidden states. Where none does, they are not looked at."""
+    return "teacher_logits" in _Plan(needs).formulas
+
+
 @dataclass(frozen=True)
 class Formula:
     """How something of a chunk is computed: `function` of what `reads` names, in that order.
@@ -506,16 +511,22 @@ class _States:
         return torch.float32 if self.hidden_NH.device.type == "cpu" else self.hidden_NH.dtype
 
     def chunk(self, rows_c: Tensor, tile: int) -> "_Chunk":
-        return _Chunk(self.hidden_NH[rows_c].to(self.dtype), self.head, tile)
+        return _Chunk(self, rows_c, self.head, tile)
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The hidden states of some tokens, in the dtype of the products, and the head with the width of its tiles."""
+    """Some tokens of a model, and the head with the width of its tiles."""
 
-    hidden_cH: Tensor
+    states: _States
+    rows_c: Tensor
     head: Head
     tile: int
+
+    @cached_property
+    def hidden_cH(self) -> Tensor:
+        """The tokens' hidden states in the dtype of the products. Nothing reads them before the first product."""
+        return self.states.hidden_NH[self.rows_c].to(self.states.dtype)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Parts of the vocabulary, and the rows of the head there, in the dtype of the hidden states."""

@@ -24,7 +24,7 @@ from opd.batch import MicroBatch, equally_many
 from opd.config import LossSection
 from opd.engine import Engine
 from opd.hooks import FIELDS, TokenStats, TokenWeighter, TokenWeights
-from opd.loss import Objective, divergence_sum, token_stats
+from opd.loss import Objective, divergence_sum, reads_teacher, token_stats
 from opd.models import LanguageModel
 from opd.progress import Watch
 from opd.scorer import Scorer, token_columns
@@ -49,6 +49,11 @@ class Pair:
         """The names of columns that neither model gives."""
         return frozenset({"verdict"}).union(*(scorer.names for scorer in self.scorers))
 
+    @property
+    def packed_row(self) -> int:
+        """Tokens of the longest row in which both models take several sequences, for opd.batch.make_micro_batches."""
+        return min(self.student.packed_row, self.teacher.packed_row)
+
     @torch.no_grad()
     def stats(self, batch: MicroBatch, teacher_hidden_NH: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
         """The scoring pass of one micro-batch: the (N,) columns of TokenStats that `needs` names, on the CPU."""
@@ -58,7 +63,7 @@ class Pair:
             columns = token_stats(
                 student_hidden_NH,
                 self.student.head(self.vocab_size),
-                teacher_hidden_NH.to(device),
+                teacher_hidden_NH.to(device) if reads_teacher(needs) else teacher_hidden_NH,
                 self.teacher.head(self.vocab_size),
                 batch.token_ids.to(device),
                 needs,

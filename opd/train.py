@@ -147,7 +147,9 @@ def learn(run: Run, step: int, rollouts: list[Rollout], watch: Watch) -> Update:
     """The training step on this process's share of the rollouts. Raises RunError where a number is not finite."""
     config, pad_id = run.config, run.student.eos_ids[0]
     share = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
-    batches = make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, config.rollout.truncated)
+    batches = make_micro_batches(
+        share, config.optim.micro_batch_tokens, pad_id, config.rollout.truncated, run.pair.packed_row
+    )
     measure = fields_to_measure(config, run.observer, step)
     passes = 3 if (run.weighter.needs | measure) - run.pair.outside else 2
     with Progress(f"scoring and update of step {step}", passes * len(batches), "micro-batches") as progress:

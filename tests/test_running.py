@@ -74,6 +74,7 @@ def test_running_does_not_depend_on_micro_batches_or_order(rule):
     _, base, gradient = found(one_each)
     for cut in (
         lambda rollouts: make_micro_batches(rollouts, 60, 7, "keep"),
+        lambda rollouts: make_micro_batches(rollouts, 60, 7, "keep", packed_row=60),
         lambda rollouts: list(reversed(make_micro_batches(rollouts, 40, 3, "keep"))),
     ):
         _, other, other_gradient = found(cut)

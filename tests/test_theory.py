@@ -112,7 +112,7 @@ def test_the_brute_force_oracle_finds_the_gradients_of_single_tokens():
     # the target again: mean reverse KL from whole logits, plain autograd
     total, count = 0.0, 0
     for batch in fresh:
-        s, t = (lm.model(batch.input_ids, attention_mask=batch.attention_mask).logits for lm in (student, teacher))
+        s, t = (lm.model(batch.input_ids).logits for lm in (student, teacher))
         s, t = (z[batch.rows, batch.columns].log_softmax(-1) for z in (s, t))
         total, count = total + (s.exp() * (s - t)).sum(), count + len(batch.rows)
     again = torch.autograd.grad(total / count, list(student.model.parameters()))
@@ -141,7 +141,7 @@ def test_the_brute_force_oracle_finds_the_gradients_of_single_tokens():
 def _mean_kl(student, teacher, batches):
     total, count = 0.0, 0
     for batch in batches:
-        s, t = (lm.model(batch.input_ids, attention_mask=batch.attention_mask).logits for lm in (student, teacher))
+        s, t = (lm.model(batch.input_ids).logits for lm in (student, teacher))
         s, t = (z[batch.rows, batch.columns].log_softmax(-1) for z in (s, t))
         total, count = total + (s.exp() * (s - t)).sum().item(), count + len(batch.rows)
     return total / count

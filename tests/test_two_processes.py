@@ -96,7 +96,7 @@ def update(name, mine):
         result = train_step(
             replace(pair_of(student, teacher), scorers=(verdicts, Places())),
             engine,
-            make_micro_batches(rollouts, 40, 0, "keep"),
+            make_micro_batches(rollouts, 40, 0, "keep", packed_row=40),
             weighter,
             step=1,
             seed=0,

@@ -230,7 +230,11 @@ def _rollouts(config: Config, pair: Pair, sampler: Sampler, prompts: list[Prompt
     with Progress(f"rollouts ({part})", len(chosen)) as progress:
         rollouts = converse(sampler, dialogue, chosen, decoding, pair.vocab_size, seeds, progress.advance)
     return make_micro_batches(
-        rollouts, config.optim.micro_batch_tokens, pair.student.eos_ids[0], config.rollout.truncated
+        rollouts,
+        config.optim.micro_batch_tokens,
+        pair.student.eos_ids[0],
+        config.rollout.truncated,
+        pair.packed_row,
     )
 
 
