@@ -200,8 +200,9 @@ class RolloutSection:
 class LossSection:
     """Divergence between student and teacher at every response token, over the whole vocabulary, at temperature 1."""
 
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = doc(
-        "reverse_kl: KL(student || teacher), the paper's loss; forward_kl: KL(teacher || student); jsd: JSD_beta."
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "total_variation"] = doc(
+        "reverse_kl: KL(student || teacher), the paper's loss; forward_kl: KL(teacher || student); jsd: JSD_beta; "
+        "total_variation: 1/2 sum |p_S - p_T|, which is how often speculative decoding rejects a drafted token."
     )
     jsd_beta: float = doc(
         "beta of JSD_beta = beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S.", gt=0, lt=1

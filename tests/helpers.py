@@ -111,6 +111,8 @@ def naive_loss(divergence, student_logits, teacher_logits, beta=0.5):
         return (p * (p / q).log()).sum(-1)
     if divergence == "forward_kl":
         return (q * (q / p).log()).sum(-1)
+    if divergence == "total_variation":
+        return 1 - torch.minimum(p, q).sum(-1)
     m = beta * q + (1 - beta) * p
     return beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
 

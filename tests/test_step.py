@@ -79,7 +79,7 @@ def naive_gradient(rollouts, weight_of, divergence="reverse_kl", share_of=None, 
     return (numerator / denominator).item(), flat_gradient(student.model)
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "total_variation"])
 def test_update_equals_naive_float64_formula(divergence):
     rollouts = random_rollouts(random_lm(1))
     loss = LossSection(divergence=divergence, jsd_beta=0.3, chunk_bytes=2**16)
@@ -179,7 +179,7 @@ def test_an_update_whose_rollouts_are_all_dropped_is_an_empty_selection(rule):
     assert result.loss == 0 and result.metrics["tokens/response"] == 0
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "total_variation"])
 def test_student_equal_to_teacher_gives_zero(divergence):
     student, teacher = random_lm(1), random_lm(1, name="teacher")
     loss = LossSection(divergence=divergence, jsd_beta=0.5, chunk_bytes=2**28)

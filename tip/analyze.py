@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd import distributed, models
+from opd import distributed, models, speculative
 from opd.batch import MicroBatch, make_micro_batches
 from opd.benchmarks import check_context
 from opd.cli import main, say
@@ -57,6 +57,7 @@ COVERED = {  # TokenStats field -> what it is called
     "reverse_kl_energy": "gradient energy of reverse KL",
     "forward_kl_energy": "gradient energy of forward KL",
 }
+BLOCKS = (2, 4, 8)  # tokens that speculative decoding drafts at once
 GRADIENTS = 2**30  # bytes of single-token gradients held at once
 
 
@@ -101,6 +102,10 @@ def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
         },
         "corr_entropy_divergence": correlation(h_N, d_N),
         "divergence_max_over_p99": max_over_p99(d_N),
+        "speculative": {
+            "acceptance": speculative.acceptance(stats),
+            "accepted_length": {gamma: speculative.accepted_length(stats, gamma) for gamma in BLOCKS},
+        },
         "rules": rules,
         "overlap": overlap,
     }
@@ -127,6 +132,8 @@ def table(result: dict[str, Any]) -> str:
         f"{quadrants['threshold_divergence']:.3f} nats)\n\n" + grid(("", "tokens", "divergence"), shares),
         f"correlation of h and d {result['corr_entropy_divergence']:.3f}; largest d is "
         f"{result['divergence_max_over_p99']:.1f} times its 99th percentile",
+        f"as a drafter: {100 * result['speculative']['acceptance']:.1f} % of the drafted tokens are accepted, and of a "
+        + ", of ".join(f"block of {gamma} {n:.2f}" for gamma, n in result["speculative"]["accepted_length"].items()),
     ]
     header = ("rule", "retained", *COVERED.values(), *(f"Q{q}" for q in QUADRANTS))
     for retention in SHOWN:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from opd import speculative
 from opd.hooks import Diagnosis, TokenStats, TokenWeights
 from tip import select
 from tip.config import TipConfig
@@ -25,7 +26,7 @@ SQUEEZED = 10.0  # from this ratio on, 99 % of the tokens share the lowest tenth
 class TipObserver:
     """Implements opd.hooks.Observer for a TipWeighter."""
 
-    needs = BOTH_AXES
+    needs = BOTH_AXES | speculative.NEEDS
 
     def __init__(self, weighter: TipWeighter):
         self.weighter = weighter
@@ -46,6 +47,8 @@ class TipObserver:
             )
             for name, score_N in (("soft_or", RULES["soft_or"].score(stats, axes)), ("entropy", h_N))
         }
+        scalars["speculative/acceptance"] = speculative.acceptance(stats)
+        scalars[f"speculative/accepted_of_{speculative.GAMMA}"] = speculative.accepted_length(stats)
         scalars["tip/corr_entropy_divergence"] = correlation(h_N, d_N)
         scalars["tip/divergence_max_over_p99"] = max_over_p99(d_N)
         for decile, share in enumerate(kept_by_decile(h_N, kept_N)):
