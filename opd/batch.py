@@ -123,7 +123,7 @@ def known_columns(batch: MicroBatch) -> dict[str, Tensor]:
         "prompt_id": torch.tensor(prompts, dtype=torch.long)[which_N],
         "turn": torch.zeros_like(batch.position),
         "length": torch.tensor([len(r.response_ids) for r in rollouts], dtype=torch.long)[which_N],
-        "truncated": torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.bool)[which_N],
+        "truncated": torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.long)[which_N],
         "verdict": torch.full(batch.position.shape, torch.nan),
     }
 

@@ -28,7 +28,7 @@ class TokenStats:
     prompt_id: Tensor  # int64: which prompt; equal for all rollouts of one prompt, and no place in a list
     turn: Tensor  # int64: which turn of the rollout, from 0
     length: Tensor  # int64: tokens of the response, those that do not count among them
-    truncated: Tensor  # bool: whether the response was cut at the length limit
+    truncated: Tensor  # int64: 1 where the length limit cut the response, else 0
     verdict: Tensor  # of the rollout: 1 right, 0 wrong, NaN unknown. NaN everywhere unless `needs` names it
     vocab_size: int  # number of token ids that both models have and that are compared
     step: int  # number of the update, from 1

@@ -85,7 +85,7 @@ def known(sequence_id, position):
         "prompt_id": zeros,
         "turn": zeros,
         "length": torch.bincount(sequence_id)[sequence_id],
-        "truncated": zeros.bool(),
+        "truncated": zeros,
         "verdict": torch.full((len(sequence_id),), torch.nan),
     }
 

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from helpers import pair_of, random_lm
+from helpers import known, pair_of, random_lm
 
 from opd.batch import make_micro_batches
 from opd.data import Prompt
@@ -26,8 +26,7 @@ def stats_of(p, q, draft):
     prefixes = [draft[:t] for t in range(len(draft))]
     log = lambda table: torch.tensor([math.log(table[pre][x]) for pre, x in zip(prefixes, draft, strict=True)])  # noqa: E731
     return TokenStats(
-        sequence_id=torch.zeros(len(draft), dtype=torch.int64),
-        position=torch.arange(len(draft)),
+        **known(torch.zeros(len(draft), dtype=torch.int64), torch.arange(len(draft))),
         vocab_size=3,
         step=1,
         student_logprob=log(p),
@@ -56,8 +55,7 @@ def test_the_length_is_the_expectation_over_all_drafts():
 
 def test_a_block_ends_with_its_response_and_at_a_gap():
     stats = TokenStats(
-        sequence_id=torch.tensor([0, 0, 1, 1]),
-        position=torch.tensor([0, 1, 0, 5]),
+        **known(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 5])),
         vocab_size=9,
         step=1,
         student_logprob=torch.zeros(4),
