@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from opd.arguments import Parser, number_argument, path_argument, seed_argument, take_config
@@ -69,11 +70,18 @@ def _take_smollm2(cli: Parser) -> None:
     cli.add_argument("--out", type=path_argument, default=Path("outputs/smollm2"), metavar="DIR")
 
 
+def _rate(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"got {text[:80]!r}, expected a learning rate between 0 and 1, for example 1e-6")
+
+
 def _take_grpo(cli: Parser) -> None:
     take_config(cli)
     cli.add_argument("--model", metavar="PATH", help="the model to start from; default: teacher.path")
     cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: OUTPUT_DIR/RUN_NAME-grpo-teacher")
-    cli.add_argument("--lr", type=float, default=1e-6, metavar="RATE", help="learning rate; default: 1e-6")
+    cli.add_argument("--lr", type=_rate, default=1e-6, metavar="RATE", help="learning rate; default: 1e-6")
     cli.add_argument(
         "--steps", type=number_argument(1), metavar="N", help="updates; default: one pass over the problems"
     )

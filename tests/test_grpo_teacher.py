@@ -90,6 +90,12 @@ def test_what_does_not_fit_together_is_refused(overrides, arguments, message):
         grpo_teacher.settings(configured(*overrides), options(*arguments), 1)
 
 
+@pytest.mark.parametrize("rate", ["0", "-1e-6", "nan", "inf", "x"])
+def test_what_is_no_learning_rate_is_refused(rate):
+    with pytest.raises(InputError, match="expected a learning rate between 0 and 1"):
+        options(f"--lr={rate}")
+
+
 @pytest.mark.parametrize("override", ["data.answer_field=null", "data.validation=5"])
 def test_data_that_cannot_be_rewarded_is_refused(override):
     with pytest.raises(InputError, match="GRPO needs reference answers, and trains on all problems"):

@@ -767,7 +767,7 @@ def test_sources_that_hold_no_problems(name, tmp_path, monkeypatch, capsys):
         (["--source", "a\0b"], "holds a null byte"),
         (["--out", "{dir}/good.jsonl"], "good.jsonl is a file, expected a folder. Set --out"),
         (["--out", f"{{dir}}/{NAME}"], "at most 255 bytes"),
-        *((["--seed", text], "argument --seed: ") for text in SEEDS),
+        *((["--seed", text], "argument --split-seed/--seed: ") for text in SEEDS),
     ],
 )
 def test_preparations_of_wrong_arguments(extra, message, tmp_path, monkeypatch, capsys):

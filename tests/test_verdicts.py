@@ -95,7 +95,7 @@ def test_the_columns_that_are_always_there_by_hand(size):
     assert stats.sequence_id.tolist() == [0, 0, 0, 1, 2] and stats.position.tolist() == [0, 1, 2, 0, 0]
     assert stats.token_id.tolist() == [8, 9, 34, 7, 9]  # of five rounds of 9 the first one counts
     assert stats.length.tolist() == [3, 3, 3, 1, 5] and stats.turn.tolist() == [0] * 5
-    assert stats.truncated.tolist() == [False] * 4 + [True]
+    assert stats.truncated.tolist() == [0] * 4 + [1]
     assert stats.prompt_id[0] == stats.prompt_id[4] != stats.prompt_id[3] and stats.verdict.isnan().all()
     assert not stats.extra
 
