@@ -293,6 +293,11 @@ class EvalSection:
     reverse_kl_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = doc(
         "On how many of the k samples of a problem eval.reverse_kl is measured; null: on all.", default=None
     )
+    batch_size: Count | None = doc(
+        "Responses a process generates together in an evaluation. It bounds the key/value cache and not the result. "
+        "vLLM: at most rollout.batch_size together. null: rollout.batch_size.",
+        default=None,
+    )
     limit: Count | None = doc("Only the first problems of each benchmark; null: all.")
 
 
@@ -351,6 +356,11 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.run_name
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Responses that a process generates together in an evaluation."""
+        return self.eval.batch_size or self.rollout.batch_size
 
 
 def load_config(

@@ -148,7 +148,7 @@ def make_plan(
             "activations": work.micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
         },
         "update": learning | {"gradients": gradients} | _backward(config, student, work),
-        "evaluation": beside_student | _generation(config, student, config.rollout.batch_size, longest_answer),
+        "evaluation": beside_student | _generation(config, student, config.evaluation_batch, longest_answer),
     }
     if config.rollout.engine == "vllm":
         host["weights for vLLM"] = sent = (student.parameters + student.head) * s_bytes

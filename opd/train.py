@@ -37,8 +37,9 @@ from opd.record import checkpoint, folder
 from opd.record.boards import check_boards
 from opd.record.identity import identity_of, start_folder
 from opd.record.record import fields_to_measure
+from opd.responses import Subject
 from opd.rollout import Decoding
-from opd.rollout.choose import fixed_sampler, make_probe
+from opd.rollout.choose import evaluation_sampler, fixed_sampler, make_probe
 from opd.rollout.turns import converse
 from opd.step import Update, stats_by_batch, train_step
 
@@ -192,7 +193,8 @@ def save(run: Run) -> None:
 def evaluate_student(run: Run) -> None:
     """Evaluates the student after the last update. Another run may have evaluated the same step-0 student before."""
     vocab_size = models.sampled_vocabulary(run.student, run.teacher)
-    subject = evaluate.Subject(run.student, run.sampler, vocab_size, run.pair_outside_updates)
+    sampler = evaluation_sampler(run.sampler, run.student, run.config)
+    subject = Subject(run.student, sampler, vocab_size, run.pair_outside_updates)
     _evaluate(run, f"step_{run.step:06d}", nullcontext(subject), "eval", shared=run.step == 0)
 
 
@@ -205,7 +207,7 @@ def evaluate_teacher(run: Run) -> None:
 
 
 @contextmanager
-def _teacher_as_subject(run: Run) -> Iterator[evaluate.Subject]:
+def _teacher_as_subject(run: Run) -> Iterator[Subject]:
     """The teacher with a sampler of its own. The student's vLLM makes room for the teacher's and comes back after."""
     teacher, vllm = run.teacher, run.config.rollout.engine == "vllm"
     vocab_size = models.sampled_vocabulary(teacher, teacher)
@@ -217,15 +219,13 @@ def _teacher_as_subject(run: Run) -> Iterator[evaluate.Subject]:
         run.phases.enter("teacher")
     make_room = partial(run.phases.enter, "rollout")  # vLLM has parameters of its own, so the teacher's can go
     with fixed_sampler(teacher, run.config.teacher, run.config, prompts, longest, make_room) as sampler:
-        yield evaluate.Subject(teacher, sampler, vocab_size, None, "rollout" if vllm else "teacher")
+        yield Subject(teacher, sampler, vocab_size, None, "rollout" if vllm else "teacher")
     if vllm:
         open_student_sampler(run)
         send_weights(run)
 
 
-def _evaluate(
-    run: Run, name: str, subject: AbstractContextManager[evaluate.Subject], prefix: str, shared: bool
-) -> None:
+def _evaluate(run: Run, name: str, subject: AbstractContextManager[Subject], prefix: str, shared: bool) -> None:
     """Evaluates into the run's folder. With `shared` the runs that start alike share the evaluation.
 
     Such an evaluation is made in their common folder and copied into the run's.

@@ -19,6 +19,7 @@ from opd.data import Problem, Prompt, make_prompts
 from opd.errors import InputError
 from opd.hooks import UniformWeighter
 from opd.record.identity import differences, identity_of, start_folder
+from opd.responses import Subject
 from opd.rollout import environment
 from opd.rollout.environment import Score, checked_messages, checked_score
 from opd.rollout.replies import Replies
@@ -281,7 +282,7 @@ def evaluated(out, limits=None, stop=lambda together: None, batch_size=3):
     lm, limits = planner(), limits or section(turn=12)
     prompts = [Prompt(f"p{i}", (4, 5 + i), None, {"place": i}) for i in range(3)]
     loaded = LoadedBenchmark("talk", benchmark_of(limits), prompts, open_dialogue(limits, lm, DATA))
-    subject = evaluate.Subject(lm, Scripted(lm), 76, pair_of(lm, planner(2, name="teacher"), LOSS, 76))
+    subject = Subject(lm, Scripted(lm), 76, pair_of(lm, planner(2, name="teacher"), LOSS, 76))
     config = tiny_config(f"rollout.batch_size={batch_size}", "eval.reverse_kl_samples=null")
     figures = evaluate.evaluate(subject, [loaded], config, out, None, stop)
     return figures["talk"], evaluate.read_responses(out / "talk.jsonl")
@@ -317,9 +318,9 @@ def test_an_evaluation_that_was_stopped_in_the_middle_is_the_same(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluated(tmp_path / "a", stop=stop)
-    assert len((tmp_path / "a/talk.partial.jsonl").read_text().splitlines()) == 2
-    evaluated(tmp_path / "a")
+        evaluated(tmp_path / "a", stop=stop, batch_size=1)
+    assert len((tmp_path / "a/responses.partial.jsonl").read_text().splitlines()) == 2
+    evaluated(tmp_path / "a", batch_size=1)
     evaluated(tmp_path / "b", batch_size=64)
     assert (tmp_path / "a/talk.jsonl").read_bytes() == (tmp_path / "b/talk.jsonl").read_bytes()
 

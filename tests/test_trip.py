@@ -18,6 +18,7 @@ from opd.benchmarks import load_benchmarks
 from opd.config import load_config
 from opd.launch import pick_device
 from opd.record import dump
+from opd.responses import Subject
 from opd.rollout.local import TransformersSampler
 from tip import analyze
 from tip.config import SECTIONS
@@ -130,7 +131,7 @@ def greedy(who, out):
     config = load_config(CONFIG, ["eval.limit=64", "eval.k=0", "eval.reverse_kl=false"])[0]
     lm = models.load(getattr(config, who), pick_device(config.engine), who)
     loaded = load_benchmarks(config, models.load(config.student, pick_device(config.engine), "student"), 64)
-    subject = evaluate.Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), None)
+    subject = Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), None)
     return evaluate.evaluate(subject, loaded, config, out, None)["tiny_planning"]
 
 
