@@ -12,12 +12,12 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from opd.accuracy import Interval, paired_interval
+from opd.accuracy import Interval, paired_interval, standard_error
 from opd.compare import METRICS, finished_evaluations, per_problem
 from opd.errors import InputError
 from opd.evaluate import Figures, read_summary
@@ -149,7 +149,7 @@ def _accuracy(by_seed: list[Figures], metric: str) -> Accuracy | None:
     return Accuracy(
         mean=fmean(shares),
         by_seed=shares,
-        se_seeds=stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None,
+        se_seeds=standard_error(shares),
         se_samples=math.sqrt(fmean(error * error for error in errors)) if errors else None,
     )
 

@@ -46,8 +46,7 @@ def _draw_differences(results: Results, album: Album) -> None:
         for name, evaluation in arm.last.items():
             series, in_paper = by_benchmark.setdefault(name, {}), results.comparison.paper.get(name, {})
             for metric, i in evaluation.differences.get(base, {}).items():
-                row = (label, *(100 * share for share in (i.mean, i.low, i.high)))
-                series.setdefault(evaluation.title(metric), []).append(row)
+                series.setdefault(evaluation.title(metric), []).append((label, *i.points))
             if label != base and {label, base} <= in_paper.keys():
                 gap = in_paper[label][0] - in_paper[base][0]
                 series.setdefault("paper", []).append((label, gap, gap, gap))
