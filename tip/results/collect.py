@@ -109,18 +109,14 @@ def _warnings(folders: Iterable[Path]) -> dict[str, Warnings]:
 
 def _evaluations_by_step(runs: Runs, baselines: Mapping[str, Runs]) -> dict[int, dict[str, Evaluation]]:
     """Of the trained student, with the differences to the baselines."""
-    steps = sorted({step for folder in runs.values() for step in finished_evaluations(folder)} - {0})
-    by_step = {step: _evaluations(f / "eval" / f"step_{step:06d}" for f in runs.values()) for step in steps}
-    return {
-        step: {
-            name: replace(
-                evaluation,
-                differences={base: _differences(runs, theirs, step, name) for base, theirs in baselines.items()},
-            )
-            for name, evaluation in evaluations.items()
+    by_step = {}
+    for step in sorted({step for folder in runs.values() for step in finished_evaluations(folder)} - {0}):
+        evaluations = _evaluations(folder / "eval" / f"step_{step:06d}" for folder in runs.values())
+        by_step[step] = {
+            name: replace(e, differences={b: _differences(runs, of_b, step, name) for b, of_b in baselines.items()})
+            for name, e in evaluations.items()
         }
-        for step, evaluations in by_step.items()
-    }
+    return by_step
 
 
 def _evaluations(folders: Iterable[Path]) -> dict[str, Evaluation]:

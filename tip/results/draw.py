@@ -160,15 +160,10 @@ def _draw_tokens(results: Results, album: Album) -> None:
 
 def _token_of(dumps: Sequence[dict[str, Any]], quadrant: int) -> ShownToken | None:
     """The token of highest divergence in a quadrant; None where the quadrant is empty."""
-    places = [
-        (divergence, n, i)
-        for n, rollout in enumerate(dumps)
-        for i, (divergence, at) in enumerate(zip(rollout["reverse_kl"], rollout["quadrant"], strict=True))
-        if at == quadrant
-    ]
+    places = [(n, i) for n, rollout in enumerate(dumps) for i, at in enumerate(rollout["quadrant"]) if at == quadrant]
     if not places:
         return None
-    _, n, i = max(places)
+    n, i = max(places, key=lambda place: (dumps[place[0]]["reverse_kl"][place[1]], place))
     rollout = dumps[n]
     before = "".join(rollout["tokens"][max(0, i - 7) : i])[-40:]
     entropy, forward_kl, score = (rollout[name][i] for name in ("student_entropy", "forward_kl", "score"))
