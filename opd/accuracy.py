@@ -46,11 +46,14 @@ class Interval:
     mean: float
     low: float
     high: float
-    covers: (
-        str  # PROBLEMS_ONLY or SEEDS_AND_PROBLEMS: what is drawn anew where the interval holds the mean 95 times in 100
-    )
+    covers: str  # PROBLEMS_ONLY or SEEDS_AND_PROBLEMS: what is drawn anew, and 95 times in 100 the mean lies within
     by_seed: tuple[float, ...]  # every seed's mean over the same problems
     problems: int
+
+    @property
+    def points(self) -> tuple[float, float, float]:
+        """Mean, low and high in points, which are hundredths."""
+        return 100 * self.mean, 100 * self.low, 100 * self.high
 
     @property
     def wins(self) -> int:

@@ -25,7 +25,7 @@ class Row(Protocol):
 
     label: str
 
-    def share(self) -> float | None:
+    def fraction(self) -> float | None:
         """How much of it is done, from 0 to 1; None where nobody can tell."""
         ...
 
@@ -83,11 +83,11 @@ class Console:
                     self.tell()
                 return
             for depth, (row, opened) in enumerate(self.rows.items()):
-                share = row.share()
+                fraction = row.fraction()
                 self.bars.update(
                     self.bar_of[row],
-                    total=None if share is None else 1.0,
-                    completed=share or 0.0,
+                    total=None if fraction is None else 1.0,
+                    completed=fraction or 0.0,
                     state=row.state(),
                     visible=depth == 0 or self.clock() - opened >= PATIENCE,
                 )

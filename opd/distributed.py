@@ -118,20 +118,17 @@ def _reduced(number: float, operation: dist.ReduceOp) -> float:
 
 def from_first(text: str) -> str:
     """The text of the first process, on every process."""
-    if world_size() == 1:
-        return text
-    raw = text.encode() if is_first() else b""
-    data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.zeros(0, dtype=torch.uint8)
-    joined, _ = gather_rows({"text": data})
-    return joined["text"].numpy().tobytes().decode()
+    return _texts(text)[0]
 
 
-def from_first_of_machine(path: str) -> str:
-    """The path of the first process of this machine, on all processes of the machine. It has up to 4,095 bytes."""
+def from_first_of_machine(text: str) -> str:
+    """The text of the first process of this machine, on all processes of the machine."""
+    return _texts(text)[rank() - int(os.environ.get("LOCAL_RANK", "0"))]
+
+
+def _texts(text: str) -> list[str]:
+    """The texts of all processes, by rank. None of them holds a null character, which ends each on the way."""
     if world_size() == 1:
-        return path
-    raw = torch.zeros(1, 4096, dtype=torch.uint8)
-    raw[0, : len(path.encode())] = torch.frombuffer(bytearray(path.encode()), dtype=torch.uint8) if path else 0
-    joined, _ = gather_rows({"path": raw})
-    first = rank() - int(os.environ.get("LOCAL_RANK", "0"))
-    return joined["path"][first].numpy().tobytes().rstrip(b"\0").decode()
+        return [text]
+    joined, _ = gather_rows({"text": torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)})
+    return joined["text"].numpy().tobytes().decode().split("\0")

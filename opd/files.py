@@ -54,6 +54,26 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
+def writable(folder: Path, setting: str, refused: type[OSError] = OSError) -> Iterator[None]:
+    """Within it an error `refused` is an InputError that says that `folder` cannot be written, and to set `setting`."""
+    try:
+        yield
+    except refused as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}). Set {setting} to a folder you may write to."
+        ) from None
+
+
+@contextmanager
+def readable(path: str | Path, expected: str) -> Iterator[None]:
+    """Within it an OSError is an InputError that says that `path` cannot be read, and what was expected there."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {expected}.") from None
+
+
+@contextmanager
 def lock(folder: Path, setting: str, wait: Callable[[], object] | None = None) -> Iterator[None]:
     """Makes this process the only writer of a folder, which need not exist, for the length of the block.
 
@@ -78,12 +98,8 @@ def lock(folder: Path, setting: str, wait: Callable[[], object] | None = None) -
     made = [parent for parent in path.parents if not os.path.lexists(parent)]
     handle = None
     try:
-        try:
+        with writable(folder, setting):
             handle = _acquire(path, folder, setting, wait)
-        except OSError as error:
-            raise InputError(
-                f"{folder} cannot be written ({error.strerror}). Set {setting} to a folder you may write to."
-            ) from None
         yield
     finally:
         if handle is not None:
@@ -146,15 +162,12 @@ def filled(folder: Path, setting: str) -> Iterator[Path]:
     temporary = temporary.with_name(f".{temporary.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        folder.mkdir(exist_ok=True)
-        for path in sorted(temporary.iterdir()):
-            os.replace(path, folder / path.name)
-    except PermissionError as error:
-        raise InputError(
-            f"{folder} cannot be written ({error.strerror}). Set {setting} to a folder you may write to."
-        ) from None
+        with writable(folder, setting, PermissionError):
+            temporary.mkdir(parents=True)
+            yield temporary
+            folder.mkdir(exist_ok=True)
+            for path in sorted(temporary.iterdir()):
+                os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -276,9 +289,8 @@ def read_text(path: str | Path, expected: str) -> str:
     """
     refuse_device(path, expected)
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {expected}.") from None
+        with readable(path, expected):
+            return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}). Expected {expected}.") from None
 

@@ -11,15 +11,13 @@ import json
 import os
 import re
 import resource
-import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,50 +115,35 @@ class _Worker:
         try:
             if self.process is None:
                 self._start()
-            line = json.dumps([prediction, reference]).encode() + b"\n"
-            # In a thread, because a long line does not fit into the pipe and a stuck worker does not read it.
-            threading.Thread(target=self._feed, args=(self.process, line), daemon=True).start()
-            return json.loads(self._read(time.monotonic() + seconds))
-        except (OSError, ValueError, EOFError, TimeoutError):
+            self.connection.settimeout(seconds)
+            self.connection.sendall(json.dumps([prediction, reference]).encode() + b"\n")
+            return json.loads(self.answers.readline())  # a worker that has ended gives an empty line, which is no JSON
+        except (OSError, ValueError):
             self.stop()
             return None
 
     def _start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "opd.grading"],
-            cwd=Path(__file__).resolve().parent.parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-        self._read(time.monotonic() + 120)  # the worker writes a line when it has imported sympy
-
-    @staticmethod
-    def _feed(process: subprocess.Popen[bytes], line: bytes) -> None:
-        with suppress(OSError, ValueError):  # after a failure no answer comes, which `_read` notices
-            process.stdin.write(line)
-            process.stdin.flush()
-
-    def _read(self, deadline: float) -> bytes:
-        """One line of the worker. Raises TimeoutError after the deadline and EOFError when the worker has ended."""
-        answer = b""
-        while not answer.endswith(b"\n"):
-            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            part = os.read(self.process.stdout.fileno(), 65536)
-            if not part:
-                raise EOFError
-            answer += part
-        return answer
+        self.connection, far_end = socket.socketpair()  # unlike pipes, a socket has a time limit both ways
+        self.answers = self.connection.makefile("rb")
+        with far_end:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "opd.grading"],
+                cwd=Path(__file__).resolve().parent.parent,
+                stdin=far_end,
+                stdout=far_end,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        self.connection.settimeout(120)
+        self.answers.readline()  # the worker writes a line when it has imported sympy
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process.stdout.close()
+            self.answers.close()
+            self.connection.close()
             self.process = None
 
 

@@ -111,7 +111,7 @@ class Progress:
             self.done += units
             self.latest = self.clock()
 
-    def share(self) -> float | None:
+    def fraction(self) -> float | None:
         return self.done / self.total if self.total else None
 
     def state(self) -> str:
@@ -192,7 +192,7 @@ class RunProgress:
         present = (self.per_evaluation if self.evaluating else self.per_update) or 0.0
         return sum(count * seconds for count, seconds in ahead) - min(self.clock() - self.begin, present)
 
-    def share(self) -> float | None:
+    def fraction(self) -> float | None:
         left = self.left()
         if left is None:
             return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import InputError, first_line
-from opd.files import NotJson, parse_json, read_rows, read_text, refuse_device, sha256
+from opd.files import NotJson, parse_json, read_rows, read_text, readable, refuse_device, sha256
 
 EXPECTED = "a .jsonl, .json, .csv or .parquet file of problems, a folder of such files, or hub:OWNER/NAME@REVISION"
 HUB = re.compile(r"hub:([\w.-]+/[\w.-]+)(?::([^@]+))?(?:@([^/]+)(?:/(.+))?)?")  # name, configuration, revision, split
@@ -60,21 +60,17 @@ def digest(source: str) -> str:
         return _parse_hub(source)[2]
     path = Path(source)
     refuse_device(path, EXPECTED)
-    try:
+    with readable(source, EXPECTED):
         if not path.is_dir():
             return sha256(path)
         names = "".join(f"{file.name} {sha256(file)}\n" for file in _files(path))
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror}). Expected {EXPECTED}.") from None
     return hashlib.sha256(names.encode()).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
     """The files of problems that stand in a folder itself."""
-    try:
+    with readable(folder, EXPECTED):
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS and path.is_file())
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror}). Expected {EXPECTED}.") from None
     if not files:
         raise InputError(
             f"{folder}: no file in this folder ends in {', '.join(READERS)}. Name the files, or another one."
@@ -85,11 +81,8 @@ def _files(folder: Path) -> list[Path]:
 def _read_file(path: Path) -> Iterator[Row]:
     refuse_device(path, EXPECTED)
     reader = READERS.get(path.suffix.lower(), _read_jsonl)
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Expected {EXPECTED}.") from None
+    with readable(path, EXPECTED), path.open("rb") as file:
+        start = file.read(8)
     for magic, what in MAGIC.items():
         if start.startswith(magic) and not (magic == b"PAR1" and reader is _read_parquet):
             raise InputError(f"{path}: this {what.replace('FILE', str(path))}.")

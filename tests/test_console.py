@@ -14,7 +14,7 @@ import runs
 from opd.console import Console, quiet_libraries
 from opd.progress import Progress, RunProgress
 from tip import train as tip_train
-from tip.jobs import AllParts, Part, Running
+from tip.jobs import AllJobs, Job, Running
 
 
 class Clock:
@@ -33,7 +33,7 @@ class Work:
     def __init__(self, label, state, share=None):
         self.label, self.words, self.done = label, state, share
 
-    def share(self):
+    def fraction(self):
         return self.done
 
     def state(self):
@@ -156,12 +156,12 @@ def test_the_console_comes_without_large_libraries():
 
 def test_counted_work_tells_its_rate_and_what_is_left(clock):
     progress = Progress("student on math500", 10, clock=clock)
-    assert progress.state() == "0/10 responses" and progress.share() == 0
+    assert progress.state() == "0/10 responses" and progress.fraction() == 0
     clock.now += 20
     progress.advance(0, 100)
     assert progress.state() == "0/10 responses, 100 tokens, 5 tokens/s"
     progress.advance(2, 0)
-    assert progress.state() == "2/10 responses, 100 tokens, 5 tokens/s, 0:01:20 left" and progress.share() == 0.2
+    assert progress.state() == "2/10 responses, 100 tokens, 5 tokens/s, 0:01:20 left" and progress.fraction() == 0.2
     clock.now += 30
     assert progress.state().endswith("0:00:50 left")  # it goes down while the next one is in work
     assert Progress("loading", clock=clock).state() == "for 0:00:00"
@@ -179,11 +179,11 @@ def test_what_is_left_of_a_run_counts_updates_checkpoints_and_evaluations(clock,
 
     evaluated("teacher", 100)
     evaluated("step-0 student", 50)
-    assert run.left() is None and run.share() is None and run.state() == "update 0/4"  # no update was timed
+    assert run.left() is None and run.fraction() is None and run.state() == "update 0/4"  # no update was timed
     clock.now += 10
     run.updated(1, "loss 0.5")
     assert run.left() == 3 * 10 + 2 * 50 and run.state() == "update 1/4, 0:02:10 left, loss 0.5"
-    assert run.share() == pytest.approx(160 / 290)  # the teacher's evaluation is work that is done
+    assert run.fraction() == pytest.approx(160 / 290)  # the teacher's evaluation is work that is done
     clock.now += 4
     assert run.left() == 126
     clock.now += 96  # the update takes long, and takes nothing from what comes after it
@@ -198,7 +198,7 @@ def test_what_is_left_of_a_run_counts_updates_checkpoints_and_evaluations(clock,
         run.updated(step, "")
     assert run.left() == 70
     evaluated("student after update 4", 70)
-    assert run.left() == 0 and run.share() == 1
+    assert run.left() == 0 and run.fraction() == 1
 
 
 def test_a_run_that_continues_knows_its_first_evaluation(clock):
@@ -279,29 +279,29 @@ def test_messages_of_libraries_that_help_nobody_are_silenced_by_name():
 
 def part_at_work(folder, clock, text, before="", arm="soft_or 0.5"):
     """A part whose process has written `text` into its log, which held something before."""
-    log = Part(3, arm).log(folder)
+    log = Job(3, arm).log(folder)
     log.write_text(before + text)
-    return Running(Part(3, arm), None, 0, log, len(before), clock.now)
+    return Running(Job(3, arm), None, None, log, len(before), clock.now)
 
 
 def test_the_state_of_a_part_is_the_last_line_of_its_own_process(tmp_path, clock):
     earlier = "soft_or-0.5: update 60/60, 0:00:01 left\n"
     part = part_at_work(tmp_path, clock, "", earlier)
-    assert (part.label, part.state(), part.share()) == ("seed 3: soft_or 0.5", "starting", None)
+    assert (part.label, part.state(), part.fraction()) == ("seed 3: soft_or 0.5", "starting", None)
     line = "soft_or-0.5: update 20/60, 0:00:09 left, loss 0.1234, kept 50%"
     part = part_at_work(tmp_path, clock, f"{line}\n", earlier)
-    assert (part.state(), part.share()) == ("update 20/60, 0:00:09 left, loss ...", 1 / 3)
+    assert (part.state(), part.fraction()) == ("update 20/60, 0:00:09 left, loss ...", 1 / 3)
     part = part_at_work(tmp_path, clock, f"{line}\nsoft_or-0.5: student after update 20: tiny greedy 44.3 +- 2.2\n")
-    assert part.state() == "student after update 20: tiny greedy ..." and part.share() == 1 / 3
+    assert part.state() == "student after update 20: tiny greedy ..." and part.fraction() == 1 / 3
     part = part_at_work(tmp_path, clock, "x" * 10**5 + f"\nall-1.0: {line[13:]}\n", arm=None)  # all arms of a seed
     assert (part.label, part.state()) == ("seed 3", "all-1.0: update 20/60, 0:00:09 left, ...")
 
 
 def test_what_is_left_of_all_parts(tmp_path, clock):
-    every = AllParts(5, 2, clock)
-    assert every.left() is None and every.state() == "0 of 5 have ended" and every.share() == 0
+    every = AllJobs(5, 2, clock)
+    assert every.left() is None and every.state() == "0 of 5 have ended" and every.fraction() == 0
     every.seconds += [100.0, 60.0]
     every.running.append(part_at_work(tmp_path, clock, "soft_or-0.5: update 30/60\n"))
     clock.now += 40
     assert every.left() == (2 * 100 + 60) / 2  # two wait, one has worked for 40 s, and two work at a time
-    assert every.state() == "2 of 5 have ended, 0:02:10 left" and every.share() == 0.5
+    assert every.state() == "2 of 5 have ended, 0:02:10 left" and every.fraction() == 0.5

@@ -329,4 +329,4 @@ def test_with_fewer_seeds_than_jobs_the_arms_run_side_by_side(tiny_pair, tmp_pat
         "  data/tiny/pairs/chain/student learns from data/tiny/pairs/chain/teacher",
         f"  into {tmp_path / 'tiny-reproduce'}",
     ]
-    assert said[3:7] == [f"the messages of each part go to {logs}", *(f"seed 0: {arm} started" for arm in LABELS)]
+    assert said[3:7] == [f"the messages of each job go to {logs}", *(f"seed 0: {arm} started" for arm in LABELS)]

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from opd import distributed, models, speculative
 from opd.batch import MicroBatch, make_micro_batches
@@ -74,7 +73,7 @@ def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
         keep_by_every_rule(stats, config, RETENTIONS, generator(seed, "analyze", i), sampled if i else RULES)
         for i in range(DRAWS)
     ]
-    rules = {}
+    columns, rules = {name: vars(stats)[name].double() for name in COVERED}, {}
     for label in draws[0]:
         kept = [draw[label] for draw in draws if label in draw]
         described = [taxonomy.describe(quadrants, d_N, kept_N) for kept_N in kept]
@@ -82,7 +81,9 @@ def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
         rules[label] = {
             "draws": len(kept),  # the figures are means over them
             "retained": fmean(kept_N.double().mean().item() for kept_N in kept),
-            "covered": {name: fmean(_share(vars(stats)[name], kept_N) for kept_N in kept) for name in COVERED},
+            "covered": {
+                name: fmean(taxonomy.covered(column_N, kept_N) for kept_N in kept) for name, column_N in columns.items()
+            },
             "kept_in_quadrant": {f"q{q}": fmean(metrics[f"tip/kept_q{q}"] for metrics in described) for q in QUADRANTS},
             "kept_by_entropy_decile": [fmean(decile) for decile in deciles],
         }
@@ -110,12 +111,6 @@ def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
         "rules": rules,
         "overlap": overlap,
     }
-
-
-def _share(column_N: Tensor, kept_N: Tensor) -> float:
-    """The kept tokens' share of the sum of a column; 1 where the sum is 0."""
-    total = column_N.double().sum().item()
-    return column_N[kept_N].double().sum().item() / total if total > 0 else 1.0
 
 
 def _is_at(label: str, retention: float) -> bool:

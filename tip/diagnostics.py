@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opd import speculative
 from opd.hooks import Diagnosis, TokenStats, TokenWeights
-from tip import select
+from tip import select, taxonomy
 from tip.config import TipConfig
 from tip.rules import BOTH_AXES, RULES
 from tip.scores import Axes, Spread
@@ -79,7 +79,7 @@ class TipObserver:
     def _warnings(self, kept_N: Tensor, axes: Axes, ratio: float, threshold: float) -> dict[str, str]:
         """Kind -> message, for a largest divergence of `ratio` times its 99th percentile and a threshold of h."""
         d_N, config, warnings = axes.stats.reverse_kl.double(), self.weighter.config, {}
-        covered = (d_N[kept_N].sum() / d_N.sum()).item() if d_N.sum() > 0 else 1.0
+        covered = taxonomy.covered(d_N, kept_N)
         if covered < LITTLE_MASS:
             warnings["little_mass"] = (
                 f"the kept tokens carry {100 * covered:.1f} % of the divergence. Adam makes full-size steps of what "

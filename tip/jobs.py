@@ -1,4 +1,4 @@
-"""Runs the parts of a table in processes of their own, several at a time, and shows where each of them is."""
+"""Runs the jobs of a table in processes of their own, several at a time, and shows where each of them is."""
 
 import os
 import re
@@ -20,11 +20,11 @@ from opd.errors import Interrupted
 from opd.progress import duration
 
 TAIL = 4000  # bytes at the end of a log in which its last line and its last update are looked for
-SHORT = 40  # characters of a part's state, so that several parts fit into a line
+SHORT = 40  # characters of a job's state, so that several jobs fit into a line
 
 
 @dataclass(frozen=True)
-class Part:
+class Job:
     """What one process does: a seed with all of its arms, or one arm of it."""
 
     seed: int
@@ -44,11 +44,11 @@ class Part:
 
 @dataclass(eq=False)
 class Running:
-    """A part at work, as a row of the console. Its process tells where it is in its log."""
+    """A job at work, as a row of the console. Its process tells where it is in its log."""
 
-    part: Part
+    job: Job
     child: subprocess.Popen
-    place: int  # its number among the jobs
+    gpu: str | None  # the one GPU that it sees; None: all that there are
     log: Path
     log_begin: int  # bytes that earlier processes have left in the log
     begin: float
@@ -56,49 +56,49 @@ class Running:
 
     @property
     def label(self) -> str:
-        return self.part.label
+        return self.job.label
 
-    def share(self) -> float | None:
+    def fraction(self) -> float | None:
         updates = re.findall(r"\bupdate (\d+)/(\d+)", self._tail())
         return int(updates[-1][0]) / int(updates[-1][1]) if updates else None
 
     def state(self) -> str:
         last = next((line for line in reversed(self._tail().splitlines()) if line.strip()), "starting")
-        last = last.removeprefix(f"{(self.part.arm or '').replace(' ', '-')}: ")
+        last = last.removeprefix(f"{(self.job.arm or '').replace(' ', '-')}: ")
         return textwrap.shorten(last, SHORT, placeholder=" ...")
 
     def _tail(self) -> str:
-        """The last lines that this part's process has written."""
+        """The last lines that this job's process has written."""
         with self.log.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(self.log_begin, end - TAIL))
             return file.read().decode(errors="replace")
 
 
-class AllParts:
-    """All parts together, as the first row of the console.
+class AllJobs:
+    """All jobs together, as the first row of the console.
 
-    What is left is told once a part has ended: every other one takes as long as the longest until then.
+    What is left is told once a job has ended: every other one takes as long as the longest until then.
     """
 
     label = "all runs"
 
-    def __init__(self, count: int, jobs: int, clock: Callable[[], float] = time.monotonic):
-        self.count, self.jobs, self.clock = count, jobs, clock
+    def __init__(self, count: int, at_once: int, clock: Callable[[], float] = time.monotonic):
+        self.count, self.at_once, self.clock = count, at_once, clock
         self.running: list[Running] = []
-        self.seconds: list[float] = []  # of the parts that have ended
+        self.seconds: list[float] = []  # of the jobs that have ended
 
-    def share(self) -> float | None:
-        return (len(self.seconds) + sum(part.share() or 0.0 for part in tuple(self.running))) / self.count
+    def fraction(self) -> float | None:
+        return (len(self.seconds) + sum(job.fraction() or 0.0 for job in tuple(self.running))) / self.count
 
     def left(self) -> float | None:
-        """Seconds; None before a part has ended."""
+        """Seconds; None before a job has ended."""
         if not self.seconds:
             return None
         each, running = max(self.seconds), tuple(self.running)
         waiting = self.count - len(self.seconds) - len(running)
-        rest = waiting * each + sum(max(0.0, each - (self.clock() - part.begin)) for part in running)
-        return rest / max(1, min(self.jobs, waiting + len(running)))
+        rest = waiting * each + sum(max(0.0, each - (self.clock() - job.begin)) for job in running)
+        return rest / max(1, min(self.at_once, waiting + len(running)))
 
     def state(self) -> str:
         left = self.left()
@@ -106,24 +106,22 @@ class AllParts:
         return done if left is None else f"{done}, {duration(left)} left"
 
 
-def run_parts(arguments: Sequence[str], parts: Sequence[Part], jobs: int, logs: Path) -> int:
-    """Runs `tip.reproduce` with these arguments for every part, `jobs` at a time; returns how many failed.
+def run_jobs(arguments: Sequence[str], jobs: Sequence[Job], at_once: int, logs: Path) -> int:
+    """Runs `tip.reproduce` with these arguments for every job, several `at_once`; returns how many failed.
 
-    Where there are GPUs and several jobs, each process sees one GPU of its own. With engine.kind deepspeed a part is a
-    group of processes on all GPUs. What a part says goes to a log of its own, and what it prints, such as the end of an
-    arm, to our stderr. A signal is forwarded to all parts, and no further part starts.
+    Where there are GPUs and several jobs at once, each process sees one GPU of its own. With engine.kind deepspeed a
+    job is a group of processes on all GPUs. What a job says goes to a log of its own, and what it prints, such as the
+    end of an arm, to our stderr. A signal is forwarded to all jobs, and no further job starts.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, failed = list(parts), 0
-    every = AllParts(len(parts), jobs)
-    places = list(range(jobs))
-    gpus = _visible_gpus() if jobs > 1 else []
-    say(f"the messages of each part go to {logs}")
+    waiting, failed = list(jobs), 0
+    every = AllJobs(len(jobs), at_once)
+    free = (_visible_gpus() if at_once > 1 else [])[:at_once] or [None] * at_once
+    say(f"the messages of each job go to {logs}")
     with CONSOLE.show(every), _signals_forwarded(every) as signals:
         while every.running or (waiting and not signals):
-            while waiting and places and not signals:
-                place = places.pop(0)
-                started = _start(arguments, waiting.pop(0), place, logs, gpus[place] if gpus else None)
+            while waiting and free and not signals:
+                started = _start(arguments, waiting.pop(0), free.pop(0), logs)
                 every.running.append(started)
                 started.row.enter_context(CONSOLE.show(started))
                 say(f"{started.label} started")
@@ -131,7 +129,7 @@ def run_parts(arguments: Sequence[str], parts: Sequence[Part], jobs: int, logs: 
                 every.running.remove(ended)
                 every.seconds.append(time.monotonic() - ended.begin)
                 ended.row.close()
-                places.append(ended.place)
+                free.append(ended.gpu)
                 if ended.child.returncode and not signals:
                     failed += 1
                     say(f"{ended.label} ended with exit code {ended.child.returncode}; see {ended.log}")
@@ -141,8 +139,8 @@ def run_parts(arguments: Sequence[str], parts: Sequence[Part], jobs: int, logs: 
 
 
 @contextmanager
-def _signals_forwarded(every: AllParts) -> Iterator[list[int]]:
-    """Within it, SIGINT and SIGTERM go to all parts at work; the list that it gives holds those that came."""
+def _signals_forwarded(every: AllJobs) -> Iterator[list[int]]:
+    """Within it, SIGINT and SIGTERM go to all jobs at work; the list that it gives holds those that came."""
     signals: list[int] = []
 
     def forward(signum: int, frame: object) -> None:
@@ -173,12 +171,12 @@ def _visible_gpus() -> list[str]:
     return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",") if count else []
 
 
-def _start(arguments: Sequence[str], part: Part, place: int, logs: Path, gpu: str | None) -> Running:
-    path = part.log(logs)
+def _start(arguments: Sequence[str], job: Job, gpu: str | None, logs: Path) -> Running:
+    path = job.log(logs)
     with path.open("a") as log:
         log_begin = os.fstat(log.fileno()).st_size
         child = subprocess.Popen(
-            [sys.executable, "-m", "opd.launch", "tip.reproduce", *arguments, *part.arguments],
+            [sys.executable, "-m", "opd.launch", "tip.reproduce", *arguments, *job.arguments],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -186,7 +184,7 @@ def _start(arguments: Sequence[str], part: Part, place: int, logs: Path, gpu: st
             env=os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
         )
     threading.Thread(target=_pass_on, args=(child,), daemon=True).start()
-    return Running(part, child, place, path, log_begin, time.monotonic())
+    return Running(job, child, gpu, path, log_begin, time.monotonic())
 
 
 def _pass_on(child: subprocess.Popen) -> None:

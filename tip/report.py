@@ -42,9 +42,9 @@ def example(runs: Sequence[Run]) -> str:
     if name is None:
         raise InputError(f"{runs[0].folder}: no evaluation in it, so there is no example. Set eval.benchmarks.")
     evaluations = runs[0].folder / "eval"
-    responses = {"step-0 student": _first_responses(evaluations / "step_000000", name)}
-    responses["teacher"] = _first_responses(evaluations / "teacher", name)
-    responses |= {run.label: _first_responses(evaluation_folder(run.folder), name) for run in runs}
+    folders = {"step-0 student": evaluations / "step_000000", "teacher": evaluations / "teacher"}
+    folders |= {run.label: evaluation_folder(run.folder) for run in runs}
+    responses = {label: _first_responses(folder, name) for label, folder in folders.items()}
     start = responses["step-0 student"]
     for label, rows in responses.items():
         if start.keys() != rows.keys():
@@ -54,15 +54,11 @@ def example(runs: Sequence[Run]) -> str:
     chosen = next((key for key, row in start.items() if not row["correct"]), next(iter(start)))
     how = "greedy" if start[chosen]["sample"] == GREEDY else "sampled"
     prompt = f"problem {chosen} of {name}, answer {start[chosen]['answer']}\n\n{_indented(start[chosen]['prompt'])}"
-    return "\n\n".join(
-        [prompt]
-        + [
-            f"{label}, {how}, {rows[chosen]['tokens']} tokens, "
-            f"{'right' if rows[chosen]['correct'] else 'not right'}\n\n"
-            f"{_indented(rows[chosen]['response'])}"
-            for label, rows in responses.items()
-        ]
-    )
+    parts = [prompt]
+    for label, rows in responses.items():
+        row, verdict = rows[chosen], "right" if rows[chosen]["correct"] else "not right"
+        parts.append(f"{label}, {how}, {row['tokens']} tokens, {verdict}\n\n{_indented(row['response'])}")
+    return "\n\n".join(parts)
 
 
 def _first_responses(folder: Path, name: str) -> dict[str, dict]:

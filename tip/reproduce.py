@@ -36,7 +36,7 @@ from opd.train import run as train
 from tip.commands import COMMANDS
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
-from tip.jobs import Part, run_parts
+from tip.jobs import Job, run_jobs
 from tip.results import comparison, files
 from tip.results.collect import collect
 from tip.results.grid import grid, show
@@ -136,7 +136,7 @@ def command(arguments: list[str]) -> None:
         config, sections = load_config(options.config, [*options.overrides, *_settings(table.arms[0])], SECTIONS)
         dry_run(config, sections, TipWeighter(sections["tip"]), "auto")
     elif options.only_seed is not None:
-        _run_part(table, options)
+        _run_job(table, options)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a table starts its own processes on all GPUs. Start it plainly: python -m tip.reproduce ...")
     else:
@@ -170,8 +170,8 @@ def _checked(table: Table, path: str, overrides: Sequence[str]) -> Config:
     return base
 
 
-def _run_part(table: Table, options: Namespace) -> None:
-    """Runs the arms of one seed, or one of them, as the process that `run_parts` has started."""
+def _run_job(table: Table, options: Namespace) -> None:
+    """Runs the arms of one seed, or one of them, as the process that `run_jobs` has started."""
 
     def tell(text: str) -> None:
         if os.environ.get("RANK", "0") == "0":
@@ -203,21 +203,21 @@ def _run_table(table: Table, base: Config, seeds: list[int], options: Namespace,
 
 def _run_seeds(table: Table, base: Config, seeds: list[int], options: Namespace, arguments: list[str]) -> int:
     """Runs every arm of every seed, here or in processes; returns how many failed."""
-    jobs, logs = min(options.jobs, torch.cuda.device_count() or options.jobs), _root(base) / "logs"
+    at_once, logs = min(options.jobs, torch.cuda.device_count() or options.jobs), _root(base) / "logs"
     sharded = base.engine.kind == "deepspeed"  # an arm is then a group of processes on all GPUs: one runs at a time
     runs = len(table.arms) * len(seeds)
     say(f"{table.title}: {runs} runs\n  {base.student.path} learns from {base.teacher.path}\n  into {_root(base)}")
-    if jobs == 1 and not sharded:
+    if at_once == 1 and not sharded:
         for seed in seeds:
             student_of(base, seed)  # before the bars, because its training shows a bar of its own
         with Progress(table.name, runs, "runs") as progress:
             return sum(run_seed(table, options, seed, advance=progress.advance) for seed in seeds)
-    if jobs <= len(seeds) and not sharded:
-        return run_parts(arguments, [Part(seed) for seed in seeds], jobs, logs)
+    if at_once <= len(seeds) and not sharded:
+        return run_jobs(arguments, [Job(seed) for seed in seeds], at_once, logs)
     for seed in seeds:
         student_of(base, seed)  # made before several processes want it
-    parts = [Part(seed, arm.label) for seed in seeds for arm in table.arms]
-    return run_parts(arguments, parts, 1 if sharded else jobs, logs)
+    jobs = [Job(seed, arm.label) for seed in seeds for arm in table.arms]
+    return run_jobs(arguments, jobs, 1 if sharded else at_once, logs)
 
 
 if __name__ == "__main__":

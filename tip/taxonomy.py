@@ -43,7 +43,7 @@ def describe(quadrants: Quadrants, d_N: Tensor, kept_N: Tensor) -> dict[str, flo
     metrics = {
         "tip/threshold_entropy": quadrants.threshold_entropy,
         "tip/threshold_divergence": quadrants.threshold_divergence,
-        "tip/mass_covered": d_N[kept_N].sum().item() / total if total > 0 else 1.0,
+        "tip/mass_covered": covered(d_N, kept_N),
     }
     for q in (1, 2, 3, 4):
         inside_N = quadrants.quadrant == q
@@ -51,3 +51,9 @@ def describe(quadrants: Quadrants, d_N: Tensor, kept_N: Tensor) -> dict[str, flo
         metrics[f"tip/mass_q{q}"] = d_N[inside_N].sum().item() / total if total > 0 else 0.0
         metrics[f"tip/kept_q{q}"] = kept_N[inside_N].double().mean().item() if inside_N.any() else 0.0
     return metrics
+
+
+def covered(column_N: Tensor, kept_N: Tensor) -> float:
+    """The part of the sum of a column that the kept tokens hold; 1 where the sum is 0."""
+    total = column_N.sum().item()
+    return column_N[kept_N].sum().item() / total if total > 0 else 1.0

@@ -46,6 +46,8 @@ def write(
         columns: further columns by name, each (N,).
     """
     text = cache(lambda token: tokenizer.decode([token]))
+    shown = {"turn": stats.turn, "weight": weights.weights, "forward_share": weights.forward_share}
+    shown |= {name: vars(stats)[name] for name in sorted(STATS)} | dict(columns)
     lines = []
     for rollout in rollouts:
         rows = (stats.sequence_id == rollout.sequence_id).nonzero().squeeze(1)
@@ -61,21 +63,14 @@ def write(
             "response": tokenizer.decode(rollout.response_ids),
             "token_ids": ids,
             "tokens": [text(i) for i in ids],
-            "turn": _numbers(fields["turn"]),
-            "weight": _numbers(weights.weights[rows]),
             "replies": {str(turn): tokenizer.decode(reply) for turn, reply in _replies(rollout)},
+            **{name: _numbers(column[rows]) for name, column in shown.items() if column is not None},
         }
-        if weights.forward_share is not None:
-            line["forward_share"] = _numbers(weights.forward_share[rows])
-        line |= {name: _numbers(fields[name]) for name in sorted(STATS)}
-        line |= {name: _numbers(column[rows]) for name, column in columns.items()}
         for who in MODELS:
-            likeliest = zip(
-                fields[f"{who}_top5_ids"].tolist(), fields[f"{who}_top5_logprobs"].exp().tolist(), strict=True
-            )
+            top_ids, logprobs = (fields[f"{who}_top5_{what}"] for what in ("ids", "logprobs"))
             line[f"{who}_top5"] = [
-                [[text(i), round(p, 6)] for i, p in zip(top_ids, probabilities, strict=True)]
-                for top_ids, probabilities in likeliest
+                [[text(i), round(p, 6)] for i, p in zip(*likeliest, strict=True)]
+                for likeliest in zip(top_ids.tolist(), logprobs.exp().tolist(), strict=True)
             ]
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from opd.benchmarks import VALIDATION
 from opd.cli import command_line, say
 from opd.config import ROOT
 from opd.errors import InputError
-from opd.files import check, read_object, step_number, whole_rows, write_whole
+from opd.files import check, read_object, step_number, whole_rows, writable, write_whole
 from opd.record import checkpoint
 from opd.record.identity import differences
 from opd.record.metrics import Row, Warned, read_metrics
@@ -151,12 +151,12 @@ def _is_complete(run_dir: Path) -> bool:
     train it once more. A user who removed the last checkpoint does not want to.
     """
     path = run_dir / "summary.json"
+    if not path.exists():
+        return False
     try:
-        last = checkpoint.folder(run_dir, read_final(run_dir)["steps"]) if path.exists() else None
+        last = checkpoint.folder(run_dir, read_final(run_dir)["steps"])
     except InputError as error:
         say(f"warning: {error} It is made again.")
-        return False
-    if last is None:
         return False
     if not last.exists():
         say(f"note: {last} was removed")
@@ -224,7 +224,7 @@ def rewind(run_dir: Path, step: int, begin: Path | None) -> None:
 
 def write_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
     """Creates the folder and its config.json. A run that continues has them already."""
-    try:
+    with writable(run_dir, "output_dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
         if (run_dir / "config.json").exists():
             return
@@ -236,10 +236,6 @@ def write_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
             "command": command_line(),
         }
         write_whole(run_dir / "config.json", json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"{run_dir} cannot be written ({error.strerror}). Set output_dir to a folder you may write to."
-        ) from None
 
 
 def _git_commit() -> str | None:

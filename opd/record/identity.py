@@ -64,10 +64,9 @@ def differences(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> lis
 
 def without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the keys of MACHINE."""
-    sections = {name: MACHINE[name] for name in MACHINE.keys() & config.keys()}
     return {**config} | {
-        name: {key: setting for key, setting in config[name].items() if key not in keys}
-        for name, keys in sections.items()
+        name: {key: setting for key, setting in config[name].items() if key not in MACHINE[name]}
+        for name in MACHINE.keys() & config.keys()
     }
 
 

@@ -69,12 +69,9 @@ class ServerConnection:
 
     def __init__(self, place: Place, model: dict[str, Any], threads: int, timeout: int):
         self.place, self.model, self.threads, self.timeout = place, model, threads, timeout
+        self.name = place.name
         self.asleep = False
         self.connection: Connection | None = None
-
-    @property
-    def name(self) -> str:
-        return self.place.name
 
     def start(self) -> None:
         """Reaches the server and asks it to load the model, which `wait_until_loaded` waits for.

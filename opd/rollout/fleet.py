@@ -7,7 +7,7 @@ again. The second time the run ends, with its checkpoints intact.
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import torch
 from opd import distributed
 from opd.config import RolloutSection
 from opd.errors import InputError, RunError
-from opd.rollout.connection import Elsewhere, OwnProcess, ServerConnection, ServerLost
+from opd.rollout.connection import Elsewhere, OwnProcess, Place, ServerConnection, ServerLost
 from opd.rollout.wire import KEY
 
 Answer = TypeVar("Answer")
@@ -33,7 +33,11 @@ class Fleet:
     """
 
     def __init__(self, model: dict[str, Any], rollout: RolloutSection, device: torch.device):
-        self.numbered = _remote_servers(model, rollout) if rollout.servers else _local_servers(model, rollout, device)
+        places = _remote_places(rollout.servers) if rollout.servers else _local_places(rollout.tensor_parallel, device)
+        self.numbered = {
+            number: ServerConnection(place, model, torch.get_num_threads(), rollout.timeout)
+            for number, place in places.items()
+        }
         self.total = len(rollout.servers) or max(distributed.world_size() // rollout.tensor_parallel, 1)
         self.restarted = False
         self.weights: Path | None = None  # folder of the weights given last; None: the servers have those of the model
@@ -125,24 +129,19 @@ class Fleet:
             server.end()
 
 
-def _remote_servers(model: dict[str, Any], rollout: RolloutSection) -> dict[int, ServerConnection]:
-    """This process's share of rollout.servers, by their numbers. Raises InputError without a key."""
+def _remote_places(addresses: Sequence[str]) -> dict[int, Place]:
+    """Which of rollout.servers this process has, by their numbers. Raises InputError without a key."""
     if KEY not in os.environ:
         raise InputError(f"rollout.servers is set and {KEY} is not: set it to the key that the servers have.")
-    numbers = range(distributed.rank(), len(rollout.servers), distributed.world_size())
-    threads = torch.get_num_threads()
-    return {
-        number: ServerConnection(Elsewhere(rollout.servers[number]), model, threads, rollout.timeout)
-        for number in numbers
-    }
+    numbers = range(distributed.rank(), len(addresses), distributed.world_size())
+    return {number: Elsewhere(addresses[number]) for number in numbers}
 
 
-def _local_servers(model: dict[str, Any], rollout: RolloutSection, device: torch.device) -> dict[int, ServerConnection]:
-    """The server of this process by its number; with tensor parallelism the first process of a group has one.
+def _local_places(group: int, device: torch.device) -> dict[int, Place]:
+    """The server of this process by its number; of a group of processes with tensor parallelism the first has one.
 
     Raises InputError when the processes or the GPUs of this machine do not make whole groups.
     """
-    group = rollout.tensor_parallel
     # torchrun's name, and that of the deepspeed launcher
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or distributed.world_size())
     if distributed.world_size() > 1 and here % group:
@@ -151,11 +150,7 @@ def _local_servers(model: dict[str, Any], rollout: RolloutSection, device: torch
             "them, since each group of so many GPUs has a vLLM."
         )
     number, member = divmod(distributed.rank(), group)
-    if member > 0:
-        return {}
-    threads = torch.get_num_threads()
-    process = OwnProcess(threads, gpus_of_server(device, group))
-    return {number: ServerConnection(process, model, threads, rollout.timeout)}
+    return {} if member else {number: OwnProcess(torch.get_num_threads(), gpus_of_server(device, group))}
 
 
 def gpus_of_server(device: torch.device, group: int) -> str | None:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
@@ -49,26 +49,16 @@ class Server:
 
     def serve(self) -> None:
         """Answers until the trainer closes. An error of vLLM ends it, since vLLM's state is not known after one."""
+        works = (self.open, self.weights, self.sent_weights, self.generate, self.logprobs, self.sleep)
+        by_name = {work.__name__: work for work in works}
         try:
             while True:
                 message = json.loads(self.connection.recv_bytes())
-                match message.pop("do"):
-                    case "open":
-                        self.open(**message)
-                    case "weights":
-                        self.weights(**message)
-                    case "sent_weights":
-                        self.sent_weights(**message)
-                    case "generate":
-                        self.generate(**message)
-                    case "logprobs":
-                        self.logprobs(**message)
-                    case "sleep":
-                        self.sleep()
-                    case "stop":
-                        pass  # the responses that it should have stopped had just ended by themselves
-                    case "close":
-                        return
+                do = message.pop("do")
+                if do == "close":
+                    return
+                if do != "stop":  # the responses that it should have stopped had just ended by themselves
+                    by_name[do](**message)
         finally:
             if self.llm is not None:
                 self.llm.llm_engine.engine_core.shutdown()
@@ -227,20 +217,24 @@ def end_with_trainer(connection: Connection) -> None:
     """Ends this process and its workers when the trainer is gone, whatever vLLM is doing at that moment."""
     gone = select.poll()
     gone.register(connection.fileno(), select.POLLRDHUP | select.POLLHUP | select.POLLERR)
-
-    def watch() -> None:
-        gone.poll()
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
+    _end_after(gone.poll)
 
 
 def end_with_parent(parent: int) -> None:
     """Ends this process and its workers when the process that started it is gone, connected or not."""
 
-    def watch() -> None:
+    def wait() -> None:
         while os.getppid() == parent:
             time.sleep(1)
+
+    _end_after(wait)
+
+
+def _end_after(wait: Callable[[], object]) -> None:
+    """Ends this process and its workers when `wait` returns, which a thread calls."""
+
+    def watch() -> None:
+        wait()
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

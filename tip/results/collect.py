@@ -12,12 +12,12 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from opd.accuracy import Interval, paired_interval
+from opd.accuracy import Interval, paired_interval, standard_error
 from opd.compare import METRICS, finished_evaluations, per_problem
 from opd.errors import InputError
 from opd.evaluate import Figures, read_summary
@@ -109,18 +109,14 @@ def _warnings(folders: Iterable[Path]) -> dict[str, Warnings]:
 
 def _evaluations_by_step(runs: Runs, baselines: Mapping[str, Runs]) -> dict[int, dict[str, Evaluation]]:
     """Of the trained student, with the differences to the baselines."""
-    steps = sorted({step for folder in runs.values() for step in finished_evaluations(folder)} - {0})
-    by_step = {step: _evaluations(f / "eval" / f"step_{step:06d}" for f in runs.values()) for step in steps}
-    return {
-        step: {
-            name: replace(
-                evaluation,
-                differences={base: _differences(runs, theirs, step, name) for base, theirs in baselines.items()},
-            )
-            for name, evaluation in evaluations.items()
+    by_step = {}
+    for step in sorted({step for folder in runs.values() for step in finished_evaluations(folder)} - {0}):
+        evaluations = _evaluations(folder / "eval" / f"step_{step:06d}" for folder in runs.values())
+        by_step[step] = {
+            name: replace(e, differences={b: _differences(runs, of_b, step, name) for b, of_b in baselines.items()})
+            for name, e in evaluations.items()
         }
-        for step, evaluations in by_step.items()
-    }
+    return by_step
 
 
 def _evaluations(folders: Iterable[Path]) -> dict[str, Evaluation]:
@@ -149,7 +145,7 @@ def _accuracy(by_seed: list[Figures], metric: str) -> Accuracy | None:
     return Accuracy(
         mean=fmean(shares),
         by_seed=shares,
-        se_seeds=stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None,
+        se_seeds=standard_error(shares),
         se_samples=math.sqrt(fmean(error * error for error in errors)) if errors else None,
     )
 

@@ -46,8 +46,7 @@ def _draw_differences(results: Results, album: Album) -> None:
         for name, evaluation in arm.last.items():
             series, in_paper = by_benchmark.setdefault(name, {}), results.comparison.paper.get(name, {})
             for metric, i in evaluation.differences.get(base, {}).items():
-                row = (label, *(100 * share for share in (i.mean, i.low, i.high)))
-                series.setdefault(evaluation.title(metric), []).append(row)
+                series.setdefault(evaluation.title(metric), []).append((label, *i.points))
             if label != base and {label, base} <= in_paper.keys():
                 gap = in_paper[label][0] - in_paper[base][0]
                 series.setdefault("paper", []).append((label, gap, gap, gap))
@@ -161,15 +160,10 @@ def _draw_tokens(results: Results, album: Album) -> None:
 
 def _token_of(dumps: Sequence[dict[str, Any]], quadrant: int) -> ShownToken | None:
     """The token of highest divergence in a quadrant; None where the quadrant is empty."""
-    places = [
-        (divergence, n, i)
-        for n, rollout in enumerate(dumps)
-        for i, (divergence, at) in enumerate(zip(rollout["reverse_kl"], rollout["quadrant"], strict=True))
-        if at == quadrant
-    ]
+    places = [(n, i) for n, rollout in enumerate(dumps) for i, at in enumerate(rollout["quadrant"]) if at == quadrant]
     if not places:
         return None
-    _, n, i = max(places)
+    n, i = max(places, key=lambda place: (dumps[place[0]]["reverse_kl"][place[1]], place))
     rollout = dumps[n]
     before = "".join(rollout["tokens"][max(0, i - 7) : i])[-40:]
     entropy, forward_kl, score = (rollout[name][i] for name in ("student_entropy", "forward_kl", "score"))

@@ -41,31 +41,24 @@ def _write_token_map(results: Results, path: Path) -> None:
 
 def as_json(results: Results) -> dict[str, Any]:
     """Everything as plain data; accuracies and differences are shares."""
-    comparison = results.comparison
+    comparison = asdict(results.comparison)
     return {
-        "table": comparison.name,
-        "title": comparison.title,
-        "pair": comparison.pair,
-        "seeds": comparison.seeds,
-        "baselines": comparison.baselines,
-        "every_evaluation": comparison.every_evaluation,
+        "table": comparison.pop("name"),
+        "paper_pair": bool(comparison.pop("paper")),
+        **comparison,
         "machine": results.machine,
-        "paper_pair": bool(comparison.paper),
-        "panels": [asdict(panel) for panel in comparison.panels],
-        "settings": comparison.settings,
         "folders": {label: {seed: str(f) for seed, f in runs.items()} for label, runs in results.folders.items()},
         "missing": results.missing,
         "config": results.config,
         "versions": results.versions,
         "git_commit": results.git_commit,
         "start": {"step-0 student": _by_benchmark(results.step_0_student), "teacher": _by_benchmark(results.teacher)},
-        "arms": {label: _arm(arm, comparison.baselines) for label, arm in results.arms.items()},
+        "arms": {label: _arm(arm) for label, arm in results.arms.items()},
         "comparisons": len(list(results.differences)),
-        "command": comparison.command,
     }
 
 
-def _arm(arm: ArmResult, baselines: tuple[str, ...]) -> dict[str, Any]:
+def _arm(arm: ArmResult) -> dict[str, Any]:
     differences: dict[str, Any] = {}  # baseline -> step -> benchmark -> metric
     for step, evaluations in arm.evaluations.items():
         for name, evaluation in evaluations.items():

@@ -92,7 +92,7 @@ def _accuracy_cell(accuracy: Accuracy | None) -> str:
 def _difference_cell(interval: Interval | None) -> str:
     if interval is None:
         return ""
-    mean, low, high = (100 * share for share in (interval.mean, interval.low, interval.high))
+    mean, low, high = interval.points
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {interval.wins}/{len(interval.by_seed)}"
 
 

@@ -30,7 +30,7 @@ def came_out(results: Results) -> list[str]:
         for name, evaluation in arm.last.items():
             for metric, interval in evaluation.differences.get(base, {}).items():
                 verdict = VERDICTS[0 if interval.low > 0 else 1 if interval.high < 0 else 2]
-                mean, low, high = (f"{100 * share:+.1f}" for share in (interval.mean, interval.low, interval.high))
+                mean, low, high = (f"{number:+.1f}" for number in interval.points)
                 title = f"{name} {evaluation.title(metric)}" if len(arm.last) > 1 else evaluation.title(metric)
                 figures = f"{mean} points {title}, 95 % interval {low} to {high}"
                 by_verdict.setdefault(verdict, []).append(figures)

@@ -5,7 +5,7 @@ the page unpacks when it needs them. So a model's text is never markup and never
 
     strings         every different text of a token or a prompt, as JSON
     columns-R-U     the columns of all tokens of update U of run R, one array after another (`COLUMNS`, then the marks)
-    top5-R-U-K      the five likeliest tokens of student and teacher at every token of rollout K: string numbers, shares
+    top5-R-U-K      the five likeliest tokens of student and teacher at every token of rollout K: numbers, probabilities
     about           everything else, as JSON
 
 Numbers are little-endian. Shapes: n tokens of a rollout; N tokens of an update; b bytes of marks per token.
@@ -15,8 +15,9 @@ import base64
 import json
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
@@ -37,16 +38,6 @@ COLUMNS = ("student_entropy", "reverse_kl", "forward_kl", "score", "weight")  # 
 LIKELIEST = 5
 MISTAKES = 200  # how many confident mistakes of a run are listed
 BEFORE, AFTER = 12, 4  # tokens of context around a listed mistake
-
-
-@dataclass
-class Strings:
-    """Numbers every different text."""
-
-    numbers: dict[str, int] = field(default_factory=dict)
-
-    def number(self, text: str) -> int:
-        return self.numbers.setdefault(text, len(self.numbers))
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,8 @@ class Packer:
     """Packs the dumps of runs, one after another, and writes the page."""
 
     def __init__(self) -> None:
-        self.strings, self.blobs, self.runs = Strings(), {}, []
+        self.number_of: defaultdict[str, int] = defaultdict(lambda: len(self.number_of))  # of every different text
+        self.blobs, self.runs = {}, []
 
     def add(
         self,
@@ -123,7 +115,7 @@ class Packer:
                 mistakes += _mistakes(row, len(updates), len(listed))
                 self.blobs["top5-{}-{}-{}".format(*place, len(listed))] = self._likeliest(row)
                 columns.append(self._columns(row, marks))
-                prompt = self.strings.number(row["prompt"])
+                prompt = self.number_of[row["prompt"]]
                 listed.append(Rollout(str(row["id"]), len(row["tokens"]), prompt, row["answer"], self._replies(row)))
             joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
             self.blobs["columns-{}-{}".format(*place)] = packed(b"".join(column.tobytes() for column in joined))
@@ -137,13 +129,13 @@ class Packer:
         """As Rollout.replies. Dumps of runs without environments may lack them."""
         replies, turns = row.get("replies", {}), row.get("turn", [])
         begins = {str(turn): place for place, turn in reversed(list(enumerate(turns)))}
-        return tuple((begins[turn], self.strings.number(text)) for turn, text in replies.items() if turn in begins)
+        return tuple((begins[turn], self.number_of[text]) for turn, text in replies.items() if turn in begins)
 
     def page(self, title: str) -> str:
         """The HTML page."""
         about = {"title": title, "runs": [asdict(run) for run in self.runs]}
         blobs = self.blobs | {
-            "strings": packed(json.dumps(list(self.strings.numbers)).encode()),
+            "strings": packed(json.dumps(list(self.number_of)).encode()),
             "about": packed(json.dumps(about).encode()),
         }
         data = "".join(f'<script type="text/plain" id="blob-{name}">{blob}</script>\n' for name, blob in blobs.items())
@@ -152,22 +144,22 @@ class Packer:
 
     def _columns(self, row: Mapping[str, Any], marks: Sequence[str]) -> list[np.ndarray]:
         """Texts (n,) uint32, COLUMNS (n,) float32 each, quadrants (n,) uint8, and marks, (n, b) uint8."""
-        texts = np.array([self.strings.number(text) for text in row["tokens"]], "<u4")
+        texts = np.array([self.number_of[text] for text in row["tokens"]], "<u4")
         numbers = [np.array(row[name], "<f4") for name in COLUMNS]
         kept = np.array([row[f"keep/{label}"] for label in marks], np.uint8).reshape(len(marks), len(texts))
         bits = np.packbits(kept.T, axis=1, bitorder="little")
         return [texts, *numbers, np.array(row["quadrant"], np.uint8), bits]
 
     def _likeliest(self, row: Mapping[str, Any]) -> str:
-        """Per model the string numbers, (n, 5) uint32, then per model the shares, (n, 5) uint16 of 65,535."""
+        """Per model the string numbers, (n, 5) uint32, then their probabilities, (n, 5) uint16 of 65,535."""
         count = len(row["tokens"])
         numbers = np.zeros((len(MODELS), count, LIKELIEST), "<u4")
-        shares = np.zeros((len(MODELS), count, LIKELIEST), "<u2")
+        probabilities = np.zeros((len(MODELS), count, LIKELIEST), "<u2")
         for m, model in enumerate(MODELS):
             for i, likeliest in enumerate(row[f"{model}_top5"]):
-                for k, (text, share) in enumerate(likeliest):
-                    numbers[m, i, k], shares[m, i, k] = self.strings.number(text), round(65535 * share)
-        return packed(numbers.tobytes() + shares.tobytes())
+                for k, (text, probability) in enumerate(likeliest):
+                    numbers[m, i, k], probabilities[m, i, k] = self.number_of[text], round(65535 * probability)
+        return packed(numbers.tobytes() + probabilities.tobytes())
 
 
 def packed(data: bytes) -> str:
