@@ -6,9 +6,5 @@
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
 cd "$(dirname "$0")/.."
-if [ ! -f .venv-bench/installed ] || ! cmp -s requirements-bench.txt .venv-bench/installed; then
-  "${PYTHON:-python3}" -m venv --clear .venv-bench
-  .venv-bench/bin/pip install --quiet --disable-pip-version-check --requirement requirements-bench.txt
-  cp requirements-bench.txt .venv-bench/installed
-fi
+bash scripts/setup.sh --peers
 PYTHONPATH=. .venv-bench/bin/python tests/benchmarks/bench_loss.py "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv with what this machine needs and the commands opd and tip, and on a CPU .venv-vllm (3.4 GB) when the
-# arguments ask for vLLM. Does nothing, offline too, when the requirements have not changed.
-#   bash scripts/setup.sh [--vllm | --set rollout.engine=vllm]
+# Makes .venv with what this machine needs and the commands opd and tip; on a CPU .venv-vllm (3.4 GB) when the arguments
+# ask for vLLM, and .venv-bench with TRL and Liger for --peers. Does nothing, offline too, if requirements are the same.
+#   bash scripts/setup.sh [--vllm | --peers | --set rollout.engine=vllm]
 # Example: bash scripts/setup.sh && source .venv/bin/activate && opd --help
 set -euo pipefail
 source "$(dirname "$0")/help.sh"
@@ -29,3 +29,4 @@ if [ ! -x .venv/bin/opd ]; then  # the checkout itself, for the commands opd and
   .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . >&2
 fi
 case "$gpu $* " in "no "*" --vllm "*|"no --vllm "*|"no "*rollout.engine=vllm\ *) make .venv-vllm requirements-cpu-vllm.txt ;; esac
+case " $* " in *" --peers "*) make .venv-bench requirements-bench.txt ;; esac

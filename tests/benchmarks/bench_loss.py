@@ -25,8 +25,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import torch
+from resident import available
 from torch import Tensor
 
 from opd.loss import DEFAULT_CHUNK_BYTES, Head, divergence_sum, token_stats
@@ -59,7 +59,9 @@ def inputs(vocab: int, h_s: int, h_t: int, n: int, dtype=torch.float32, gap: flo
 
 # --- contestants: each returns the sum as a tensor whose backward is still to be called -------------------------------
 def ours(hs, ws, ht, wt, weights=None):
-    return divergence_sum(hs, Head(ws), ht, Head(wt), torch.ones(len(hs)) if weights is None else weights)
+    return divergence_sum(
+        hs, Head(ws), ht, Head(wt), torch.ones(len(hs), device=hs.device) if weights is None else weights
+    )
 
 
 def naive(hs, ws, ht, wt):
@@ -74,7 +76,7 @@ def loop(hs, ws, ht, wt, rows=128):
 def trl(hs, ws, ht, wt):
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    mask = torch.ones(1, len(hs), dtype=torch.int64)
+    mask = torch.ones(1, len(hs), dtype=torch.int64, device=hs.device)
     return _chunked_divergence_loss(hs[None], ht[None], ws, wt, mask, 1.0, num_items_in_batch=1)[0]
 
 
@@ -82,7 +84,7 @@ def liger(hs, ws, ht, wt):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
-    return loss(hs, ws, ht, wt, torch.zeros(len(hs), dtype=torch.int64)) * len(hs)
+    return loss(hs, ws, ht, wt, torch.zeros(len(hs), dtype=torch.int64, device=hs.device)) * len(hs)
 
 
 class _Products(torch.autograd.Function):
@@ -198,10 +200,9 @@ def resident(field: str) -> int:
 def memory_cell(who: str, name: str, n: int) -> dict:
     vocab, h_s, h_t = SIZES[name]
     needed = 4 * vocab * (3 * h_s + h_t) + BYTES_NEEDED[who] * vocab * n + 2**30
-    available = psutil.virtual_memory().available
     cell = {"cell": name, "N": n, "who": who}
-    if needed > available:
-        return cell | {"does_not_fit": f"predicted {needed / 2**30:.1f} GiB, free {available / 2**30:.1f} GiB"}
+    if needed > (free := available()):
+        return cell | {"does_not_fit": f"predicted {needed / 2**30:.1f} GiB, free {free / 2**30:.1f} GiB"}
     result = subprocess.run(
         [sys.executable, __file__, "--child", who, name, str(n)], capture_output=True, text=True, env=os.environ
     )
