@@ -76,9 +76,9 @@ class Grader:
         equal = self._start(answer, reference)
         return lambda: Verdict(answer, equal())
 
-    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts of (response, reference answer) pairs, in order."""
-        started = [self.start(*pair) for pair in pairs]
+    def grade(self, pairs: Sequence[tuple[str, str]], answer_lines: bool = False) -> list[Verdict]:
+        """Verdicts of (response, reference answer) pairs, in order; `answer_lines` as in `start`."""
+        started = [self.start(*pair, answer_lines) for pair in pairs]
         return [verdict() for verdict in started]
 
     def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:

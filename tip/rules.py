@@ -21,7 +21,7 @@ from tip.rollouts import rows_of
 from tip.scores import Axes
 
 EOPD_ENTROPY = 0.8  # nats of teacher entropy (EOPD, arXiv 2603.07079)
-Score = Callable[[TokenStats, Axes], Tensor]
+PerToken = Callable[[TokenStats, Axes], Tensor]  # a function that returns one number per token
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Rule:
 
     needs: frozenset[str]  # fields of TokenStats that the functions read, directly or through `axes`
     mechanic: Literal["top", "sample", "weights"]
-    score: Score
-    forward_share: Score | None = None  # share of forward KL in the loss of a token, in [0, 1]; None means 0
+    score: PerToken
+    forward_share: PerToken | None = None  # share of forward KL in the loss of a token, in [0, 1]; None means 0
     budget: Literal["per_rollout", "per_update"] = (
         "per_rollout"  # of what the retention is a share; tip.budget overrides it
     )
@@ -46,7 +46,7 @@ def equal(stats: TokenStats, axes: Axes) -> Tensor:
     return torch.ones(len(stats.position))
 
 
-def bottom(score: Score) -> Score:
+def bottom(score: PerToken) -> PerToken:
     """The negated score, which turns "keep the highest" into "keep the lowest"."""
     return lambda stats, axes: -score(stats, axes)
 

@@ -3,6 +3,7 @@
 A figure that is drawn from a table's runs is a view of it: a file with a title and the name of that table as `source`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,11 @@ from tip.rules import RULES
 TABLES = ROOT / "configs" / "tables"
 
 
+def other_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What an arm sets besides rule and retention, by the last word of each key."""
+    return {k.rpartition(".")[2]: v for k, v in settings.items() if k not in ("tip.rule", "tip.retention")}
+
+
 @dataclass(frozen=True)
 class Arm:
     settings: dict[str, Any]  # KEY -> VALUE of --set
@@ -20,7 +26,7 @@ class Arm:
     @property
     def label(self) -> str:
         """`soft_or 0.2 normalization=quantile`: rule, retention where the rule has one, whatever else it sets."""
-        rest = {k.rpartition(".")[2]: v for k, v in self.settings.items() if k not in ("tip.rule", "tip.retention")}
+        rest = other_settings(self.settings)
         rule = self.settings["tip.rule"]
         words = [rule, "1.0" if rule == "all" else f"{self.settings['tip.retention']:g}" if self.selects else ""]
         return " ".join([*filter(None, words), *(f"{k}={v}" for k, v in rest.items())])

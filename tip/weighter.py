@@ -53,7 +53,7 @@ class TipWeighter:
         """Statistics -> axes -> score -> weight."""
         axes = Axes(stats, self.config, self.memory)
         score_N = self.rule.score(stats, axes)
-        share_N = self.rule.forward_share(stats, axes) if self.rule.forward_share else None
+        forward_share_N = self.rule.forward_share(stats, axes) if self.rule.forward_share else None
         retention = self.config.retention_at(stats.step)
         if self.rule.mechanic == "weights":
             weights_N = score_N.float()
@@ -69,7 +69,9 @@ class TipWeighter:
         if self.config.scope == "running":
             self._remember(stats)
         return TokenWeights(
-            weights=weights_N, forward_share=share_N, metrics=self._metrics(stats, weights_N > 0, share_N)
+            weights=weights_N,
+            forward_share=forward_share_N,
+            metrics=self._metrics(stats, weights_N > 0, forward_share_N),
         )
 
     def look_back(self, stats: TokenStats) -> tuple[Tensor, taxonomy.Quadrants]:
@@ -99,11 +101,11 @@ class TipWeighter:
             old = self.memory or new
             self.memory = {name: old[name].blended(new[name], self.config.running_decay) for name in new}
 
-    def _metrics(self, stats: TokenStats, kept_N: Tensor, share_N: Tensor | None) -> dict[str, float]:
+    def _metrics(self, stats: TokenStats, kept_N: Tensor, forward_share_N: Tensor | None) -> dict[str, float]:
         """What was kept, and of which quadrants where the statistics of both axes are there."""
         metrics = {"tip/retained": kept_N.double().mean().item() if len(kept_N) else 0.0}
-        if share_N is not None and kept_N.any():
-            metrics["tip/forward_share"] = share_N[kept_N].double().mean().item()
+        if forward_share_N is not None and kept_N.any():
+            metrics["tip/forward_share"] = forward_share_N[kept_N].double().mean().item()
         if stats.student_entropy is not None and stats.reverse_kl is not None and len(kept_N):
             metrics |= taxonomy.describe(self.look_back(stats)[1], stats.reverse_kl, kept_N)
         return metrics

@@ -1,7 +1,7 @@
 """What all engines share: AdamW on float32 parameters, its learning-rate schedule, and its moments by name."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -52,6 +52,14 @@ def set_rate(optimizer: torch.optim.AdamW, config: Config, step: int, total_step
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
+
+
+def clip(parameters: Iterable[Tensor], config: Config) -> float:
+    """Clips the gradient, and returns its norm before that. Raises FloatingPointError where it is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the norm of the gradient is {norm}")
+    return norm
 
 
 def named_moments(optimizer: torch.optim.AdamW, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from opd import distributed, models
 from opd.config import Config
-from opd.engine.adamw import load_moments, make_adamw, named_moments, prepare_model, set_rate
+from opd.engine.adamw import clip, load_moments, make_adamw, named_moments, prepare_model, set_rate
 from opd.models import LanguageModel
 
 GATHERED = 10**8  # elements of a ZeRO-3 student that are made whole at once on their way to vLLM
@@ -97,10 +97,7 @@ class DeepSpeedEngine:
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clips between the reduction and AdamW's step in stage 0; the other stages clip within their step."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.grad_clip).item()
-        if not math.isfinite(self.norm):
-            raise FloatingPointError(f"the norm of the gradient is {self.norm}")
+        self.norm = clip((p for group in optimizer.param_groups for p in group["params"]), self.config)
 
     def start(self, step: int) -> float:
         self.engine.train()

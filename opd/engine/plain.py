@@ -1,14 +1,12 @@
 """The plain engine: torch in one process, on one device."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from opd import distributed
 from opd.config import Config
-from opd.engine.adamw import load_moments, make_adamw, named_moments, prepare_model, set_rate
+from opd.engine.adamw import clip, load_moments, make_adamw, named_moments, prepare_model, set_rate
 from opd.models import LanguageModel
 
 
@@ -44,9 +42,7 @@ class TorchEngine:
         norm = 0.0
         if apply:
             distributed.sum_gradients(self.named_parameters.values())
-            norm = torch.nn.utils.clip_grad_norm_(self.named_parameters.values(), self.config.optim.grad_clip).item()
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"the norm of the gradient is {norm}")
+            norm = clip(self.named_parameters.values(), self.config)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.student.model.eval()

@@ -63,8 +63,8 @@ def write(
             "response": tokenizer.decode(rollout.response_ids),
             "token_ids": ids,
             "tokens": [text(i) for i in ids],
-            "replies": {str(turn): tokenizer.decode(reply) for turn, reply in _replies(rollout)},
             **{name: _numbers(column[rows]) for name, column in shown.items() if column is not None},
+            "replies": {str(turn): tokenizer.decode(reply) for turn, reply in _replies(rollout)},
         }
         for who in MODELS:
             top_ids, logprobs = (fields[f"{who}_top5_{what}"] for what in ("ids", "logprobs"))

@@ -14,7 +14,7 @@ from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from opd.arguments import address_of
 from opd.config import ROOT
@@ -30,31 +30,106 @@ class ServerLost(Exception):
     """A server died, failed or fell silent; the text says which."""
 
 
-class Place(Protocol):
-    """Where a vLLM server is. There are two: a process that this one starts, and an address."""
+class OwnProcess:
+    """A server in a process that this one starts.
 
-    name: str  # what messages call the server
-    reads_our_files: bool  # it runs on this machine, so weights need not travel through the connection
+    Attributes:
+        name: what messages call the server.
+        reads_our_files: it runs on this machine, so weights need not travel through the connection.
+    Args:
+        threads: its CPU threads.
+        gpus: its CUDA_VISIBLE_DEVICES; None means that it runs on the CPU.
+    """
 
-    def start(self) -> tuple[tuple[str, int] | str, bytes, float]:
+    name, reads_our_files = "vLLM", True
+
+    def __init__(self, threads: int, gpus: str | None):
+        self.threads, self.gpus = threads, gpus
+        self.process: subprocess.Popen | None = None
+        self.socket_folder: tempfile.TemporaryDirectory | None = None
+
+    def start(self) -> tuple[str, bytes, float]:
         """Its address and key, and the seconds that it may take to answer there."""
-        ...
+        self.socket_folder = tempfile.TemporaryDirectory(prefix="opd-vllm-")  # only this user may open it
+        address, key = f"{self.socket_folder.name}/socket", secrets.token_hex()
+        self.process = subprocess.Popen(
+            [python_of_vllm(), "-m", "opd.vllm_server", "--listen", address, "--child-of", str(os.getpid())],
+            env=self._environment(key),
+            start_new_session=True,
+        )
+        return address, key.encode(), LOADING
 
     def reached(self) -> None:
         """Called when the server has answered: nobody else will connect."""
-        ...
+        self.socket_folder.cleanup()  # a run that is killed later leaves nothing behind
 
     def check_alive(self) -> None:
         """Raises ServerLost when it is known that the server cannot be reached any more."""
-        ...
+        if self.process.poll() is not None:
+            raise ServerLost(f"its process {self._ending()} before it was ready")
 
     def cause(self, error: BaseException) -> str:
         """Why the connection has failed with this error, for a message."""
-        ...
+        with suppress(subprocess.TimeoutExpired):
+            return f"its process {self._ending()}"
+        return f"its process does not answer ({type(error).__name__})"
 
     def end(self) -> None:
         """Ends what this process has started there."""
-        ...
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.socket_folder.cleanup()
+
+    def _environment(self, key: str) -> dict[str, str]:
+        """The trainer's environment variables but for its launcher's, and with the server's own device."""
+        environment = {
+            name: value for name, value in os.environ.items() if name not in LAUNCHER and "TORCHELASTIC" not in name
+        }
+        environment[KEY] = key
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        if self.gpus is None:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
+        else:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus
+        return environment
+
+    def _ending(self) -> str:
+        """How the process has ended. Raises subprocess.TimeoutExpired when it goes on."""
+        code = self.process.wait(SHUTDOWN)
+        return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+
+
+class Elsewhere:
+    """A server that runs already, as a rule on another host. It is used as OwnProcess is, and nothing of it is ours.
+
+    Args:
+        where: its address, an entry of rollout.servers.
+    """
+
+    reads_our_files = False
+
+    def __init__(self, where: str):
+        self.where, self.name = where, f"the vLLM server {where}"
+
+    def start(self) -> tuple[tuple[str, int] | str, bytes, float]:
+        return address_of(self.where), os.environ.get(KEY, "").encode(), CONNECTING
+
+    def reached(self) -> None:
+        pass
+
+    def check_alive(self) -> None:
+        pass
+
+    def cause(self, error: BaseException) -> str:
+        return f"the connection is lost ({type(error).__name__})"
+
+    def end(self) -> None:
+        pass
+
+
+Place = OwnProcess | Elsewhere  # where a vLLM server is
 
 
 class ServerConnection:
@@ -194,97 +269,6 @@ class ServerConnection:
             self.connection.send_bytes(data)
         except OSError as error:
             raise ServerLost(self.place.cause(error)) from None
-
-
-class OwnProcess:
-    """A server in a process that this one starts.
-
-    Args:
-        threads: its CPU threads.
-        gpus: its CUDA_VISIBLE_DEVICES; None means that it runs on the CPU.
-    """
-
-    name, reads_our_files = "vLLM", True
-
-    def __init__(self, threads: int, gpus: str | None):
-        self.threads, self.gpus = threads, gpus
-        self.process: subprocess.Popen | None = None
-        self.socket_folder: tempfile.TemporaryDirectory | None = None
-
-    def start(self) -> tuple[str, bytes, float]:
-        self.socket_folder = tempfile.TemporaryDirectory(prefix="opd-vllm-")  # only this user may open it
-        address, key = f"{self.socket_folder.name}/socket", secrets.token_hex()
-        self.process = subprocess.Popen(
-            [python_of_vllm(), "-m", "opd.vllm_server", "--listen", address, "--child-of", str(os.getpid())],
-            env=self._environment(key),
-            start_new_session=True,
-        )
-        return address, key.encode(), LOADING
-
-    def reached(self) -> None:
-        self.socket_folder.cleanup()  # a run that is killed later leaves nothing behind
-
-    def check_alive(self) -> None:
-        if self.process.poll() is not None:
-            raise ServerLost(f"its process {self._ending()} before it was ready")
-
-    def cause(self, error: BaseException) -> str:
-        with suppress(subprocess.TimeoutExpired):
-            return f"its process {self._ending()}"
-        return f"its process does not answer ({type(error).__name__})"
-
-    def end(self) -> None:
-        if self.process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.socket_folder.cleanup()
-
-    def _environment(self, key: str) -> dict[str, str]:
-        """The trainer's environment variables but for its launcher's, and with the server's own device."""
-        environment = {
-            name: value for name, value in os.environ.items() if name not in LAUNCHER and "TORCHELASTIC" not in name
-        }
-        environment[KEY] = key
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        if self.gpus is None:
-            environment["OMP_NUM_THREADS"] = str(self.threads)
-        else:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus
-        return environment
-
-    def _ending(self) -> str:
-        """How the process has ended. Raises subprocess.TimeoutExpired when it goes on."""
-        code = self.process.wait(SHUTDOWN)
-        return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-
-
-class Elsewhere:
-    """A server that runs already, as a rule on another host.
-
-    Args:
-        where: its address, an entry of rollout.servers.
-    """
-
-    reads_our_files = False
-
-    def __init__(self, where: str):
-        self.where, self.name = where, f"the vLLM server {where}"
-
-    def start(self) -> tuple[tuple[str, int] | str, bytes, float]:
-        return address_of(self.where), os.environ.get(KEY, "").encode(), CONNECTING
-
-    def reached(self) -> None:
-        pass
-
-    def check_alive(self) -> None:
-        pass
-
-    def cause(self, error: BaseException) -> str:
-        return f"the connection is lost ({type(error).__name__})"
-
-    def end(self) -> None:
-        pass
 
 
 def _not_installed(detail: str) -> InputError:

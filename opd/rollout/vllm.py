@@ -86,7 +86,7 @@ class VllmSampler:
         responses: dict[int, tuple[int, ...]] = {}
         try:
             self.fleet.wake()
-            responses = _Share(self.fleet, requests, self._settings(decoding, vocab_size), advance).generate()
+            responses = _Generation(self.fleet, requests, self._settings(decoding, vocab_size), advance).generate()
         except RunError as error:
             failed = error
         if distributed.largest(failed is not None):
@@ -175,8 +175,8 @@ class VllmSampler:
             scratch.remove()
 
 
-class _Share:
-    """This process's share of the responses, while its servers generate them.
+class _Generation:
+    """The responses that this process's servers generate, while they do so.
 
     Args:
         requests: of all processes; the server of number n generates every response whose id is n, modulo their total.
@@ -193,7 +193,7 @@ class _Share:
     ):
         self.fleet, self.settings, self.advance = fleet, settings, advance
         self.requests = {server: requests[number :: fleet.total] for number, server in fleet.numbered.items()}
-        self.busy = [server for server, share in self.requests.items() if share]
+        self.busy = [server for server, requests in self.requests.items() if requests]
         self.responses: dict[int, tuple[int, ...]] = {}  # finished ones by id; the EOS that ended one is part of it
 
     def generate(self) -> dict[int, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from tip.results.collect import curve
 from tip.results.figures import Album, Curves, ShownToken, Whisker
 from tip.results.token_map import dumped_updates
 from tip.results.types import Results
+from tip.tables import other_settings
 
 MANY = 9  # lines in one plot
 QUADRANTS = (1, 2, 3, 4)
@@ -66,7 +67,7 @@ def families(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     members: dict[str, list[str]] = {}
     for label, chosen in settings.items():
         if "tip.retention" in chosen and chosen["tip.rule"] != "all":
-            rest = [f"{k.rpartition('.')[2]}={v}" for k, v in chosen.items() if k not in ("tip.rule", "tip.retention")]
+            rest = [f"{k}={v}" for k, v in other_settings(chosen).items()]
             members.setdefault(" ".join([chosen["tip.rule"], *rest]), []).append(label)
     return {
         family: all_tokens.get(_loss(settings[labels[0]]), [])

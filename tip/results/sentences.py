@@ -5,6 +5,7 @@ from typing import Any
 
 from tip.results.markdown import what_is_covered
 from tip.results.types import Results
+from tip.tables import other_settings
 
 NAMES = {"all": "all tokens", "random": "a random choice", "entropy_topk": "the top of entropy"}
 VERDICTS = ("better than", "worse than", "not distinguishable from")
@@ -56,7 +57,7 @@ def _spoken(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     for label, chosen in settings.items():
         rule = chosen.get("tip.rule", "all")
         share = f" at {100 * chosen['tip.retention']:g} %" if "tip.retention" in chosen and rule != "all" else ""
-        rest = [f"{k.rpartition('.')[2]} = {v}" for k, v in chosen.items() if k not in ("tip.rule", "tip.retention")]
+        rest = [f"{k} = {v}" for k, v in other_settings(chosen).items()]
         name = NAMES.get(rule, rule.replace("soft_or", "Soft-OR").replace("_", " "))
         names[label] = f"{name}{share}{' with ' if rest else ''}{', '.join(rest)}"
     heard = list(names.values())
