@@ -5,7 +5,6 @@ instruction and gets the boxed one; copies (equal up to white space and `$`) are
 on the answer dropped, and so are problems that stand in an evaluation set.
 """
 
-import random
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -34,13 +33,11 @@ def problem_and_answer(row: dict, where: str) -> tuple[str, str]:
 
 
 def rows(
-    raw: list[dict], evaluation: Sequence[tuple[str, str]], seed: int, where: str
-) -> tuple[dict[str, list[dict]], Counter, list[Overlap]]:
-    """Training and validation rows as {id, prompt, answer, source, meta}; why others were dropped; what overlapped.
+    raw: list[dict], evaluation: Sequence[tuple[str, str]], where: str
+) -> tuple[list[dict], Counter, list[Overlap]]:
+    """Rows as {id, prompt, answer, source, meta}; why others were dropped; what overlapped.
 
-    Args:
-        evaluation: (id, text) of every evaluation problem.
-        seed: of the split.
+    `evaluation` is (id, text) of every evaluation problem.
     """
     dropped: Counter = Counter()
     groups: dict[str, list[tuple[str, str]]] = {}
@@ -68,8 +65,4 @@ def rows(
         for i, (text, answer) in enumerate(kept)
         if i not in contaminated
     ]
-    order = list(range(len(found)))
-    random.Random(seed).shuffle(order)
-    cut = int(TRAIN_SHARE * len(found))
-    train, validation = sorted(order[:cut]), sorted(order[cut:])
-    return {"train": [found[i] for i in train], "validation": [found[i] for i in validation]}, dropped, pairs
+    return found, dropped, pairs

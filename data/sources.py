@@ -1,5 +1,6 @@
 """Where raw rows come from: a file of the user's, or the Hugging Face hub at a pinned revision."""
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def read_rows(source: str, split: str, hub: Hub) -> tuple[list[dict], dict[str, 
     if not rows:
         raise InputError(f"{source}: no problems in it. Expected {EXPECTED}.")
     return [row.fields for row in rows], origin
+
+
+def cut(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """A random share of the rows, and the others, both in their order. Raises InputError where one has no row."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    count = int(share * len(rows))
+    if rows and not 0 < count < len(rows):
+        raise InputError(f"--split {share} of {len(rows)} problems leaves a file without any. Choose another share.")
+    return [rows[i] for i in sorted(order[:count])], [rows[i] for i in sorted(order[count:])]
 
 
 def need(row: dict, names: tuple[str, ...], where: str) -> dict:

@@ -2,19 +2,29 @@
 
 The hidden state of a causal model at input index i predicts the token at index i + 1. So token t of a response to a
 prompt of P tokens is predicted at index P + t - 1. The prompt's last token predicts the first response token, and
-nothing is predicted from the last response token.
+nothing is predicted from the last response token. Only what the model sampled is counted: where an environment spoke,
+t has gaps, and the first token of a turn is predicted from the environment's last one.
 
-Shapes: B rollouts of a micro-batch, T positions of the longest one, N counted response tokens.
+A row of a micro-batch holds one sequence, or several one after the other. Each of these sees only itself: positions
+begin at 0 again where a sequence begins, and by that a model knows them apart. What a row lacks at its end is padding.
+It needs no mask, because a causal model never looks ahead.
+
+Shapes: B rows of a micro-batch, T positions of the longest sequence, S sequences, N counted response tokens.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd import distributed
 from opd.data import Rollout
+from opd.seeds import derive_seed
+
+FACTS = ("sequence_id", "position", "turn", "token_id", "prompt_id", "length", "truncated")
 
 
 @dataclass(frozen=True)
@@ -22,23 +32,80 @@ class MicroBatch:
     """Sequences that go through a model together, padded on the right."""
 
     input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64, 1 on prompt and response; it alone says what is padding
+    position_ids: Tensor | None  # (B, T) int64, 0 where a sequence begins; None where each row holds one sequence
     rows: Tensor  # (N,) int64, first index in (B, T) of the hidden state that predicts the token
     columns: Tensor  # (N,) int64, second index in (B, T) of that hidden state
-    token_ids: Tensor  # (N,) int64, the predicted response tokens
-    sequence_id: Tensor  # (N,) int64, the rollout that the token belongs to
-    position: Tensor  # (N,) int64, place of the token in its response, from 0
+    facts: dict[str, Tensor]  # (N,) int64 each: the columns of TokenStats that are known without a model
+    rollouts: tuple[Rollout, ...]  # those that the tokens belong to
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The predicted response tokens."""
+        return self.facts["token_id"]
+
+    @property
+    def sequence_id(self) -> Tensor:
+        """The rollouts that the tokens belong to."""
+        return self.facts["sequence_id"]
+
+    @property
+    def position(self) -> Tensor:
+        """The places of the tokens in their responses, from 0."""
+        return self.facts["position"]
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """What a model of transformers is called with.
+
+        Of a row with several sequences, sdpa and eager make their mask from the positions, and only without an
+        attention mask. The kernels of flash attention read where sequences begin in the rows laid end to end.
+        """
+        inputs = {"input_ids": self.input_ids.to(device)}
+        if self.position_ids is None:
+            return inputs
+        begins = (self.position_ids.flatten() == 0).nonzero().squeeze(1)
+        bounds = torch.cat([begins, torch.tensor([self.position_ids.numel()])]).int()
+        longest = int(bounds.diff().max())
+        bounds = bounds.to(device)
+        return inputs | {
+            "position_ids": self.position_ids.to(device),
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
 
 
 def counted_tokens(rollout: Rollout, truncated: str) -> int:
-    """How many tokens of a response, from its first one, take part in the loss.
+    """How many of the tokens that the model sampled, from the first one, take part in the loss.
 
-    `truncated` is the configuration's rollout.truncated and decides about responses that were cut at the length limit.
+    `truncated` is the configuration's rollout.truncated and decides about responses that were cut at a limit. Of a
+    conversation that an environment broke, none take part.
     """
-    length = len(rollout.response_ids)
-    if rollout.finish_reason == "stop" or truncated == "keep":
+    if rollout.finish_reason == "error":
+        return 0
+    length = rollout.model_tokens
+    if not rollout.is_cut or truncated == "keep":
         return length
-    return 0 if truncated == "drop" else length - repeated_tail(rollout.response_ids)
+    first, end = rollout.turns[-1]
+    return 0 if truncated == "drop" else length - repeated_tail(rollout.response_ids[first:end])
+
+
+def facts_of(rollout: Rollout, count: int) -> dict[str, Tensor]:
+    """The facts of the first `count` tokens that the model sampled, (count,) int64 each."""
+    position = torch.cat([torch.arange(first, end) for first, end in rollout.turns])[:count]
+    turns = torch.arange(len(rollout.turns))
+    same = {
+        "sequence_id": rollout.sequence_id,
+        "prompt_id": derive_seed(rollout.prompt.id, *rollout.prompt.token_ids),
+        "length": rollout.model_tokens,
+        "truncated": int(rollout.is_cut),
+    }
+    return {
+        **{name: torch.full((count,), fact) for name, fact in same.items()},
+        "position": position,
+        "turn": turns.repeat_interleave(torch.tensor([end - first for first, end in rollout.turns]))[:count],
+        "token_id": torch.tensor(rollout.response_ids)[position],
+    }
 
 
 def repeated_tail(ids: Sequence[int]) -> int:
@@ -65,19 +132,41 @@ def repeated_tail(ids: Sequence[int]) -> int:
     return longest
 
 
-def make_micro_batches(rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, truncated: str) -> list[MicroBatch]:
-    """Packs rollouts, longest first, so that B * T stays within `max_tokens`; a longer rollout goes alone.
+def make_micro_batches(
+    rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, truncated: str, packed_row: int = 0
+) -> list[MicroBatch]:
+    """Cuts rollouts, longest first, into micro-batches whose B * T stays within `max_tokens`; a longer one goes alone.
 
-    Rollouts without a counted token are left out. The packing changes neither loss nor gradient.
+    Rollouts without a counted token are left out. Where the longest sequence of a micro-batch has at most `packed_row`
+    tokens, shorter ones share rows. The layout changes neither loss nor gradient.
     """
     counted = {rollout.sequence_id: counted_tokens(rollout, truncated) for rollout in rollouts}
-    groups: list[list[Rollout]] = []
-    for rollout in _longest_first([r for r in rollouts if counted[r.sequence_id]]):
-        if groups and (len(groups[-1]) + 1) * _length(groups[-1][0]) <= max_tokens:
-            groups[-1].append(rollout)
-        else:
-            groups.append([rollout])
-    return [_collate(group, counted, pad_id) for group in groups]
+    left = _longest_first([r for r in rollouts if counted[r.sequence_id]])
+    batches = []
+    while left:
+        batches.append(_collate(_take_rows(left, max_tokens, packed_row), counted, pad_id))
+    return batches
+
+
+def _take_rows(left: list[Rollout], max_tokens: int, packed_row: int) -> list[list[Rollout]]:
+    """Takes the rows of one micro-batch out of `left`, which is sorted longest first.
+
+    A row begins with the longest rollout that is left. If rows are shared, the longest one that fits follows, and so
+    on: this is first fit by decreasing length.
+    """
+    width = _length(left[0])
+    rows: list[list[Rollout]] = []
+    while left and (not rows or (len(rows) + 1) * width <= max_tokens):
+        row = [left.pop(0)]
+        free = width - _length(row[0])
+        while width <= packed_row:
+            place = bisect_left(left, -free, key=lambda rollout: -_length(rollout))
+            if place == len(left):
+                break
+            row.append(left.pop(place))
+            free -= _length(row[-1])
+        rows.append(row)
+    return rows
 
 
 def share_of_rank(rollouts: Sequence[Rollout], rank: int, ranks: int) -> list[Rollout]:
@@ -105,7 +194,8 @@ def equally_many(batches: Sequence[MicroBatch], pad_id: int) -> list[MicroBatch]
 def empty_micro_batch(pad_id: int) -> MicroBatch:
     """A micro-batch of one padded token that predicts nothing."""
     none = torch.zeros(0, dtype=torch.long)
-    return MicroBatch(torch.full((1, 1), pad_id), torch.ones(1, 1, dtype=torch.long), none, none, none, none, none)
+    facts = dict.fromkeys(FACTS, none)
+    return MicroBatch(torch.full((1, 1), pad_id), None, none, none, facts, ())
 
 
 def _length(rollout: Rollout) -> int:
@@ -117,26 +207,29 @@ def _longest_first(rollouts: Sequence[Rollout]) -> list[Rollout]:
     return sorted(rollouts, key=lambda rollout: (-_length(rollout), rollout.sequence_id))
 
 
-def _collate(group: Sequence[Rollout], counted: dict[int, int], pad_id: int) -> MicroBatch:
-    """One micro-batch of a group of rollouts; `counted` maps a sequence id to the number of its counted tokens."""
-    sequences = [rollout.prompt.token_ids + rollout.response_ids for rollout in group]
-    input_ids_BT = torch.full((len(group), max(map(len, sequences))), pad_id)
-    attention_mask_BT = torch.zeros_like(input_ids_BT)
-    for row, ids in enumerate(sequences):
-        input_ids_BT[row, : len(ids)] = torch.tensor(ids)
-        attention_mask_BT[row, : len(ids)] = 1
-    counted_B = torch.tensor([counted[rollout.sequence_id] for rollout in group])
-    prompt_lengths_B = torch.tensor([len(rollout.prompt.token_ids) for rollout in group])
-    sequence_ids_B = torch.tensor([rollout.sequence_id for rollout in group])
-    rows_N = torch.arange(len(group)).repeat_interleave(counted_B)
-    position_N = torch.cat([torch.arange(count) for count in counted_B.tolist()])
-    columns_N = prompt_lengths_B[rows_N] + position_N - 1
+def _collate(rows: Sequence[Sequence[Rollout]], counted: dict[int, int], pad_id: int) -> MicroBatch:
+    """One micro-batch of rows of rollouts; `counted` maps a sequence id to the number of its counted tokens."""
+    width = max(sum(map(_length, row)) for row in rows)
+    input_ids_BT = torch.full((len(rows), width), pad_id)
+    position_ids_BT = torch.arange(width).repeat(len(rows), 1)  # padding goes on as the sequence before it
+    places: list[tuple[int, int, Rollout]] = []  # row, its column of the first token, and what begins there
+    for number, row in enumerate(rows):
+        begin = 0
+        for rollout in row:
+            end = begin + _length(rollout)
+            input_ids_BT[number, begin:end] = torch.tensor(rollout.prompt.token_ids + rollout.response_ids)
+            position_ids_BT[number, begin:] = torch.arange(width - begin)
+            places.append((number, begin, rollout))
+            begin = end
+    counted_S = torch.tensor([counted[rollout.sequence_id] for _, _, rollout in places])
+    first_S = torch.tensor([begin + len(rollout.prompt.token_ids) - 1 for _, begin, rollout in places])
+    facts = [facts_of(rollout, counted[rollout.sequence_id]) for _, _, rollout in places]
+    facts_N = {name: torch.cat([columns[name] for columns in facts]) for name in FACTS}
     return MicroBatch(
         input_ids=input_ids_BT,
-        attention_mask=attention_mask_BT,
-        rows=rows_N,
-        columns=columns_N,
-        token_ids=input_ids_BT[rows_N, columns_N + 1],
-        sequence_id=sequence_ids_B[rows_N],
-        position=position_N,
+        position_ids=position_ids_BT if len(places) > len(rows) else None,
+        rows=torch.tensor([number for number, _, _ in places]).repeat_interleave(counted_S),
+        columns=first_S.repeat_interleave(counted_S) + facts_N["position"],
+        facts=facts_N,
+        rollouts=tuple(rollout for _, _, rollout in places),
     )

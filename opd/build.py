@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from opd import distributed, evaluate, models
-from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, validation_benchmark
+from opd.benchmarks import (
+    LoadedBenchmark,
+    check_benchmarks,
+    check_context,
+    load_benchmarks,
+    takes_answer_lines,
+    validation_benchmark,
+)
 from opd.cli import say
 from opd.config import Config, StudentSection
 from opd.data import Prompt, count_steps, read_training_prompts
@@ -17,7 +24,7 @@ from opd.engine.deepspeed import DeepSpeedEngine, sharding
 from opd.engine.plain import TorchEngine
 from opd.errors import InputError
 from opd.grading import Grader
-from opd.hooks import Observer, StatefulWeighter, TokenWeighter
+from opd.hooks import STAT_FIELDS, Observer, StatefulWeighter, TokenWeighter
 from opd.models import LanguageModel
 from opd.phases import Phases
 from opd.progress import RunProgress, due
@@ -27,10 +34,13 @@ from opd.record.metrics import MetricsLog
 from opd.record.record import Record
 from opd.rollout import Sampler
 from opd.rollout.choose import open_sampler
+from opd.rollout.turns import Dialogue, open_dialogue
+from opd.scorer import Scorer, load_scorer
 from opd.step import Pair
 from opd.stop import Stop
 from opd.teacher.cache import Cache, clear_folder
 from opd.teacher.local import LocalTeacher, load_teacher
+from opd.verdicts import Verdicts
 
 SPILLED = "teacher_states"  # folder of a run for the hidden states that teacher.cache_gb has no room for
 
@@ -50,10 +60,12 @@ class Run:
     observer: Observer | None
     prompts: list[Prompt]
     benchmarks: list[LoadedBenchmark]
+    dialogue: Dialogue | None  # what answers the student in training
     total_steps: int
+    grader: Grader
+    verdicts: Verdicts
     sampler: Sampler | None = None  # None while it is closed
     record: Record | None = None  # None on all processes but the first
-    grader: Grader = field(default_factory=Grader)
     stop: Stop = field(default_factory=Stop)
     step: int = 0  # number of the last update that is done
     progress: RunProgress = field(init=False)
@@ -96,18 +108,20 @@ def build(
 
     Raises InputError for a setting, a file or a model that cannot be used. Nothing is written before these checks.
     """
-    settings = identity["deepspeed"]
+    settings, scorers = identity["deepspeed"], load_scorers(config, weighter)
     phases = Phases(device, config.engine.phases == 2, config.rollout.engine == "vllm")
     student, teacher = _load_models(config, continue_from, device, settings, phases)
     inputs = read_inputs(config, student, teacher)
     engine = _make_engine(student, config, inputs.total_steps, settings, phases)
     limit = None if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
-    scorer = LocalTeacher(teacher, Cache(limit, config.run_dir / SPILLED))
+    scoring = LocalTeacher(teacher, Cache(limit, config.run_dir / SPILLED))
+    grader = Grader()
+    verdicts = Verdicts(grader, student.tokenizer, inputs.answer_lines, inputs.dialogue)
     run = Run(
         config=config,
         identity=identity,
         shared=shared,
-        pair=Pair(engine.student, scorer, inputs.vocab_size, config.loss),
+        pair=Pair(engine.student, scoring, inputs.vocab_size, config.loss, (verdicts, *scorers)),
         teacher=teacher,
         engine=engine,
         phases=phases,
@@ -115,12 +129,32 @@ def build(
         observer=observer,
         prompts=inputs.prompts,
         benchmarks=inputs.benchmarks,
+        dialogue=inputs.dialogue,
         total_steps=inputs.total_steps,
+        grader=grader,
+        verdicts=verdicts,
     )
     _introduce(run, device)
     open_student_sampler(run)
     _enter_folder(run, continue_from)
     return run
+
+
+def load_scorers(config: Config, weighter: TokenWeighter) -> tuple[Scorer, ...]:
+    """The configured scorer. Raises InputError where the weighter needs a column that nothing gives."""
+    scorers = (load_scorer(config.rollout.scorer),) if config.rollout.scorer else ()
+    known = STAT_FIELDS.union({"verdict"}, *(scorer.names for scorer in scorers))
+    if unknown := sorted(weighter.needs - known):
+        raise InputError(
+            f"the weighter {weighter} needs {unknown[0]!r}, which is no statistic and no column of rollout.scorer. "
+            f"Expected some of {', '.join(sorted(known))}."
+        )
+    if "verdict" in weighter.needs and config.data.answer_field is None:
+        raise InputError(
+            f"the weighter {weighter} needs verdicts, and data.answer_field is null, so nothing can be graded. Name "
+            "the field with the reference answer."
+        )
+    return scorers
 
 
 def open_student_sampler(run: Run) -> None:
@@ -159,16 +193,21 @@ class Inputs:
     vocab_size: int  # token ids below it are compared
     prompts: list[Prompt]
     benchmarks: list[LoadedBenchmark]
+    dialogue: Dialogue | None
     total_steps: int
+    answer_lines: bool  # how training responses are graded
 
 
 def read_inputs(config: Config, student: LanguageModel, teacher: LanguageModel) -> Inputs:
     """Reads the data of a run and checks it against both models, which need no weights for it. Raises InputError."""
     vocab_size = models.shared_vocabulary(student, teacher)
-    prompts, validation = read_training_prompts(config.data, student.tokenizer, config.seed)
+    dialogue = open_dialogue(config.data.environment, student, config.data)
+    data = dialogue.data if dialogue else config.data
+    prompts, validation = read_training_prompts(data, student.tokenizer, config.seed)
     benchmarks = load_benchmarks(config, student, config.eval.limit)
+    answer_lines = takes_answer_lines(config, [loaded.benchmark for loaded in benchmarks])
     if validation:
-        benchmarks.append(validation_benchmark(config, validation))
+        benchmarks.append(validation_benchmark(config, validation, answer_lines, dialogue))
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
         check_benchmarks(lm, benchmarks)
@@ -176,7 +215,7 @@ def read_inputs(config: Config, student: LanguageModel, teacher: LanguageModel) 
     total_steps = count_steps(prompts, config.rollout.prompts_per_step, config.data.epochs, config.optim.steps)
     if config.optim.warmup_steps >= total_steps:
         raise InputError(f"optim.warmup_steps is {config.optim.warmup_steps}, not below the run's {total_steps} steps.")
-    return Inputs(vocab_size, prompts, benchmarks, total_steps)
+    return Inputs(vocab_size, prompts, benchmarks, dialogue, total_steps, answer_lines)
 
 
 def _make_engine(
@@ -235,4 +274,4 @@ def _enter_folder(run: Run, continue_from: Path | None) -> None:
         first = evaluate.finished(run_dir / "eval" / "step_000000", [loaded.name for loaded in run.benchmarks])
         run.progress.continue_after(run.step, evaluate.seconds_of(first) if first else None)
         log = MetricsLog(run_dir, open_boards(config, run.identity["config"], run.step))
-        run.record = Record(run_dir, config, log, run.student.tokenizer, run.grader, run.observer)
+        run.record = Record(run_dir, config, log, run.student.tokenizer, run.verdicts, run.observer)

@@ -18,7 +18,12 @@ from opd.errors import InputError
 from opd.evaluate import read_responses, read_summary
 from opd.files import step_number
 
-SAME_WAY = ("benchmark", "grader", "seed")  # the entries of a summary that say how a benchmark was measured
+SAME_WAY = (
+    "benchmark",
+    "grader",
+    "environment",
+    "seed",
+)  # the entries of a summary that say how a benchmark was measured
 METRICS = {"greedy": "greedy", "mean_at_k": "mean@k"}  # figure of a summary -> its name for people
 
 
@@ -99,7 +104,7 @@ def command(arguments: list[str]) -> None:
     if not common:
         raise InputError(f"{folders[0]} and {folders[1]} have no benchmark in common: {[sorted(a), sorted(b)]}.")
     for name in common:
-        if any(a[name][key] != b[name][key] for key in SAME_WAY):
+        if any(a[name].get(key) != b[name].get(key) for key in SAME_WAY):
             raise InputError(
                 f"{name} was not measured the same way in {folders[0]} and {folders[1]} (see summary.json)."
             )

@@ -111,6 +111,24 @@ class TeacherSection:
 
 
 @strict
+class EnvironmentSection:
+    """What answers the student between its turns, and the limits of a conversation (opd/rollout/environment.py)."""
+
+    name: str = doc(
+        "The class, as package.module:Class. It is imported and runs in this process.",
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+        max_length=200,
+    )
+    settings: dict[str, Any] = doc("Keyword arguments of the class.")
+    max_turns: Count = doc("A conversation is cut after so many turns of the model.")
+    max_turn_tokens: Count = doc(
+        "A turn is cut after so many tokens, and the conversation with it. A turn begins only where a whole one fits "
+        "into max_response_tokens, which counts the tokens of both sides."
+    )
+    max_reply_tokens: Count = doc("A conversation is cut where a reply of the environment has more tokens.")
+
+
+@strict
 class DataSection:
     """Training prompts."""
 
@@ -128,6 +146,11 @@ class DataSection:
         "Field with the problem: a string, which is one user message, or a list of {role, content} messages."
     )
     answer_field: str | None = doc("Field with the reference answer, for `rollout/accuracy`; null: none.")
+    answer_lines: bool | None = doc(
+        "Whether, in a training response without a box, the last line that starts with Answer: gives the answer. null: "
+        "as the benchmarks, where one of eval.benchmarks says so.",
+        default=None,
+    )
     system_prompt: str | None = doc("System message put before every prompt; null: none.")
     chat_template_args: dict[str, Any] = doc(
         'Extra arguments of the chat template, for example {"enable_thinking": false}.'
@@ -137,6 +160,19 @@ class DataSection:
     epochs: Count | None = doc(
         "Passes over the prompts; null when optim.steps is given. Public reruns of the paper: 1."
     )
+    environment: EnvironmentSection | None = doc(
+        "What answers the student between its turns, such as tools; null: a response is one turn.", default=None
+    )
+
+
+@strict
+class ScorerSection:
+    """Code that scores the tokens of rollouts for a weighter (opd.scorer). It runs in the processes of the run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = doc(
+        "The class, as package.module:Class; Python must find the module."
+    )
+    settings: dict[str, Any] = doc("Keyword arguments of the class.", default_factory=dict)
 
 
 @strict
@@ -171,10 +207,15 @@ class RolloutSection:
     batch_size: Count = doc("Responses a process generates together. It bounds the key/value cache and not the result.")
     temperature: float = doc("Sampling temperature; 0 is greedy. Table 9: 1.0.", ge=0)
     top_p: float = doc("Nucleus: smallest set of tokens with this probability. Table 9: 1.0.", gt=0, le=1)
-    max_response_tokens: Count = doc("A response is cut after this many tokens. Table 9: 8192.")
+    max_response_tokens: Count = doc(
+        "A response is cut after this many tokens, those of an environment included. Table 9: 8192."
+    )
     truncated: Literal["keep", "drop", "mask_tail"] = doc(
         "Which tokens of a cut response count. keep: all; drop: none; mask_tail: all but an end that repeats itself at "
         "least three times, whose first round counts."
+    )
+    scorer: ScorerSection | None = doc(
+        "What gives weighters further columns about tokens, such as process rewards. null: nothing does.", default=None
     )
 
 
@@ -182,8 +223,9 @@ class RolloutSection:
 class LossSection:
     """Divergence between student and teacher at every response token, over the whole vocabulary, at temperature 1."""
 
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = doc(
-        "reverse_kl: KL(student || teacher), the paper's loss; forward_kl: KL(teacher || student); jsd: JSD_beta."
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "total_variation"] = doc(
+        "reverse_kl: KL(student || teacher), the paper's loss; forward_kl: KL(teacher || student); jsd: JSD_beta; "
+        "total_variation: 1/2 sum |p_S - p_T|, which is how often speculative decoding rejects a drafted token."
     )
     jsd_beta: float = doc(
         "beta of JSD_beta = beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S.", gt=0, lt=1
@@ -208,8 +250,8 @@ class OptimSection:
     grad_clip: float = doc("L2 norm the gradient is clipped to. Not stated; public reruns: 1.0.", gt=0)
     steps: Count | None = doc("Number of updates; null when data.epochs is given.")
     micro_batch_tokens: Count = doc(
-        "Padded tokens of prompts and responses in one forward pass; one rollout always fits. It bounds memory and "
-        "not the result."
+        "Tokens of prompts and responses in one forward pass, padding included; one rollout always fits. It bounds "
+        "memory and not the result."
     )
 
 
@@ -250,6 +292,11 @@ class EvalSection:
     )
     reverse_kl_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = doc(
         "On how many of the k samples of a problem eval.reverse_kl is measured; null: on all.", default=None
+    )
+    batch_size: Count | None = doc(
+        "Responses a process generates together in an evaluation. It bounds the key/value cache and not the result. "
+        "vLLM: at most rollout.batch_size together. null: rollout.batch_size.",
+        default=None,
     )
     limit: Count | None = doc("Only the first problems of each benchmark; null: all.")
 
@@ -309,6 +356,11 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.run_name
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Responses that a process generates together in an evaluation."""
+        return self.eval.batch_size or self.rollout.batch_size
 
 
 def load_config(
@@ -462,6 +514,7 @@ def _faults(config: Config) -> Iterator[str]:
     """Combinations of settings that have no meaning, each as a message."""
     yield from _schedule_faults(config)
     yield from _sampling_faults(config.rollout)
+    yield from environment_faults(config.data.environment, config.rollout.max_response_tokens, "rollout")
     yield from _evaluation_faults(config)
     yield from _engine_faults(config)
 
@@ -503,9 +556,18 @@ def _sampling_faults(rollout: RolloutSection) -> Iterator[str]:
         yield f"rollout.servers names a server twice: {list(rollout.servers)}. One serves one process of a run."
 
 
+def environment_faults(environment: EnvironmentSection | None, most: int, owner: str) -> Iterator[str]:
+    """Limits of an environment with which no conversation begins, for responses of at most so many tokens."""
+    if environment is not None and environment.max_turn_tokens > most:
+        yield (
+            f"environment.max_turn_tokens is {environment.max_turn_tokens}, more than the {most} of {owner}."
+            "max_response_tokens: no turn would fit. Lower it, or raise the other."
+        )
+
+
 def _evaluation_faults(config: Config) -> Iterator[str]:
     data, benchmarks = config.data, config.eval.benchmarks
-    if data.validation > 0 and data.answer_field is None:
+    if data.validation > 0 and data.answer_field is None and data.environment is None:
         yield f"data.validation is {data.validation} and data.answer_field is null: nothing to validate against."
     if len(set(benchmarks)) < len(benchmarks):
         yield f"eval.benchmarks names a benchmark twice: {list(benchmarks)}."

@@ -1,4 +1,4 @@
-"""Problems -> tokenised prompts. No other file applies the chat template.
+"""Problems -> tokenised prompts. The chat template is applied here, and in opd/rollout/replies.py for what comes later.
 
 Problem, Prompt and Rollout are declared here; they flow through a run before any tensor does.
 """
@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +31,7 @@ class Problem:
     id: str
     messages: tuple[Mapping[str, Any], ...]
     answer: str | None
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all its fields
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,38 @@ class Prompt:
     id: str
     token_ids: tuple[int, ...]
     answer: str | None
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the problem's fields, for an environment
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prompt and one sampled response."""
+    """A prompt and one sampled response, which is one turn, or a conversation with an environment.
+
+    A conversation that was cut at the limit of its turns ends by "turns", at any other limit by "length". With "error"
+    the environment could not answer; then nothing is learnt.
+    """
 
     sequence_id: int  # place in its update or evaluation
     prompt: Prompt
-    response_ids: tuple[int, ...]  # with the EOS id that ended it
-    finish_reason: Literal["stop", "length"]
+    response_ids: tuple[int, ...]  # with the EOS id that ended it, and with what an environment said in between
+    finish_reason: Literal["stop", "length", "turns", "error"]
+    turns: tuple[tuple[int, int], ...] = ()  # [first, end) of what the model sampled; a single turn is all
+    limit: str | None = None  # the setting that cut a conversation
+    neutralised: int = 0  # texts of control tokens in what the environment said
+
+    def __post_init__(self) -> None:
+        if len(self.turns) < 2:
+            object.__setattr__(self, "turns", ((0, len(self.response_ids)),))
+
+    @property
+    def model_tokens(self) -> int:
+        """How many tokens the model sampled."""
+        return sum(end - first for first, end in self.turns)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a limit ended it."""
+        return self.finish_reason in ("length", "turns")
 
 
 def read_problems(source: str | Path, prompt_field: str, answer_field: str | None) -> list[Problem]:
@@ -64,7 +87,8 @@ def read_problems(source: str | Path, prompt_field: str, answer_field: str | Non
         if answer_field is not None:
             answer = _answer(_field(row.fields, answer_field, row.where), answer_field, row.where)
         ids = (row.fields.get("id"), row.fields.get("unique_id"), row.name)
-        problems.append(Problem(str(next(name for name in ids if name is not None)), messages, answer))
+        name = str(next(name for name in ids if name is not None))
+        problems.append(Problem(name, messages, answer, row.fields))
     if not problems:
         raise InputError(f"{source}: no problems in it. Expected {EXPECTED}.")
     return problems
@@ -125,12 +149,13 @@ def make_prompts(
                 "data.system_prompt, data.chat_template_args, the messages' roles, and the template itself."
             ) from error
         if len(ids) <= data.max_prompt_tokens:
-            prompts.append(Prompt(problem.id, tuple(ids), problem.answer))
+            prompts.append(Prompt(problem.id, tuple(ids), problem.answer, problem.row))
     dropped = len(problems) - len(prompts)
     if not prompts:
+        tools = ", in which the descriptions of the tools count" if "tools" in data.chat_template_args else ""
         raise InputError(
             f"{source}: all {dropped} prompts are longer than data.max_prompt_tokens = "
-            f"{data.max_prompt_tokens}. Raise it, or use shorter problems."
+            f"{data.max_prompt_tokens}{tools}. Raise it, or use shorter problems."
         )
     if dropped:
         say(f"{source}: {dropped} of {len(problems)} prompts dropped, longer than {data.max_prompt_tokens} tokens")

@@ -20,7 +20,7 @@ import torch
 from opd import distributed, launch, models, plan
 from opd.batch import make_micro_batches
 from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, read_benchmarks
-from opd.build import read_inputs
+from opd.build import load_scorers, read_inputs
 from opd.cli import command_line, main
 from opd.commands import COMMANDS
 from opd.config import Config, load_config
@@ -36,6 +36,7 @@ from opd.record.identity import identity_of
 from opd.rollout import Decoding
 from opd.rollout.connection import check_installed
 from opd.rollout.local import TransformersSampler
+from opd.rollout.turns import Dialogue, open_dialogue
 from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
 
@@ -55,6 +56,7 @@ def dry_run(config: Config, sections: Mapping[str, Any], weighter: TokenWeighter
     if config.rollout.engine == "vllm" and not config.rollout.servers:
         check_installed()
     check_boards(config)
+    load_scorers(config, weighter)
     student, teacher = models.outline(config.student, "student"), models.outline(config.teacher, "teacher")
     inputs = read_inputs(config, student, teacher)
     print(plan.describe(config, device, _plan(config, device, inputs.total_steps)))
@@ -117,7 +119,10 @@ def examine(config: Config) -> list[str]:
     teacher = report.check("teacher", lambda: load_teacher(config, device), _about)
     prompts = benchmarks = vocab_size = None
     if student:
-        training = partial(read_training_prompts, config.data, student.tokenizer, config.seed)
+        section = config.data.environment
+        dialogue = report.check("environment", lambda: open_dialogue(section, student, config.data), _about_dialogue)
+        data = dialogue.data if dialogue else config.data
+        training = partial(read_training_prompts, data, student.tokenizer, config.seed)
         if read := report.check("training data", training, lambda read: _lengths(read[0])):
             prompts, validation = read
             _tell(f"      held out as benchmark validation: {len(validation)}")
@@ -160,6 +165,14 @@ def _about(lm: LanguageModel) -> str:
     )
 
 
+def _about_dialogue(dialogue: Dialogue | None) -> str:
+    if dialogue is None:
+        return "none, a response is one turn"
+    names = [tool.get("function", tool).get("name", "?") for tool in dialogue.environment.tools]
+    tools = f"the tools {', '.join(map(str, names))}" if names else "no tools in the prompt"
+    return f"{dialogue.limits.name}, version {dialogue.environment.version}, {tools}"
+
+
 def _lengths(prompts: Sequence[Prompt]) -> str:
     lengths = [len(prompt.token_ids) for prompt in prompts]
     answers = sum(prompt.answer is not None for prompt in prompts)
@@ -196,15 +209,16 @@ def _check_machine(report: Report, config: Config, device: torch.device, prompts
 def _check_memory(needed: plan.Plan, device: torch.device) -> str:
     """Raises InputError where a phase of the plan is larger than the device, or the whole larger than the machine."""
     phase, peak = max(needed.peaks.items(), key=lambda item: item[1])
-    host, machine = sum(needed.host.values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host, machine, has = sum(needed.host.values()), plan.memory_of(torch.device("cpu")), plan.memory_of(device)
     on_gpu = device.type == "cuda"
-    has = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine
     takes = peak if on_gpu else peak + host
     text = f"phase {phase} takes {amount(takes)} of the {device.type}'s {amount(has)}"
     if takes > has:
+        lower = "Lower rollout.batch_size or optim.micro_batch_tokens."
+        way = needed.way_to_fit(has - takes + peak) if phase == "update" else lower
         raise InputError(
-            f"{text}. Lower optim.micro_batch_tokens or rollout.batch_size, set engine.gradient_checkpointing=true or "
-            "engine.phases=2, or take more devices (engine.kind=deepspeed). --dry-run shows the parts."
+            f"{text}. {way} engine.phases=2 and more devices (engine.kind=deepspeed) help too. --dry-run shows the "
+            "parts."
         )
     if on_gpu and host > machine:
         raise InputError(f"host memory: the run takes {amount(host)} of {amount(machine)}. Set teacher.cache_gb.")
@@ -238,11 +252,10 @@ def _score(
     decoding = Decoding(rollout.temperature, rollout.top_p, min(rollout.max_response_tokens, SCORED_TOKENS))
     seeds = [(config.seed, "doctor", i) for i in range(len(chosen))]
     rollouts = TransformersSampler(student, SCORED).sample(chosen, decoding, vocab_size, seeds)
-    batches = make_micro_batches(rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], "keep")
-    itself, other = (
-        score_update(Pair(student, LocalTeacher(lm), vocab_size, config.loss), batches, frozenset({"reverse_kl"}), 0)
-        for lm in (student, teacher)
-    )
+    pairs = [Pair(student, LocalTeacher(lm), vocab_size, config.loss) for lm in (student, teacher)]
+    width = pairs[1].packed_row
+    batches = make_micro_batches(rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], "keep", width)
+    itself, other = (score_update(pair, batches, frozenset({"reverse_kl"}), 0) for pair in pairs)
     scored = _Scored(len(itself.position), itself.reverse_kl.max().item(), other.reverse_kl.mean().item())
     if not scored.from_itself <= SAME:
         raise InputError(

@@ -17,16 +17,15 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-from zlib import crc32
+from typing import Any, NotRequired
 
 import torch
 from typing_extensions import TypedDict
 
 from opd import distributed, grading, models
 from opd.accuracy import majority, pass_at, standard_error
-from opd.batch import equally_many, make_micro_batches, share_of_rank
-from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, load_benchmarks
+from opd.batch import counted_tokens, equally_many, make_micro_batches, share_of_rank
+from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, described, load_benchmarks
 from opd.cli import main, say
 from opd.commands import COMMANDS
 from opd.config import Config, StudentSection, TeacherSection, load_config
@@ -36,8 +35,9 @@ from opd.files import check, lock, read_object, read_rows, sha256, write_whole
 from opd.launch import pick_device
 from opd.models import LanguageModel
 from opd.progress import Progress
-from opd.rollout import Decoding, Sampler
+from opd.responses import PARTIAL, Place, Subject, sampled
 from opd.rollout.choose import fixed_sampler
+from opd.rollout.turns import Dialogue
 from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
 
@@ -62,6 +62,12 @@ class Figures(_Timed):
     truncated: float
     unformatted: float
     length_mean: float
+    share_at_k: NotRequired[float | None]  # this and the next ones only where an environment scores
+    share_best_at_k: NotRequired[float | None]
+    share_greedy: NotRequired[float | None]
+    delivered: NotRequired[float]
+    turns_mean: NotRequired[float]
+    environment: NotRequired[str]  # its version
     benchmark: dict[str, Any]
     grader: str
     seed: int
@@ -78,20 +84,12 @@ class Response(TypedDict):
     extracted: str | None
     vote: str | None  # the answer that it votes for in maj@k; None when it takes part in no vote
     answer: str | None
-    correct: bool | None  # None when the grader crashed or ran out of time; such an answer counts as wrong
+    correct: bool | None  # None when the grader or the environment failed; such an answer counts as wrong
     finish_reason: str
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model under evaluation, with its sampler."""
-
-    lm: LanguageModel
-    sampler: Sampler
-    vocab_size: int  # how many ids it samples from
-    pair: Pair | None  # the model with its teacher, for eval.reverse_kl; None when that is not measured
-    phase: str = "rollout"  # the phase of opd.phases in which it is sampled
+    tokens: int  # that the model sampled
+    share: NotRequired[float | None]  # of what was asked; this and the next ones only where an environment scores
+    parts: NotRequired[dict[str, bool]]  # whether each part of what was asked holds
+    turns: NotRequired[list[str]]  # what the model said in each of them
 
 
 def evaluate(
@@ -105,9 +103,10 @@ def evaluate(
 ) -> dict[str, Figures]:
     """Evaluates a model on every benchmark and writes the folder `out`.
 
-    All processes share the sampling; the first one writes and grades. Each batch of responses is appended to
-    `<name>.partial.jsonl`, and a stopped evaluation continues from there. At the end `<name>.jsonl` holds every prompt,
-    response, extracted answer, verdict and vote. The file summary.json is written last.
+    All processes share the sampling; the first one writes and grades, while others are still sampled. The file
+    responses.partial.jsonl holds what is sampled, and a stopped evaluation continues from there. At the end
+    `<name>.jsonl` holds every prompt, response, extracted answer, verdict and vote. The file summary.json is written
+    last.
 
     Args:
         stop: called while responses are generated, with True where all processes call it; it may raise to leave early.
@@ -115,42 +114,56 @@ def evaluate(
     Returns:
         benchmark -> figures on the first process, and an empty dictionary on the others.
     """
-    first, summary_path = distributed.is_first(), out / "summary.json"
+    first, summary_path, begin = distributed.is_first(), out / "summary.json", time.perf_counter()
     if first:
         if summary_path.exists():
             say(f"warning: {out}: the evaluation in it is damaged and is made again")
             summary_path.unlink()
         out.mkdir(parents=True, exist_ok=True)
+    by_name = {loaded.name: loaded for loaded in benchmarks}
+    started: dict[Place, Started] = {}
+
+    def finished(place: Place, rollout: Rollout) -> None:
+        loaded = by_name[place[0]]
+        if first and loaded.dialogue is None:  # an environment judges its conversations at the end
+            started[place] = start_grading(subject.lm, rollout, grader, loaded.benchmark.answer_lines)
+
+    enter(subject.phase)
+    rollouts = sampled(subject, benchmarks, config, out / PARTIAL, stop, finished)
+    sampling, tokens = time.perf_counter() - begin, sum(len(rollout.response_ids) for rollout in rollouts.values())
     summary = {}
     for loaded in benchmarks:
         begin = time.perf_counter()
-        enter(subject.phase)
-        numbered = _responses(subject, loaded, config, out / f"{loaded.name}.partial.jsonl", stop)
+        places = [(loaded.name, number, i) for number in loaded.numbers for i in range(len(loaded.prompts))]
         divergences = {}
         if config.eval.reverse_kl and subject.pair is not None:
             scored = _scored(loaded.numbers, config.eval.reverse_kl_samples)
-            chosen = {i: rollout for i, (number, rollout) in enumerate(numbered) if number in scored}
+            chosen = {i: rollouts[place] for i, place in enumerate(places) if place[1] in scored}
             divergences = _reverse_kl(subject.pair, chosen, config, stop, enter)
         if not first:
             continue
-        with Progress(f"grading of {len(numbered)} responses"):
-            rows = graded(subject.lm, numbered, grader, loaded.benchmark.answer_lines)
+        with Progress(f"grading of {len(places)} responses"):
+            rows = _judged(
+                subject.lm, [(place[1], rollouts[place], started.get(place)) for place in places], loaded, grader
+            )
         for i, divergence in divergences.items():
             rows[i]["reverse_kl"] = divergence
-        write_whole(out / f"{loaded.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        _warn_of_ungraded(rows, out / f"{loaded.name}.jsonl")
+        path = out / f"{loaded.name}.jsonl"
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        _warn_of_ungraded(rows, path)
+        share = sum(row["tokens"] for row in rows) / tokens  # of the sampling, which benchmarks do together
         summary[loaded.name] = {
             **summarise(rows),
-            "benchmark": asdict(loaded.benchmark),
+            "benchmark": described(loaded.benchmark),
+            **_version(loaded.dialogue),
             "grader": grading.VERSION,
             "seed": config.seed,
-            "responses_sha256": sha256(out / f"{loaded.name}.jsonl"),
-            "time/evaluation": time.perf_counter() - begin,
+            "responses_sha256": sha256(path),
+            "time/evaluation": share * sampling + time.perf_counter() - begin,
         }
     if first:
         write_whole(summary_path, json.dumps(summary, indent=1) + "\n")
-        for loaded in benchmarks:
-            (out / f"{loaded.name}.partial.jsonl").unlink(missing_ok=True)
+        _clear_partial(out)
     return summary
 
 
@@ -188,84 +201,46 @@ def read_responses(path: Path) -> list[Response]:
     return rows
 
 
-def _responses(
-    subject: Subject, loaded: LoadedBenchmark, config: Config, partial: Path, stop: Callable[[bool], None]
-) -> list[tuple[int, Rollout]]:
-    """(sample number, response) of every problem, sample by sample; responses in the file `partial` are not made again.
+@dataclass(frozen=True)
+class Started:
+    """A response whose grading has started."""
 
-    The processes sample batches whose content does not depend on where the evaluation was stopped. So a continued
-    evaluation computes exactly what an unbroken one of as many processes computes.
-    """
-    benchmark, prompts = loaded.benchmark, loaded.prompts
-    size = config.rollout.batch_size * distributed.world_size()
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
-    batches = [(number, order[i : i + size]) for number in loaded.numbers for i in range(0, len(order), size)]
-    first = distributed.is_first()
-    lines = distributed.from_first(_read_partial(partial, len(batches)) if first else "").splitlines()
-    rollouts = {
-        (batch["sample"], i): Rollout(i, prompts[i], tuple(ids), finish_reason)
-        for batch in map(json.loads, lines)
-        for i, (ids, finish_reason) in zip(batch["problems"], batch["responses"], strict=True)
-    }
-    sampled = Decoding(benchmark.temperature, benchmark.top_p, benchmark.max_response_tokens)
-    greedy = replace(sampled, temperature=0.0, top_p=1.0)
-    with (
-        partial.open("a", encoding="utf-8") if first else nullcontext() as file,
-        Progress(f"{subject.lm.name} on {loaded.name}", len(batches) and len(order) * len(loaded.numbers)) as progress,
-    ):
-
-        def advance(responses: int, tokens: int) -> None:
-            progress.advance(responses, tokens)
-            stop(False)
-
-        for number, chosen in batches:
-            if all((number, i) in rollouts for i in chosen):
-                progress.advance(len(chosen), 0)
-                continue
-            decoding = greedy if number == GREEDY else sampled
-            seeds = [(config.seed, "eval", loaded.name, prompts[i].id, number) for i in chosen]
-            batch = subject.sampler.sample([prompts[i] for i in chosen], decoding, subject.vocab_size, seeds, advance)
-            if file:
-                responses = [(rollout.response_ids, rollout.finish_reason) for rollout in batch]
-                text = json.dumps({"sample": number, "problems": chosen, "responses": responses})
-                file.write(_with_checksum(text))
-                file.flush()
-            rollouts.update({(number, i): rollout for i, rollout in zip(chosen, batch, strict=True)})
-            stop(True)
-    return [(number, rollouts[number, i]) for number in loaded.numbers for i in range(len(order))]
+    text: str
+    verdict: Callable[[], grading.Verdict]  # waits for it
 
 
-def _with_checksum(text: str) -> str:
-    return f"{crc32(text.encode()):08x} {text}\n"
+def start_grading(lm: LanguageModel, rollout: Rollout, grader: grading.Grader, answer_lines: bool) -> Started:
+    """Starts to grade a response; `answer_lines` is the benchmark's."""
+    text = lm.tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+    return Started(text, grader.start(text, rollout.prompt.answer, answer_lines))
 
 
-def _read_partial(path: Path, batches: int) -> str:
-    """The whole lines of a stopped evaluation, without their checksums. The file is cut back to these lines."""
-    if not path.exists():
-        return ""
-    texts = []
-    for line in path.read_bytes().split(b"\n"):
-        checksum, _, text = line.partition(b" ")
-        if checksum == f"{crc32(text):08x}".encode():  # a line that was cut off or damaged has another checksum
-            texts.append(text.decode())
-    write_whole(path, "".join(map(_with_checksum, texts)))
-    say(f"{path.name}: {len(texts)} of {batches} batches are there")
-    return "\n".join(texts)
+def _version(dialogue: Dialogue | None) -> dict[str, str]:
+    return {"environment": dialogue.environment.version} if dialogue else {}
+
+
+def _judged(
+    lm: LanguageModel,
+    numbered: Sequence[tuple[int, Rollout, Started | None]],
+    loaded: LoadedBenchmark,
+    grader: grading.Grader,
+) -> list[dict[str, Any]]:
+    if loaded.dialogue:
+        return scored_by_environment(lm, [(number, rollout) for number, rollout, _ in numbered], loaded.dialogue)
+    return graded(lm, numbered, grader)
 
 
 def graded(
-    lm: LanguageModel, numbered: Sequence[tuple[int, Rollout]], grader: grading.Grader, answer_lines: bool
+    lm: LanguageModel, numbered: Sequence[tuple[int, Rollout, Started]], grader: grading.Grader
 ) -> list[dict[str, Any]]:
-    """A row, as Response, for every (sample number, response); `answer_lines` is the benchmark's."""
-    texts = [lm.tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for _, rollout in numbered]
-    answers = [rollout.prompt.answer for _, rollout in numbered]
-    verdicts = grader.grade(list(zip(texts, answers, strict=True)), answer_lines)
+    """A row, as Response, for every (sample number, response)."""
+    verdicts = [started.verdict() for _, _, started in numbered]
     rows = [
         {
             "id": rollout.prompt.id,
             "sample": number,
             "prompt": lm.tokenizer.decode(rollout.prompt.token_ids),
-            "response": text,
+            "response": started.text,
             "extracted": verdict.extracted,
             "answer": rollout.prompt.answer,
             "correct": verdict.correct,
@@ -273,7 +248,7 @@ def graded(
             "finish_reason": rollout.finish_reason,
             "tokens": len(rollout.response_ids),
         }
-        for text, verdict, (number, rollout) in zip(texts, verdicts, numbered, strict=True)
+        for verdict, (number, rollout, started) in zip(verdicts, numbered, strict=True)
     ]
     samples = defaultdict(list)  # problem -> places of its sampled responses: the greedy one takes part in no vote
     for i, row in enumerate(rows):
@@ -286,9 +261,44 @@ def graded(
     return rows
 
 
+def scored_by_environment(
+    lm: LanguageModel, numbered: Sequence[tuple[int, Rollout]], dialogue: Dialogue
+) -> list[dict[str, Any]]:
+    """A row, as Response, for every (sample number, conversation). A conversation takes part in no vote."""
+    rows = []
+    for number, rollout in numbered:
+        score = dialogue.score(rollout)
+        rows.append(
+            {
+                "id": rollout.prompt.id,
+                "sample": number,
+                "prompt": lm.tokenizer.decode(rollout.prompt.token_ids),
+                "response": lm.tokenizer.decode(rollout.response_ids),
+                "extracted": score.extracted if score else None,
+                "answer": rollout.prompt.answer,
+                "correct": score.correct if score else None,
+                "vote": None,
+                "finish_reason": rollout.finish_reason,
+                "tokens": rollout.model_tokens,
+                "share": score.share if score else None,
+                "parts": dict(score.parts) if score else {},
+                "turns": dialogue.texts(rollout),
+            }
+        )
+    return rows
+
+
 def _warn_of_ungraded(rows: Sequence[dict], path: Path) -> None:
     ungraded = sum(row["correct"] is None for row in rows)
-    if 100 * ungraded > UNGRADED_PERCENT * len(rows):
+    if 100 * ungraded <= UNGRADED_PERCENT * len(rows):
+        return
+    if "share" in rows[0]:
+        say(
+            f"warning: the environment failed in {ungraded} of {len(rows)} conversations of {path.stem}, and they "
+            f'count as wrong. They are the rows with "correct": null in {path}. Mend the environment, raise its '
+            "version, and evaluate again."
+        )
+    else:
         say(
             f"warning: the grader gave up on {ungraded} of {len(rows)} answers of {path.stem} (it crashed or ran out "
             f'of time), and they count as wrong. Look at the rows with "correct": null in {path}: if these are '
@@ -309,11 +319,16 @@ def _reverse_kl(
     stop: Callable[[bool], None],
     enter: Callable[[str], None],
 ) -> dict[int, float]:
-    """Per response the mean of KL(student || teacher) over its tokens, in nats. The processes share the work."""
+    """Per response the mean of KL(student || teacher) over its tokens, in nats. The processes share the work.
+
+    A conversation that an environment broke has none.
+    """
+    rollouts = {i: rollout for i, rollout in rollouts.items() if counted_tokens(rollout, "keep")}
     numbered = [replace(rollout, sequence_id=i) for i, rollout in enumerate(rollouts.values())]
     share = share_of_rank(numbered, distributed.rank(), distributed.world_size())
     pad_id = pair.student.eos_ids[0]
-    batches = equally_many(make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, "keep"), pad_id)
+    batches = make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, "keep", pair.packed_row)
+    batches = equally_many(batches, pad_id)
     needs = frozenset({"reverse_kl"})
     with Progress(f"reverse KL of the {pair.student.name}", len(batches), "micro-batches") as progress:
 
@@ -325,7 +340,7 @@ def _reverse_kl(
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
     sums.index_add_(0, stats.sequence_id, stats.reverse_kl.double())
     pairs = zip(rollouts.items(), sums.tolist(), strict=True)
-    return {i: total / len(rollout.response_ids) for (i, rollout), total in pairs}
+    return {i: total / rollout.model_tokens for (i, rollout), total in pairs}
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, Any]:
@@ -369,20 +384,40 @@ def summarise(rows: Sequence[dict]) -> dict[str, Any]:
         else None,
         "reverse_kl": divergence_sum / sum(row["tokens"] for row in scored) if scored else None,
         "ungraded": sum(row["correct"] is None for row in rows),
-        "truncated": fmean(row["finish_reason"] == "length" for row in rows),
+        "truncated": fmean(row["finish_reason"] in ("length", "turns") for row in rows),
         "unformatted": fmean(row["extracted"] is None for row in rows),
         "length_mean": fmean(row["tokens"] for row in rows),
+        **(_conversation_figures(rows, groups) if "share" in rows[0] else {}),
+    }
+
+
+def _conversation_figures(rows: Sequence[dict], groups: Sequence[Sequence[dict]]) -> dict[str, Any]:
+    """The figures that only an environment gives; `groups` holds the sampled rows of each problem.
+
+    share_at_k is the mean over problems of the mean share of what was asked, and share_best_at_k that of the best
+    sample's share. A conversation without a verdict has the share 0. Nobody votes on conversations.
+    """
+    shares = [[row["share"] or 0.0 for row in group] for group in groups]
+    greedy = [row["share"] or 0.0 for row in rows if row["sample"] == GREEDY]
+    return {
+        "maj_at_k": None,
+        "share_at_k": fmean(map(fmean, shares)) if shares else None,
+        "share_best_at_k": fmean(map(max, shares)) if shares else None,
+        "share_greedy": fmean(greedy) if greedy else None,
+        "delivered": fmean(row["extracted"] is not None for row in rows),
+        "turns_mean": fmean(len(row["turns"]) for row in rows),
     }
 
 
 def scalars(summary: dict[str, dict], prefix: str) -> dict[str, float]:
     """The figures under TensorBoard names, <prefix>/<benchmark>/<figure>."""
     names = ("greedy", "mean_at_k", "maj_at_k", "reverse_kl", "ungraded", "truncated", "unformatted", "length_mean")
+    names += ("share_at_k", "share_best_at_k", "share_greedy", "delivered", "turns_mean")
     return {
         f"{prefix}/{benchmark}/{name}": figures[name]
         for benchmark, figures in summary.items()
         for name in names
-        if figures[name] is not None
+        if figures.get(name) is not None
     }
 
 
@@ -401,6 +436,8 @@ def _parts(figures: dict) -> Iterator[str]:
         yield f"greedy {percent(figures['greedy'], figures['greedy_se'])}"
     if figures["mean_at_k"] is not None:
         yield f"mean@{figures['k']} {percent(figures['mean_at_k'], figures['mean_at_k_se'])}"
+    if figures.get("share_at_k") is not None:
+        yield f"share@{figures['k']} {percent(figures['share_at_k'], None)}"
     if figures["reverse_kl"] is not None:
         yield f"reverse KL {figures['reverse_kl']:.4f}"
     if figures["ungraded"]:
@@ -475,12 +512,13 @@ def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[L
     about = {
         "model": model,
         "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameter_files],
-        "benchmarks": {b.name: [asdict(b.benchmark), _digest(b.prompts)] for b in benchmarks},
+        "benchmarks": {b.name: [described(b.benchmark), _digest(b.prompts)] for b in benchmarks},
         "data": asdict(config.data),
         "dtype": config.student.dtype,
         "seed": config.seed,
         "grader": grading.VERSION,
-        "batch_size": config.rollout.batch_size,
+        "environments": {b.name: b.dialogue.environment.version for b in benchmarks if b.dialogue},
+        "batch_size": config.evaluation_batch,
         "reverse_kl": config.eval.reverse_kl and [config.teacher.path, config.eval.reverse_kl_samples],
     }
     path, text = out / "evaluation.json", json.dumps(about, indent=1) + "\n"
@@ -489,11 +527,17 @@ def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[L
             if read_object(path, "what an evaluation is of") == json.loads(text):
                 return
         out.mkdir(parents=True, exist_ok=True)
-        for outdated in (*out.glob("*.partial.jsonl"), out / "summary.json"):
-            outdated.unlink(missing_ok=True)
+        (out / "summary.json").unlink(missing_ok=True)
+        _clear_partial(out)
         write_whole(path, text)
     except OSError as error:
         raise InputError(f"{out} cannot be written ({error.strerror}). Give another folder: --out DIR.") from None
+
+
+def _clear_partial(out: Path) -> None:
+    """Removes what a stopped evaluation has left, also by an older version, which had a file for each benchmark."""
+    for outdated in out.glob("*.partial.jsonl"):
+        outdated.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +37,8 @@ class Verdict:
 
 class Grader:
     """Grades responses in parallel; workers start when the first answer needs mathematics.
+
+    `start` returns at once, so that responses are graded while others are sampled.
 
     Args:
         seconds: time limit of one comparison.
@@ -58,37 +60,44 @@ class Grader:
 
     def close(self) -> None:
         if self.pool is not None:
-            self.pool.shutdown()
+            self.pool.shutdown(cancel_futures=True)  # a run that was stopped wants no more verdicts
             self.pool = None
         for worker in self.workers:
             worker.stop()
         self.workers.clear()
 
-    def grade(self, pairs: Sequence[tuple[str, str]], answer_lines: bool = False) -> list[Verdict]:
-        """Verdicts of (response, reference answer) pairs, in order.
+    def start(self, response: str, reference: str, answer_lines: bool = False) -> Callable[[], Verdict]:
+        """Starts to grade a response; the returned function waits for its verdict.
 
         Args:
             answer_lines: in a response without a box, the last line that starts with "Answer:" gives the answer.
         """
-        extracted = [extract(response, answer_lines) for response, _ in pairs]
-        answered = [i for i, answer in enumerate(extracted) if answer is not None]
-        equal = self.equivalent([(extracted[i], pairs[i][1]) for i in answered])
-        correct = dict(zip(answered, equal, strict=True))
-        return [Verdict(answer, correct.get(i, False)) for i, answer in enumerate(extracted)]
+        answer = extract(response, answer_lines)
+        if answer is None:
+            return lambda: Verdict(None, False)
+        equal = self._start(answer, reference)
+        return lambda: Verdict(answer, equal())
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Verdicts of (response, reference answer) pairs, in order."""
+        started = [self.start(*pair) for pair in pairs]
+        return [verdict() for verdict in started]
 
     def equivalent(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
         """Whether each pair of a prediction and a reference is the same answer; None where it is ungraded.
 
         A text is an expression, or a longer text whose last expression counts.
         """
-        equal = [plainly_equal(*pair) for pair in pairs]
-        undecided = [i for i, verdict in enumerate(equal) if verdict is None]
-        if undecided:
-            self.pool = self.pool or ThreadPoolExecutor(self.size)
-            verdicts = self.pool.map(self._verify, [pairs[i] for i in undecided])
-            for i, verdict in zip(undecided, verdicts, strict=True):
-                equal[i] = verdict
-        return equal
+        started = [self._start(*pair) for pair in pairs]
+        return [equal() for equal in started]
+
+    def _start(self, prediction: str, reference: str) -> Callable[[], bool | None]:
+        """Starts to compare two answers; the returned function waits for the outcome."""
+        plain = plainly_equal(prediction, reference)
+        if plain is not None:
+            return lambda: plain
+        self.pool = self.pool or ThreadPoolExecutor(self.size)
+        return self.pool.submit(self._verify, (prediction, reference)).result
 
     def _verify(self, pair: tuple[str, str]) -> bool | None:
         """The verdict of this thread's worker."""

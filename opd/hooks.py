@@ -1,10 +1,13 @@
 """The patch point of the training step: statistics of all response tokens in, one weight per token out.
 
+The other hook, what answers the student between its turns, is opd.rollout.environment.Environment.
+
 The step calls a `TokenWeighter` once per update, between the scoring pass and the weighted backward pass. A weighter
 never sees logits: a tensor of tokens times vocabulary would not fit in memory. It returns weights and no loss, so that
 the step alone decides what the loss is divided by.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol, runtime_checkable
 
@@ -17,12 +20,18 @@ class TokenStats:
     """One row per response token of the update, on the CPU, sorted by sequence id and then by position.
 
     The rows of all processes are here, so a weighter computes the same on every process and for every packing into
-    micro-batches. Tensors are detached, (N,), float32 and in nats where the field says nothing else. A field is None
-    when neither the weighter nor a diagnostic asked for it.
+    micro-batches. Tensors are detached, (N,), float32 and in nats where the field says nothing else. A field with a
+    default is there only when the weighter or a diagnostic asked for it.
     """
 
     sequence_id: Tensor  # int64: which rollout of the update
-    position: Tensor  # int64: place in the response, from 0
+    position: Tensor  # int64: place in the response, from 0; an environment's tokens count here and have no row
+    turn: Tensor  # int64: the model's turn that the token belongs to, from 0
+    token_id: Tensor  # int64: the sampled token
+    prompt_id: Tensor  # int64: the same for all rollouts of one prompt, in this and in other updates
+    length: Tensor  # int64: how many tokens the model sampled in the whole response
+    truncated: Tensor  # int64: 1 where a limit ended the response, else 0
+    verdict: Tensor  # 1 right, 0 wrong, an environment's share, NaN unknown. NaN everywhere unless `needs` names it
     vocab_size: int  # number of token ids that both models have and that are compared
     step: int  # number of the update, from 1
     student_entropy: Tensor | None = None  # H(P_S)
@@ -42,14 +51,16 @@ class TokenStats:
     teacher_top5_logprobs: Tensor | None = None  # (N, 5)
     reverse_kl_energy: Tensor | None = None  # squared L2 norm of d KL(P_S || P_T) / d student logits
     forward_kl_energy: Tensor | None = None  # the same of KL(P_T || P_S): |P_S - P_T|^2
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # the columns of a scorer, by name; NaN is unknown
 
     def rows(self, index: Tensor) -> "TokenStats":
         """The rows that `index` picks; it is (K,) int64 or (N,) bool."""
         columns = {name: column[index] for name, column in vars(self).items() if isinstance(column, Tensor)}
-        return replace(self, **columns)
+        return replace(self, **columns, extra={name: column[index] for name, column in self.extra.items()})
 
 
-STAT_FIELDS = frozenset(f.name for f in fields(TokenStats) if f.default is None)
+FIELDS = frozenset(f.name for f in fields(TokenStats))
+STAT_FIELDS = frozenset(f.name for f in fields(TokenStats) if f.default is None)  # what the scoring pass computes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +111,9 @@ class TokenWeighter(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The optional fields of TokenStats that it reads.
+        """What it reads of STAT_FIELDS, `verdict`, and the columns of a scorer, by name.
 
-        Where this is empty and no diagnostic asks for a field either, the update makes no scoring pass.
+        Where this names none of STAT_FIELDS and no diagnostic does either, the update makes no scoring pass.
         """
         ...
 

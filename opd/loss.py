@@ -17,7 +17,7 @@ Shape suffixes: N tokens, V vocabulary (the compared ids), H hidden size of the 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -46,9 +46,14 @@ class Head:
         return self.vocab_size or self.weight.shape[0]
 
 
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "total_variation")
+
+
 @dataclass(frozen=True)
 class Objective:
-    """The divergence D of a token: "reverse_kl" = KL(P || Q), "forward_kl" = KL(Q || P), or "jsd" (opd.divergence.jsd).
+    """The divergence D of a token, one of DIVERGENCES; opd.divergence has a function of each name.
+
+    "reverse_kl" is KL(P || Q), "forward_kl" is KL(Q || P), "jsd" is JSD_beta, and "total_variation" is 1/2 sum |P - Q|.
 
     Raises:
         ValueError: another name, or a beta outside (0, 1).
@@ -58,8 +63,8 @@ class Objective:
     jsd_beta: float = 0.5  # read by "jsd" alone
 
     def __post_init__(self) -> None:
-        if self.divergence not in ("reverse_kl", "forward_kl", "jsd"):
-            raise ValueError(f"divergence is {self.divergence!r}, expected 'reverse_kl', 'forward_kl' or 'jsd'")
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence is {self.divergence!r}, expected one of {', '.join(map(repr, DIVERGENCES))}")
         check_beta(self.jsd_beta)
 
 
@@ -100,8 +105,7 @@ def divergence_sum(
     _check_shapes(student, teacher, {"weights": weights, "forward_share": forward_share})
     if objective.divergence == "forward_kl":
         forward_share = torch.ones_like(weights)
-    beta = objective.jsd_beta if objective.divergence == "jsd" else None
-    summands = _Summands(student_head, teacher, weights.detach(), forward_share, beta, chunk_bytes)
+    summands = _Summands(student_head, teacher, weights.detach(), forward_share, objective, chunk_bytes)
     sources = (student_hidden, student_head.weight, student_head.bias)
     if not torch.is_grad_enabled():  # a Function is told what requires a gradient even where none is recorded
         sources = tuple(None if source is None else source.detach() for source in sources)
@@ -117,13 +121,13 @@ class _Summands:
     teacher: "_States"
     weights_N: Tensor
     forward_share_N: Tensor | None
-    beta: float | None  # None: D is the reverse KL
+    objective: Objective
     chunk_bytes: int
 
     @property
     def buffers(self) -> int:
         """How many (c, V) buffers stand at once: three, two more for the JSD, one more for the slope of a soft cap."""
-        return 3 + 2 * (self.beta is not None) + (self.student_head.soft_cap is not None)
+        return 3 + 2 * (self.objective.divergence == "jsd") + (self.student_head.soft_cap is not None)
 
 
 class _DivergenceSum(torch.autograd.Function):
@@ -141,7 +145,7 @@ class _DivergenceSum(torch.autograd.Function):
             log_q_cV = _log_probabilities("log_q", summands.teacher.chunk(rows_c, work.tile), work)
             weights_c = summands.weights_N[rows_c].float()
             share_c = None if summands.forward_share_N is None else summands.forward_share_N[rows_c].float()
-            loss = _chunk_loss(log_p_cV, log_q_cV, share_c, summands.beta, work)
+            loss = _chunk_loss(log_p_cV, log_q_cV, share_c, summands.objective, work)
             total += (weights_c.double() * loss.value_c.double()).sum()
             if with_gradient:
                 grad_cV = _logit_gradient(loss, share_c)
@@ -179,20 +183,31 @@ class _ChunkLoss:
 
 
 def _chunk_loss(
-    log_p_cV: Tensor, log_q_cV: Tensor, share_c: Tensor | None, beta: float | None, work: "_Workspace"
+    log_p_cV: Tensor, log_q_cV: Tensor, share_c: Tensor | None, objective: Objective, work: "_Workspace"
 ) -> _ChunkLoss:
     """(1 - f) D + f forward KL of each token; overwrites both log-probabilities.
 
     D is sum_v P s plus a part that weighs the teacher's probabilities alone, with a score s of each vocabulary entry:
-      reverse KL  s = r, r = log P - log Q
-      JSD_beta    s = (1 - beta) (log P - log M), and beta KL(Q || M) is added
-    The forward KL is -sum Q r.
+      reverse KL       s = r, r = log P - log Q
+      JSD_beta         s = (1 - beta) (log P - log M), and beta KL(Q || M) is added
+      total variation  s = 1/2 sign(r), and -sum Q s is added
+    The forward KL is -sum Q r. With f = 1 everywhere, D is not used, and its score is that of the reverse KL.
     """
-    q_cV = None if share_c is None and beta is None else torch.exp(log_q_cV, out=work.take("q"))
+    scores_itself = objective.divergence in (
+        "jsd",
+        "total_variation",
+    )  # and its scores need the teacher's probabilities
+    q_cV = torch.exp(log_q_cV, out=work.take("q")) if scores_itself or share_c is not None else None
     log_ratio_cV = torch.sub(log_p_cV, log_q_cV, out=log_q_cV)
     forward_kl_c = None if share_c is None else -_dot(q_cV, log_ratio_cV)
     p_cV = log_p_cV.exp_()
-    teacher_part_c = 0.0 if beta is None else _jsd_scores(log_ratio_cV, q_cV, beta, work)
+    match objective.divergence:
+        case "jsd":
+            teacher_part_c = _jsd_scores(log_ratio_cV, q_cV, objective.jsd_beta, work)
+        case "total_variation":
+            teacher_part_c = -_dot(q_cV, log_ratio_cV.sign_().mul_(0.5))
+        case _:
+            teacher_part_c = 0.0
     scored_p_cV = log_ratio_cV.mul_(p_cV)
     centre_c = scored_p_cV.sum(-1)
     value_c = centre_c + teacher_part_c
@@ -214,7 +229,7 @@ def _jsd_scores(log_ratio_cV: Tensor, q_cV: Tensor, beta: float, work: "_Workspa
 def _logit_gradient(loss: _ChunkLoss, share_c: Tensor | None) -> Tensor:
     """Gradient of each token's loss in the student's logits, (c, V), written over P s.
 
-    That of D is P s - (sum P s) P, for both kinds of scores; that of the forward KL is P - Q.
+    That of D is P s - (sum P s) P, for all kinds of scores; that of the forward KL is P - Q.
     """
     if share_c is None:
         return loss.scored_p_cV.addcmul_(loss.p_cV, -loss.centre_c[:, None])
@@ -301,6 +316,11 @@ def token_stats(
             for name, column in columns.items():
                 column.append(results[name])
     return {name: torch.cat(column) for name, column in columns.items()}
+
+
+def reads_teacher(needs: frozenset[str]) -> bool:
+    """Whether one of these statistics needs the teacher's hidden states. Where none does, they are not looked at."""
+    return "teacher_logits" in _Plan(needs).formulas
 
 
 @dataclass(frozen=True)
@@ -491,16 +511,22 @@ class _States:
         return torch.float32 if self.hidden_NH.device.type == "cpu" else self.hidden_NH.dtype
 
     def chunk(self, rows_c: Tensor, tile: int) -> "_Chunk":
-        return _Chunk(self.hidden_NH[rows_c].to(self.dtype), self.head, tile)
+        return _Chunk(self, rows_c, self.head, tile)
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The hidden states of some tokens, in the dtype of the products, and the head with the width of its tiles."""
+    """Some tokens of a model, and the head with the width of its tiles."""
 
-    hidden_cH: Tensor
+    states: _States
+    rows_c: Tensor
     head: Head
     tile: int
+
+    @cached_property
+    def hidden_cH(self) -> Tensor:
+        """The tokens' hidden states in the dtype of the products. Nothing reads them before the first product."""
+        return self.states.hidden_NH[self.rows_c].to(self.states.dtype)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Parts of the vocabulary, and the rows of the head there, in the dtype of the hidden states."""

@@ -24,12 +24,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.generic import is_flash_attention_requested
 
 from opd import distributed
-from opd.batch import MicroBatch
+from opd.batch import MicroBatch, make_micro_batches
 from opd.cli import say
 from opd.config import StudentSection, TeacherSection
-from opd.data import Prompt
+from opd.data import Prompt, Rollout
 from opd.errors import InputError, first_line
 from opd.files import read_text
 from opd.loss import Head
@@ -68,6 +69,7 @@ def _call(work: Callable[[], Any]) -> Any:
     return work()
 
 
+ANY_LENGTH = 2**62  # stands for a row of whatever length
 LARGEST = 1e30  # the largest scale or soft cap of a head that this trainer takes
 HEAD_KEYS = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # multiplier, divisor, soft cap of logits
 
@@ -84,6 +86,7 @@ class LanguageModel:
     run: Callable[[Callable[[], Any]], Any] = _call  # every call of the model goes through it; an engine sets its own
     sharded: bool = False  # True under ZeRO-3: every forward is a collective, so all processes make equally many
     whole_head: Head | None = None  # the LM head of a sharded teacher, which stays whole on every process
+    packed_row: int = 0  # tokens of the longest row in which it takes several sequences (opd.batch); 0: in none
     head_scope: HeadScope = field(default=None)  # made once, because DeepSpeed knows this object
 
     def __post_init__(self) -> None:
@@ -118,11 +121,7 @@ class LanguageModel:
         `keep` is (K,) int64 and picks from the micro-batch's N counted tokens.
         """
         with self.precision():
-            hidden_BTH = self.model.base_model(
-                input_ids=batch.input_ids.to(self.device),
-                attention_mask=batch.attention_mask.to(self.device),
-                use_cache=False,
-            ).last_hidden_state
+            hidden_BTH = self.model.base_model(**batch.inputs(self.device), use_cache=False).last_hidden_state
         rows_K, columns_K = batch.rows[keep].to(self.device), batch.columns[keep].to(self.device)
         return hidden_BTH[rows_K, columns_K].to(self.compute_dtype)
 
@@ -170,9 +169,7 @@ def load(
         InputError: the folder, the parameters, the tokenizer or the architecture cannot be used.
     """
     lm = _checked(section, name, lambda: _read_model(section, device, sharding))
-    if sharding is None:
-        check_head(lm)
-    return lm
+    return tried(lm) if sharding is None else lm
 
 
 def outline(section: StudentSection | TeacherSection, name: str) -> LanguageModel:
@@ -436,8 +433,58 @@ def _refuse_dropout(model: PreTrainedModel, where: str) -> None:
             raise InputError(f"{where}: module {module_name} has dropout {module.p}, expected 0.")
 
 
+def tried(lm: LanguageModel) -> LanguageModel:
+    """A model that can run, with what running it shows: how it takes sequences that share a row.
+
+    Raises InputError for a model whose head this trainer does not understand. Every process calls it.
+    """
+    _check_head(lm)
+    return replace(lm, packed_row=packed_row_of(lm.model) if _tells_sequences_apart(lm) else 0)
+
+
+def packed_row_of(model: PreTrainedModel) -> int:
+    """Tokens of the longest row in which several sequences are worth their mask. The model needs no weights for it.
+
+    Flash attention reads where sequences begin and computes nothing between them. The other kernels compute whole rows
+    against themselves. At the length that is returned, this costs as much as the products with a layer's weights.
+    """
+    if is_flash_attention_requested(model.config):
+        return ANY_LENGTH
+    config, optional = model.config.get_text_config(), _text_config(model)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    intermediate = optional.get("intermediate_size") or 4 * hidden
+    kv_heads, width = (
+        optional.get("num_key_value_heads") or heads,
+        heads * (optional.get("head_dim") or hidden // heads),
+    )
+    weights = 2 * hidden * width * (1 + kv_heads / heads) + 3 * hidden * intermediate
+    return int(weights / (2 * width))
+
+
 @torch.no_grad()
-def check_head(lm: LanguageModel) -> None:
+def _tells_sequences_apart(lm: LanguageModel) -> bool:
+    """Whether sequences that share a row get the hidden states that they get in rows of their own.
+
+    Some architectures carry states along a row, or ignore positions. So a few tokens are run both ways.
+    """
+    vocab_size = min(lm.model.get_output_embeddings().out_features, len(lm.tokenizer))
+    numbers = tuple(i * 7919 % vocab_size for i in range(28))
+    sequences = [numbers[:12], numbers[12:19], numbers[19:24], numbers[24:]]  # rows of 12, of 7 and 5, and of 4
+    rollouts = [Rollout(i, Prompt("", ids[:1], None), ids[1:], "stop") for i, ids in enumerate(sequences)]
+    (apart,), (shared,) = (make_micro_batches(rollouts, 1000, 0, "keep", row) for row in (0, ANY_LENGTH))
+    every_token = torch.arange(len(apart.token_ids))
+    try:
+        apart_NH, shared_NH = (
+            lm.run(partial(lm.hidden_states, batch, every_token)).double() for batch in (apart, shared)
+        )
+    except (TypeError, ValueError, RuntimeError):  # its forward takes no positions
+        return False
+    error = (shared_NH - apart_NH).norm(dim=1).max() / apart_NH.norm(dim=1).mean()
+    return bool(error < (1e-4 if lm.compute_dtype == torch.float32 else 5e-2))
+
+
+@torch.no_grad()
+def _check_head(lm: LanguageModel) -> None:
     """Compares the logits of `head_of` with the model's own logits. Raises InputError when they differ."""
     vocab_size = min(lm.model.get_output_embeddings().out_features, len(lm.tokenizer))
     ids_1T = (torch.arange(8) * 7919 % vocab_size)[None].to(lm.device)

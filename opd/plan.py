@@ -5,9 +5,11 @@ times are estimates for responses of full length. Where several processes share 
 One matrix product and one copy measure the speed of the device.
 """
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -16,6 +18,7 @@ from opd.benchmarks import read_benchmarks
 from opd.config import Config, StudentSection, TeacherSection
 from opd.errors import InputError, first_line
 from opd.files import amount
+from opd.models import packed_row_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Size:
     hidden: int
     intermediate: int
     cache_per_token: int  # numbers of the keys and values of all layers
+    packed_row: int  # tokens of the longest row that sequences may share under sdpa (opd.models.packed_row_of)
 
 
 def size_of(model: PreTrainedModel) -> Size:
@@ -49,6 +53,7 @@ def size_of(model: PreTrainedModel) -> Size:
         hidden=hidden,
         intermediate=optional.get("intermediate_size") or 4 * hidden,
         cache_per_token=2 * config.num_hidden_layers * (optional.get("num_key_value_heads") or heads) * head_dim,
+        packed_row=packed_row_of(model),
     )
 
 
@@ -76,11 +81,19 @@ class Plan:
     checkpoint: int  # bytes
     seconds: dict[str, float]  # phase of one update -> seconds
     updates: int
+    lighter: dict[str, int]  # settings that make the update smaller, slower ones later -> bytes on the device in it
 
     @property
     def peaks(self) -> dict[str, int]:
         """Phase -> bytes on the device."""
         return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    def way_to_fit(self, room: int) -> str:
+        """A sentence with the first settings under which the update takes at most `room` bytes on the device."""
+        for settings, size in self.lighter.items():
+            if size <= room:
+                return f"With {settings} the update takes {amount(size)}, which fits."
+        return "Neither engine.gradient_checkpointing nor a smaller optim.micro_batch_tokens makes the update fit."
 
 
 LIVE = 10**9  # the most parameters that ZeRO-3 keeps gathered at once, by DeepSpeed's default
@@ -135,7 +148,7 @@ def make_plan(
             "activations": work.micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
         },
         "update": learning | {"gradients": gradients} | _backward(config, student, work),
-        "evaluation": beside_student | _generation(config, student, config.rollout.batch_size, longest_answer),
+        "evaluation": beside_student | _generation(config, student, config.evaluation_batch, longest_answer),
     }
     if config.rollout.engine == "vllm":
         host["weights for vLLM"] = sent = (student.parameters + student.head) * s_bytes
@@ -146,7 +159,8 @@ def make_plan(
     phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items() if parts}
     seconds = _seconds(config, student, teacher, device, work)
     parameters, spilled = (student.parameters, teacher.parameters), teacher_states - host["teacher states"]
-    return Plan(parameters, processes, phases, host, spilled, 12 * student.parameters, seconds, updates)
+    lighter = _lighter(config, student, work, sum(learning.values()) + gradients)
+    return Plan(parameters, processes, phases, host, spilled, 12 * student.parameters, seconds, updates, lighter)
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,7 @@ class _Work:
     rollouts: int
     together: int  # responses that it generates at once
     length: int  # tokens of the longest prompt and the longest response
-    micro: int  # padded tokens of a micro-batch
+    micro: int  # tokens of a micro-batch, padding included
     processes: int  # how many processes share the run
 
     @classmethod
@@ -182,8 +196,30 @@ def _backward(config: Config, student: Size, work: _Work) -> dict[str, int]:
     compute_bytes = _bytes_each(config.student)
     one_layer = work.micro * (8 * student.hidden + 3 * student.intermediate) * compute_bytes
     kept = work.micro * student.hidden * compute_bytes if config.engine.gradient_checkpointing else one_layer
+    # sdpa keeps the mask of shared rows with the activations of each layer
+    row = min(work.length, student.packed_row) if config.student.attn_implementation == "sdpa" else 0
+    masks = work.micro * row * compute_bytes * (1 if config.engine.gradient_checkpointing else student.layers)
     loss = min(config.loss.chunk_bytes, 12 * work.micro * student.vocab)  # three (tokens, vocabulary) buffers
-    return {"activations": one_layer + student.layers * kept, "loss": loss + 4 * student.head}
+    return {"activations": one_layer + student.layers * kept, "masks": masks, "loss": loss + 4 * student.head}
+
+
+def _lighter(config: Config, student: Size, work: _Work, held: int) -> dict[str, int]:
+    """As Plan.lighter; `held` is what the update takes beside its backward pass.
+
+    Fewer tokens at once cost least, and are tried first, down to one response of full length. Checkpointing computes
+    every layer's forward pass once more.
+    """
+    found, responses = {}, work.micro // work.length
+    halvings = [(responses >> i) * work.length for i in range(responses.bit_length())]
+    sizes = dict.fromkeys([work.micro, *halvings])
+    for checkpointing, micro in product(sorted({config.engine.gradient_checkpointing, True}), sizes):
+        engine = replace(config.engine, gradient_checkpointing=checkpointing)
+        changed = [] if engine == config.engine else ["--set engine.gradient_checkpointing=true"]
+        changed += [] if micro == work.micro else [f"--set optim.micro_batch_tokens={micro}"]
+        backward = _backward(replace(config, engine=engine), student, replace(work, micro=micro))
+        if changed:
+            found[" ".join(changed)] = held + sum(backward.values())
+    return found
 
 
 def _seconds(config: Config, student: Size, teacher: Size, device: torch.device, work: _Work) -> dict[str, float]:
@@ -263,6 +299,13 @@ def _teacher_memory(
     return device
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a device; of a CPU, those of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def device_speed(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Floating-point operations per second and bytes per second, each the best of three short measurements."""
     n = 512 if device.type == "cpu" else 4096
@@ -303,6 +346,11 @@ def describe(config: Config, device: torch.device, plan: Plan) -> str:
         for phase, parts in plan.phases.items()
     ]
     host = " + ".join(f"{name} {amount(size)}" for name, size in plan.host.items())
+    room = memory_of(device) - (0 if device.type == "cuda" else sum(plan.host.values()))
+    fit = []
+    if plan.peaks["update"] > room:
+        has = f"{amount(room)} of the {device.type}"
+        fit = [f"    the update does not fit into the {has}. {plan.way_to_fit(room)}"]
     return "\n".join(
         [
             f"plan of {config.run_dir}: {plan.updates} updates of {config.rollout.prompts_per_step} prompts x "
@@ -311,6 +359,7 @@ def describe(config: Config, device: torch.device, plan: Plan) -> str:
             f"  parameters: student {plan.parameters[0] / 1e6:.2f} M, teacher {plan.parameters[1] / 1e6:.2f} M",
             f"  memory{each}, by phase:",
             *peaks,
+            *fit,
             f"    host memory throughout: {amount(sum(plan.host.values()))} = {host}",
             f"  disk: {amount((config.checkpoint.keep + 1) * plan.checkpoint)} for checkpoints "
             f"({config.checkpoint.keep} kept, one being written)"

@@ -23,10 +23,11 @@ from opd import distributed
 from opd.batch import MicroBatch, equally_many
 from opd.config import LossSection
 from opd.engine import Engine
-from opd.hooks import TokenStats, TokenWeighter, TokenWeights
-from opd.loss import Objective, divergence_sum, token_stats
+from opd.hooks import FIELDS, TokenStats, TokenWeighter, TokenWeights
+from opd.loss import Objective, divergence_sum, reads_teacher, token_stats
 from opd.models import LanguageModel
 from opd.progress import Watch
+from opd.scorer import Scorer, token_columns
 from opd.seeds import generator
 from opd.teacher import Teacher
 
@@ -41,6 +42,17 @@ class Pair:
     teacher: Teacher
     vocab_size: int  # token ids below it are compared, because both tokenizers have them
     loss: LossSection
+    scorers: tuple[Scorer, ...] = ()  # what else has a say about tokens
+
+    @property
+    def outside(self) -> frozenset[str]:
+        """The names of columns that neither model gives."""
+        return frozenset({"verdict"}).union(*(scorer.names for scorer in self.scorers))
+
+    @property
+    def packed_row(self) -> int:
+        """Tokens of the longest row in which both models take several sequences, for opd.batch.make_micro_batches."""
+        return min(self.student.packed_row, self.teacher.packed_row)
 
     @torch.no_grad()
     def stats(self, batch: MicroBatch, teacher_hidden_NH: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
@@ -51,7 +63,7 @@ class Pair:
             columns = token_stats(
                 student_hidden_NH,
                 self.student.head(self.vocab_size),
-                teacher_hidden_NH.to(device),
+                teacher_hidden_NH.to(device) if reads_teacher(needs) else teacher_hidden_NH,
                 self.teacher.head(self.vocab_size),
                 batch.token_ids.to(device),
                 needs,
@@ -115,24 +127,30 @@ class TokenTable:
 
     def __init__(self, batches: Sequence[MicroBatch], teacher_hidden: Sequence[Tensor]):
         self.batches, self.teacher_hidden = batches, teacher_hidden
-        self.columns = [{"sequence_id": batch.sequence_id, "position": batch.position} for batch in batches]
+        self.columns = [batch.facts | {"verdict": torch.full(batch.position.shape, torch.nan)} for batch in batches]
         self.rows_here = torch.zeros(0, dtype=torch.long)  # `gather` sets it: where this process's rows stand
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, Tensor, dict[str, Tensor]]]:
         """Per micro-batch: itself, the teacher's (N, H) hidden states, and its columns, which the caller may extend."""
         return zip(self.batches, self.teacher_hidden, self.columns, strict=True)
 
-    def gather(self, needs: frozenset[str], vocab_size: int, step: int) -> TokenStats:
-        """The rows of all processes, sorted by sequence id and then by position, with the columns in `needs`."""
-        columns = {
-            name: torch.cat([c[name] for c in self.columns]) for name in ("sequence_id", "position", *sorted(needs))
-        }
+    def ask(self, scorers: Sequence[Scorer], wanted: frozenset[str]) -> None:
+        """Adds the columns of those scorers that have a wanted one."""
+        for scorer in scorers:
+            if scorer.names & wanted:
+                for columns, added in zip(self.columns, token_columns(scorer, self.batches), strict=True):
+                    columns |= added
+
+    def gather(self, vocab_size: int, step: int) -> TokenStats:
+        """The rows of all processes, sorted by sequence id and then by position."""
+        columns = {name: torch.cat([c[name] for c in self.columns]) for name in self.columns[0]}
         joined, rows_here = distributed.gather_rows(columns)
         by_position = joined["position"].argsort(stable=True)
         order = by_position[joined["sequence_id"][by_position].argsort(stable=True)]
         self.rows_here = order.argsort()[rows_here]
         sorted_columns = {name: column[order] for name, column in joined.items()}
-        return TokenStats(vocab_size=vocab_size, step=step, **sorted_columns)
+        extra = {name: sorted_columns.pop(name) for name in sorted_columns.keys() - FIELDS}
+        return TokenStats(vocab_size=vocab_size, step=step, extra=extra, **sorted_columns)
 
     def deal(self, weights_N: Tensor, share_N: Tensor | None) -> Iterator[tuple[MicroBatch, Tensor, Part]]:
         """Deals the weights of this process's rows back to its micro-batches: (micro-batch, teacher's states, part).
@@ -169,12 +187,12 @@ def train_step(
 ) -> Update:
     """One update: teacher -> statistics -> weights -> gradient -> optimizer.
 
-    `batches` are the micro-batches of this process; sequence ids are unique over all processes, and `seed` is the same
-    on all. `measure` names fields of TokenStats that diagnostics read besides those that the weighter needs. Raises
-    ValueError when the weighter's answer is malformed, and FloatingPointError when loss or gradient is not finite; then
-    parameters and optimizer are unchanged.
+    `batches` are of this process; sequence ids are unique over all processes, and `seed` is the same on all. `measure`
+    names what diagnostics read of TokenStats. Raises ValueError when the weighter's answer is malformed, and
+    FloatingPointError when loss or gradient is not finite; then parameters and optimizer are unchanged.
     """
-    watch, needs = watch or Watch(pair.student.device), weighter.needs | measure
+    watch, wanted = watch or Watch(pair.student.device), weighter.needs | measure
+    needs = wanted - pair.outside  # what takes a scoring pass
     batches = equally_many(batches, pair.student.eos_ids[0])
     with watch("teacher"):
         table = TokenTable(batches, pair.teacher.hidden_states(batches, watch.advance))
@@ -183,14 +201,14 @@ def train_step(
         for batch, teacher_hidden_NH, columns in table if needs else ():
             columns |= pair.stats(batch, teacher_hidden_NH, needs)
             watch.advance(1, len(batch.token_ids))
-        stats = table.gather(needs, pair.vocab_size, step)
+        table.ask(pair.scorers, wanted)
+        stats = table.gather(pair.vocab_size, step)
         weights = weighter(stats, generator(seed, "weighter", step))  # <- the patch point
         weights.check(stats)
         relative_N, total = weights.relative()  # the one denominator: all micro-batches, all processes
 
     with watch("update"):
-        rate = engine.start(step)
-        loss_sum = 0.0
+        rate, loss_sum = engine.start(step), 0.0
         for batch, teacher_hidden_NH, part in table.deal(relative_N, weights.forward_share):
             # A micro-batch without kept tokens needs no forward pass, unless other processes wait for one.
             if len(part.keep) or (engine.lockstep and total > 0):
@@ -199,8 +217,8 @@ def train_step(
                 loss_sum += weighted_loss.item()
             watch.advance(1, len(part.keep))
         loss = distributed.sum_number(loss_sum) / total if total > 0 else 0.0
-        norm = _finish(engine, loss, total, step)
-    return Update(loss, _metrics(loss, weights, rate, norm) | watch.times, weights, stats)
+        metrics = _metrics(loss, weights, rate, _finish(engine, loss, total, step))
+    return Update(loss, metrics | watch.times, weights, stats)
 
 
 def _finish(engine: Engine, loss: float, total: float, step: int) -> float:
@@ -262,4 +280,4 @@ def score_update(
     for (batch, _, columns), scored in zip(table, stats_by_batch(pair, batches, needs, enter), strict=True):
         columns |= scored
         advance(1, len(batch.token_ids))
-    return table.gather(needs, pair.vocab_size, step)
+    return table.gather(pair.vocab_size, step)

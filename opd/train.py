@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from opd import distributed, evaluate, files, models
-from opd.batch import make_micro_batches, share_of_rank
+from opd.batch import counted_tokens, make_micro_batches, share_of_rank
 from opd.benchmarks import read_benchmarks
 from opd.build import Run, build, open_student_sampler
 from opd.cli import main, say
@@ -37,8 +37,10 @@ from opd.record import checkpoint, folder
 from opd.record.boards import check_boards
 from opd.record.identity import identity_of, start_folder
 from opd.record.record import fields_to_measure
+from opd.responses import Subject
 from opd.rollout import Decoding
-from opd.rollout.choose import fixed_sampler, make_probe
+from opd.rollout.choose import evaluation_sampler, fixed_sampler, make_probe
+from opd.rollout.turns import converse
 from opd.step import Update, stats_by_batch, train_step
 
 
@@ -115,6 +117,7 @@ def update(run: Run) -> None:
     watch = Watch(run.student.device, run.phases.enter)
     with watch("rollout"):
         rollouts = sample_rollouts(run, step)
+    run.verdicts.begin(rollouts)
     result = learn(run, step, rollouts, watch)
     with watch("sync"):
         parity = send_weights(run, due(step, run.config.rollout.parity_every))
@@ -138,16 +141,18 @@ def sample_rollouts(run: Run, step: int) -> list[Rollout]:
             progress.advance(responses, tokens)
             run.stop.check()
 
-        return run.sampler.sample(prompts, decoding, run.pair.vocab_size, seeds, advance)
+        return converse(run.sampler, run.dialogue, prompts, decoding, run.pair.vocab_size, seeds, advance)
 
 
 def learn(run: Run, step: int, rollouts: list[Rollout], watch: Watch) -> Update:
     """The training step on this process's share of the rollouts. Raises RunError where a number is not finite."""
     config, pad_id = run.config, run.student.eos_ids[0]
     share = share_of_rank(rollouts, distributed.rank(), distributed.world_size())
-    batches = make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, config.rollout.truncated)
+    batches = make_micro_batches(
+        share, config.optim.micro_batch_tokens, pad_id, config.rollout.truncated, run.pair.packed_row
+    )
     measure = fields_to_measure(config, run.observer, step)
-    passes = 3 if run.weighter.needs | measure else 2
+    passes = 3 if (run.weighter.needs | measure) - run.pair.outside else 2
     with Progress(f"scoring and update of step {step}", passes * len(batches), "micro-batches") as progress:
         watch.advance = progress.advance
         try:
@@ -188,7 +193,8 @@ def save(run: Run) -> None:
 def evaluate_student(run: Run) -> None:
     """Evaluates the student after the last update. Another run may have evaluated the same step-0 student before."""
     vocab_size = models.sampled_vocabulary(run.student, run.teacher)
-    subject = evaluate.Subject(run.student, run.sampler, vocab_size, run.pair_outside_updates)
+    sampler = evaluation_sampler(run.sampler, run.student, run.config)
+    subject = Subject(run.student, sampler, vocab_size, run.pair_outside_updates)
     _evaluate(run, f"step_{run.step:06d}", nullcontext(subject), "eval", shared=run.step == 0)
 
 
@@ -201,7 +207,7 @@ def evaluate_teacher(run: Run) -> None:
 
 
 @contextmanager
-def _teacher_as_subject(run: Run) -> Iterator[evaluate.Subject]:
+def _teacher_as_subject(run: Run) -> Iterator[Subject]:
     """The teacher with a sampler of its own. The student's vLLM makes room for the teacher's and comes back after."""
     teacher, vllm = run.teacher, run.config.rollout.engine == "vllm"
     vocab_size = models.sampled_vocabulary(teacher, teacher)
@@ -213,15 +219,13 @@ def _teacher_as_subject(run: Run) -> Iterator[evaluate.Subject]:
         run.phases.enter("teacher")
     make_room = partial(run.phases.enter, "rollout")  # vLLM has parameters of its own, so the teacher's can go
     with fixed_sampler(teacher, run.config.teacher, run.config, prompts, longest, make_room) as sampler:
-        yield evaluate.Subject(teacher, sampler, vocab_size, None, "rollout" if vllm else "teacher")
+        yield Subject(teacher, sampler, vocab_size, None, "rollout" if vllm else "teacher")
     if vllm:
         open_student_sampler(run)
         send_weights(run)
 
 
-def _evaluate(
-    run: Run, name: str, subject: AbstractContextManager[evaluate.Subject], prefix: str, shared: bool
-) -> None:
+def _evaluate(run: Run, name: str, subject: AbstractContextManager[Subject], prefix: str, shared: bool) -> None:
     """Evaluates into the run's folder. With `shared` the runs that start alike share the evaluation.
 
     Such an evaluation is made in their common folder and copied into the run's.
@@ -310,6 +314,7 @@ def _guarded(run: Run) -> Iterator[None]:
     finally:
         if run.record:
             run.record.log.close()
+        run.verdicts.close()
         run.grader.close()
         if run.sampler:
             run.sampler.close()
@@ -325,6 +330,7 @@ def _dump_offenders(run: Run, step: int, rollouts: list[Rollout], reason: str) -
     """Writes the update's rollouts, each with whether its statistics are finite, and returns a message about them."""
     path = run.config.run_dir / f"not_finite_step_{step:06d}.jsonl"
     lines, broken = [], []
+    rollouts = [r for r in rollouts if counted_tokens(r, "keep")]
     batches = [make_micro_batches([r], 1, run.student.eos_ids[0], "keep")[0] for r in rollouts]
     needs = frozenset({"reverse_kl", "forward_kl"})
     scored = stats_by_batch(run.pair_outside_updates, batches, needs, run.phases.enter)

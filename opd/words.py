@@ -18,7 +18,7 @@ ELSEWHERE = {
     "train_batch_size": BATCH,
     "gradient_accumulation_steps": BATCH,
     "generation_batch_size": "it is rollout.batch_size",
-    "per_device_eval_batch_size": "it is rollout.batch_size",
+    "per_device_eval_batch_size": "it is eval.batch_size",
     "num_generations": "it is rollout.n",
     "max_completion_length": "it is rollout.max_response_tokens",
     "max_new_tokens": "it is rollout.max_response_tokens",

@@ -11,6 +11,7 @@ from opd.batch import make_micro_batches
 from opd.config import LossSection, load_config
 from opd.data import Prompt, Rollout
 from opd.engine.plain import TorchEngine
+from opd.hooks import TokenStats
 from opd.models import LanguageModel
 from opd.step import Pair
 from opd.teacher.local import LocalTeacher
@@ -71,6 +72,14 @@ def pair_of(student, teacher, loss=LOSS, vocab_size=35):
     return Pair(student, LocalTeacher(teacher), vocab_size, loss)
 
 
+def token_stats_of(*, sequence_id, position, **columns):
+    """TokenStats of single-turn responses to one prompt, with these columns; what a test does not name is 0."""
+    zeros = torch.zeros_like(sequence_id)
+    facts = dict.fromkeys(("turn", "token_id", "prompt_id", "truncated"), zeros)
+    facts |= {"length": torch.bincount(sequence_id)[sequence_id], "verdict": torch.full(sequence_id.shape, torch.nan)}
+    return TokenStats(sequence_id=sequence_id, position=position, **facts | columns)
+
+
 def one_each(rollouts, pad_id=0, truncated="keep"):
     return make_micro_batches(rollouts, 1, pad_id, truncated)
 
@@ -96,6 +105,8 @@ def naive_loss(divergence, student_logits, teacher_logits, beta=0.5):
         return (p * (p / q).log()).sum(-1)
     if divergence == "forward_kl":
         return (q * (q / p).log()).sum(-1)
+    if divergence == "total_variation":
+        return 1 - torch.minimum(p, q).sum(-1)
     m = beta * q + (1 - beta) * p
     return beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
 

@@ -182,7 +182,12 @@ CASES = {
         [*S, "optim.lr=NaN"],
         "optim.lr is NaN. Expected: input should be a finite number",
     ),
-    "unknown choice": (nothing, "tip", [*S, "loss.divergence=kl"], "'reverse_kl', 'forward_kl' or 'jsd'"),
+    "unknown choice": (
+        nothing,
+        "tip",
+        [*S, "loss.divergence=kl"],
+        "'reverse_kl', 'forward_kl', 'jsd' or 'total_variation'",
+    ),
     "unknown rule": (nothing, "tip", [*S, "tip.rule=best"], 'rule is "best". Expected: one of all, random'),
     "engine of later": (nothing, "tip", [*S, "rollout.engine=sglang"], 'rollout.engine is "sglang". Expected'),
     "negative rate": (nothing, "tip", [*S, "optim.lr=-1"], "optim.lr is -1. Expected: input should be greater than 0"),

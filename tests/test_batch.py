@@ -63,10 +63,11 @@ def test_what_a_cut_response_contributes():
     assert make_micro_batches([loop], 100, 0, "drop") == []
 
 
+@pytest.mark.parametrize("packed_row", [0, 12, 1000])
 @pytest.mark.parametrize("budget", [1, 20, 33, 64, 1000])
-def test_every_response_token_is_in_exactly_one_micro_batch_within_the_budget(budget):
+def test_every_response_token_is_in_exactly_one_micro_batch_within_the_budget(budget, packed_row):
     rollouts = random_rollouts(random_lm(1), count=15)
-    batches = make_micro_batches(rollouts, budget, 0, "keep")
+    batches = make_micro_batches(rollouts, budget, 0, "keep", packed_row)
     seen = sorted(
         (int(i), int(p), int(t))
         for b in batches
@@ -76,9 +77,46 @@ def test_every_response_token_is_in_exactly_one_micro_batch_within_the_budget(bu
     for b in batches:
         assert b.input_ids.numel() <= budget or len(b.input_ids) == 1
         assert torch.equal(b.input_ids[b.rows, b.columns + 1], b.token_ids)
-        assert b.attention_mask.sum() == sum(
-            len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts if r.sequence_id in b.sequence_id
-        )
+        assert (b.position_ids is None) == (len(b.sequence_id.unique()) == len(b.input_ids))
+        for r in rollouts:
+            here = b.sequence_id == r.sequence_id
+            if here.any():  # the whole rollout lies in one row, and positions begin where it begins
+                (row,), begin = b.rows[here].unique().tolist(), int(b.columns[here][0]) - len(r.prompt.token_ids) + 1
+                end = begin + len(r.prompt.token_ids) + len(r.response_ids)
+                assert b.input_ids[row, begin:end].tolist() == [*r.prompt.token_ids, *r.response_ids]
+                positions = torch.arange(b.input_ids.shape[1]) if b.position_ids is None else b.position_ids[row]
+                assert positions[begin:end].tolist() == list(range(end - begin))
+
+
+def test_short_rollouts_share_rows_that_are_as_long_as_the_longest():
+    rollouts = [rollout([5] * (n - 2), "stop", n) for n in (12, 7, 6, 5, 4, 3)]
+    (batch,) = make_micro_batches(rollouts, 48, 0, "keep", 12)
+    rows = dict(zip(batch.sequence_id.tolist(), batch.rows.tolist(), strict=True))
+    assert batch.input_ids.shape == (4, 12) and rows == {12: 0, 7: 1, 5: 1, 6: 2, 4: 2, 3: 3}
+    assert batch.position_ids[1].tolist() == [*range(7), *range(5)]
+    assert batch.position_ids[2].tolist() == [*range(6), *range(6)]  # padding goes on as the last sequence
+    assert batch.position_ids[3].tolist() == list(range(12)) == batch.position_ids[0].tolist()
+    inputs = batch.inputs(torch.device("cpu"))
+    assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 12, 19, 24, 30, 36, 48]
+    assert inputs["max_length_q"] == inputs["max_length_k"] == 12
+    two = make_micro_batches(rollouts, 24, 0, "keep", 12)  # the budget holds two rows
+    assert [b.input_ids.shape for b in two] == [(2, 12), (3, 6)]
+    assert [b.sequence_id.unique().tolist() for b in two] == [[5, 7, 12], [3, 4, 6]]
+    longer = make_micro_batches(rollouts, 24, 0, "keep", 11)  # a row of 12 may hold one sequence only
+    assert [b.input_ids.shape for b in longer] == [(2, 12), (4, 6)]
+    assert longer[0].position_ids is None and longer[0].inputs(torch.device("cpu")).keys() == {"input_ids"}
+
+
+def test_nearly_nothing_is_padding_where_rows_are_shared():
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(64, generator=generator).exp() * 100).clamp(4, 800).int().tolist()
+    rollouts = [rollout([5] * (n - 2), "stop", i) for i, n in enumerate(lengths)]
+    shares = {}
+    for packed_row in (0, 10**6):
+        batches = make_micro_batches(rollouts, 4096, 0, "keep", packed_row)
+        shares[packed_row] = 1 - sum(lengths) / sum(b.input_ids.numel() for b in batches)
+        assert all(b.input_ids.numel() <= 4096 for b in batches)
+    assert shares[0] > 0.25 and shares[10**6] < 0.1
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(7, 2), (8, 3), (1, 4), (0, 2), (32, 8), (5, 1)])

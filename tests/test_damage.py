@@ -182,7 +182,7 @@ def foreign(path, rng):
         ".step_000009.tmp",
         "notes.txt",
         "summary.json",
-        "tiny.partial.jsonl",
+        "responses.partial.jsonl",
         "x.safetensors",
         "latest",
         "config.json",

@@ -94,9 +94,10 @@ def updates(lm, engine, teacher, weighter, mine, steps):
     """Kept tokens of every update, in the update's own order."""
     kept = []
     for step in steps:
-        batches = make_micro_batches([r for r in rollouts_of(step, lm) if mine(r.sequence_id)], 40, 0, "keep")
+        pair, share = pair_of(engine.student, teacher), [r for r in rollouts_of(step, lm) if mine(r.sequence_id)]
+        batches = make_micro_batches(share, 40, 0, "keep", pair.packed_row)
         result = train_step(
-            pair_of(engine.student, teacher),
+            pair,
             engine,
             batches,
             weighter,

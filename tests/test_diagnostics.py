@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from helpers import token_stats_of
 from runs import words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd import cli
-from opd.hooks import TokenStats, TokenWeights
+from opd.hooks import TokenWeights
 from opd.record import dump
 from tip import analyze
 from tip import train as tip_train
@@ -22,13 +23,16 @@ from tip.weighter import TipWeighter
 
 def stats(h, d):
     n = len(h)
-    return TokenStats(
+    return token_stats_of(
         sequence_id=torch.zeros(n).long(),
         position=torch.arange(n),
         vocab_size=7,
         step=3,
         student_entropy=torch.tensor(h) * math.log(7),
         reverse_kl=torch.tensor(d),
+        student_logprob=torch.zeros(n),
+        teacher_logprob=torch.full((n,), math.log(0.5)),
+        total_variation=torch.full((n,), 0.25),
     )
 
 
@@ -49,6 +53,9 @@ def test_scalars_by_hand():
     covariance = sum((a - hm) * (b - dm) for a, b in zip(h, d, strict=True))
     expected = covariance / math.sqrt(sum((a - hm) ** 2 for a in h) * sum((b - dm) ** 2 for b in d))
     assert found["tip/corr_entropy_divergence"] == pytest.approx(expected, abs=1e-6)
+    assert found["speculative/acceptance"] == 0.75
+    whole = [0.75, 0.75 * 1.5, 0.75 * 1.75, 0.75 * 1.875]  # accepted tokens of a block of 1 to 4
+    assert found["speculative/accepted_of_4"] == pytest.approx((7 * whole[3] + whole[2] + whole[1] + whole[0]) / 10)
     # p99 of ten values lies .91 of the way from .1 to 5
     assert found["tip/divergence_max_over_p99"] == pytest.approx(5 / (0.1 + 0.91 * 4.9), rel=1e-6)
 

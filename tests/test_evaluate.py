@@ -24,7 +24,9 @@ from opd.errors import InputError
 from opd.grading import Grader, Verdict
 from opd.models import sampled_vocabulary
 from opd.record.record import rollout_metrics
+from opd.responses import Subject
 from opd.rollout.local import TransformersSampler
+from opd.verdicts import Graded
 
 
 class Decided:
@@ -32,9 +34,14 @@ class Decided:
 
     def __init__(self, *verdicts):
         self.verdicts = verdicts
+        self.in_turn = itertools.cycle(verdicts or [Verdict(None, False)])
 
-    def grade(self, pairs, answer_lines=False):
-        return [Verdict(None, False)] * len(pairs) if not self.verdicts else list(self.verdicts)
+    def grade(self, pairs):
+        return list(self.verdicts)
+
+    def start(self, response, reference, answer_lines=False):
+        verdict = next(self.in_turn)
+        return lambda: verdict
 
     def equivalent(self, pairs):
         assert not pairs
@@ -92,7 +99,8 @@ def majority_of(texts, answer, grader):
     )
     prompt = Prompt("p", (0, 0), answer)
     numbered = [(number, Rollout(0, prompt, (i,), "stop")) for i, number in enumerate([-1, *range(len(texts) - 1)])]
-    rows = evaluate.graded(lm, numbered, grader, False)
+    started = [evaluate.start_grading(lm, rollout, grader, False) for _, rollout in numbered]
+    rows = evaluate.graded(lm, [(*pair, start) for pair, start in zip(numbered, started, strict=True)], grader)
     assert rows[0]["vote"] is None  # the greedy response takes no part
     return evaluate.summarise(rows)["maj_at_k"]
 
@@ -151,7 +159,7 @@ def test_a_benchmark_that_is_almost_wholly_ungraded_is_almost_wholly_wrong():
 def test_rollouts_that_are_ungraded_are_not_right():
     rollouts = [Rollout(i, Prompt(str(i), (1,), "7"), (1,), "stop") for i in range(4)]
     grader = Decided(Verdict("7", True), Verdict("x", None), Verdict("y", None), Verdict("8", False))
-    metrics = rollout_metrics(rollouts, [""] * 4, grader)
+    metrics = rollout_metrics(rollouts, Graded([""] * 4, grader.grade([])))
     assert (metrics["rollout/accuracy"], metrics["rollout/ungraded"]) == (0.25, 2.0)
 
 
@@ -167,12 +175,12 @@ class Given:
 
 def alone(lm):
     """A model as it is evaluated without a teacher."""
-    return evaluate.Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), None)
+    return Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), None)
 
 
 def test_above_one_percent_of_ungraded_answers_each_benchmark_warns_once(tmp_path, monkeypatch, capsys):
     rollouts = [Rollout(i, Prompt(str(i), (1,), "7"), (1,), "stop") for i in range(200)]
-    subject = evaluate.Subject(random_lm(0), Given(rollouts), 1, None)
+    subject = Subject(random_lm(0), Given(rollouts), 1, None)
     for ungraded in (0, 2, 3):
         grader = Decided(*[Verdict("x", None)] * ungraded, *[Verdict("7", True)] * (200 - ungraded))
         prompts = [r.prompt for r in rollouts]
@@ -208,15 +216,42 @@ def test_two_benchmarks_with_the_same_problems_are_sampled_with_different_random
     assert responses(first, "two") == responses(again, "two")
 
 
+def test_benchmarks_share_requests_and_none_depends_on_how_many_are_asked_for_at_once(tmp_path):
+    lm = random_lm(0)
+    loaded = [
+        benchmarks.LoadedBenchmark(
+            name, benchmark(2, greedy=True), [Prompt(f"{name}{i}", (2, 3 + i), "7") for i in range(n)]
+        )
+        for name, n in (("one", 5), ("two", 2))
+    ]
+    asked = []
+
+    class Counting(TransformersSampler):
+        def sample(self, prompts, *rest):
+            asked.append(len(prompts))
+            return super().sample(prompts, *rest)
+
+    def rows(name, *settings):
+        asked.clear()
+        config = tiny_config("eval.reverse_kl=false", *settings)
+        subject = Subject(lm, Counting(lm, config.evaluation_batch), len(lm.tokenizer), None)
+        evaluate.evaluate(subject, loaded, config, tmp_path / name, Decided())
+        return [(tmp_path / name / f"{loaded.name}.jsonl").read_bytes() for loaded in loaded], list(asked)
+
+    small, pieces = rows("small", "eval.batch_size=1")
+    large, together = rows("large")
+    assert small == large
+    assert together == [7, 14]  # the greedy responses of both, and the samples of both
+    assert pieces == [4, 3, 4, 4, 4, 2]  # four batches of one at a time
+
+
 def test_what_the_teacher_cannot_embed_is_not_sampled_where_it_reads_the_responses(tmp_path):
     lm = random_lm(0)
     known = len(lm.tokenizer) - 3
     beyond = [lm.tokenizer.decode([i]) for i in range(known, len(lm.tokenizer))]
     teacher = random_lm(1, name="teacher", vocab_size=known)
     loaded = benchmarks.LoadedBenchmark("one", benchmark(6), [Prompt(f"p{i}", (5 + i, 9), "7") for i in range(6)])
-    read = evaluate.Subject(
-        lm, TransformersSampler(lm, 64), sampled_vocabulary(lm, teacher), pair_of(lm, teacher, LOSS, known)
-    )
+    read = Subject(lm, TransformersSampler(lm, 64), sampled_vocabulary(lm, teacher), pair_of(lm, teacher, LOSS, known))
     found = evaluate.evaluate(read, [loaded], tiny_config(), tmp_path / "read", Decided())
     assert found["one"]["reverse_kl"] > 0
     assert not [text for text in responses(tmp_path / "read", "one") if any(word in text for word in beyond)]
@@ -231,7 +266,7 @@ def test_the_divergence_is_measured_on_as_many_samples_as_asked_for(k, most, exp
         "one", benchmark(k, greedy=True), [Prompt(f"p{i}", (5 + i, 9), "7") for i in range(4)]
     )
     pair = pair_of(lm, teacher, LOSS, len(lm.tokenizer))
-    subject = evaluate.Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), pair)
+    subject = Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), pair)
     config = tiny_config(f"eval.reverse_kl_samples={json.dumps(most)}")
     found = evaluate.evaluate(subject, [loaded], config, tmp_path, Decided())["one"]
     rows = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
@@ -332,7 +367,7 @@ def test_the_evaluation_script_killed_and_restarted_gives_the_same_summary(math_
         env=environment,
         start_new_session=True,
     )
-    partial = tmp_path / "killed" / "math500.partial.jsonl"
+    partial = tmp_path / "killed" / "responses.partial.jsonl"
     deadline = time.monotonic() + 120
     while not (partial.exists() and partial.stat().st_size > 3000) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -342,8 +377,11 @@ def test_the_evaluation_script_killed_and_restarted_gives_the_same_summary(math_
     partial.write_text(partial.read_text() + '{"batch": 7, "respo')  # as if it had died in the middle of a line
     again = subprocess.run(command(tmp_path / "killed"), capture_output=True, text=True, env=environment)
     assert again.returncode == 0, again.stderr
-    kept = [int(n) for n in re.findall(r"math500.partial.jsonl: (\d+) of 20 batches are there", again.stderr)]
-    assert len(kept) == 1 and 0 < kept[0] < 20
+    kept = [
+        (int(n), int(of))
+        for n, of in re.findall(r"responses.partial.jsonl: (\d+) of (\d+) requests are there", again.stderr)
+    ]
+    assert len(kept) == 1 and 0 < kept[0][0] < kept[0][1]
     for name in ("math500.jsonl", "aime24.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "killed")]

@@ -419,7 +419,7 @@ def test_evaluations_of_wrong_arguments(extra, message, setup, monkeypatch, caps
     assert message in refused(evaluate.command, arguments, setup, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("name", ["evaluation.json", "summary.json", "bench.partial.jsonl"])
+@pytest.mark.parametrize("name", ["evaluation.json", "summary.json", "responses.partial.jsonl"])
 @pytest.mark.parametrize(
     "garbage",
     [b"", b"\xff\xff", b"[", b"[]", b"{}", b'{"bench": {}}', b"9" * 5000, DEEP.encode(), b'"\\ud800"', b"null"],
@@ -427,14 +427,14 @@ def test_evaluations_of_wrong_arguments(extra, message, setup, monkeypatch, caps
 def test_an_evaluation_with_garbage_in_its_folder_is_made_again(name, garbage, evaluated, monkeypatch, capsys):
     folder, out = evaluated
     good = json.loads((out / "summary.json").read_text())["bench"]
-    if name == "bench.partial.jsonl":
+    if name == "responses.partial.jsonl":
         (out / "summary.json").unlink()
     (out / name).write_bytes(garbage)
     code, _, err = outcome(evaluate.command, [str(a) for a in evaluating(folder, "--out", out)], monkeypatch, capsys)
     assert code == 0, err
     again = json.loads((out / "summary.json").read_text())["bench"]
     assert {**again, "time/evaluation": 0} == {**good, "time/evaluation": 0}
-    assert not (out / "bench.partial.jsonl").exists()
+    assert not (out / "responses.partial.jsonl").exists()
 
 
 @pytest.fixture
@@ -767,7 +767,7 @@ def test_sources_that_hold_no_problems(name, tmp_path, monkeypatch, capsys):
         (["--source", "a\0b"], "holds a null byte"),
         (["--out", "{dir}/good.jsonl"], "good.jsonl is a file, expected a folder. Set --out"),
         (["--out", f"{{dir}}/{NAME}"], "at most 255 bytes"),
-        *((["--seed", text], "argument --seed: ") for text in SEEDS),
+        *((["--seed", text], "argument --split-seed/--seed: ") for text in SEEDS),
     ],
 )
 def test_preparations_of_wrong_arguments(extra, message, tmp_path, monkeypatch, capsys):

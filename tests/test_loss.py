@@ -20,7 +20,7 @@ from opd.loss import (
     token_stats,
 )
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "total_variation")
 
 
 def case(n=7, v=53, hs=5, ht=9, seed=0, bias=False, scale=1.0, cap=None, dtype=torch.float32, gap=1.0):
@@ -49,6 +49,17 @@ def naive_total(hs, student, ht, teacher, weights, share=None, divergence="rever
     return (weights.double() * loss).sum()
 
 
+def without_ties(weights, hs, student, ht, teacher):
+    """The weights without those of tokens that have an entry with P close to Q.
+
+    The gradient of the total variation jumps there, so rounding can choose either side.
+    """
+    log_ratio = naive_logits(hs, student).log_softmax(-1) - naive_logits(ht, teacher).log_softmax(-1)
+    clear = log_ratio.abs().amin(-1) > 2e-5
+    assert clear.double().mean() > 0.8
+    return weights * clear
+
+
 def gradients(total, *tensors):
     tensors = [t for t in tensors if t is not None]
     return torch.autograd.grad(total, tensors)
@@ -62,6 +73,7 @@ def gradients(total, *tensors):
 )
 def test_value_and_gradient_equal_the_naive_formula(divergence, mixture, n, v, head):
     hs, student, ht, teacher, weights = case(n, v, **head)
+    weights = without_ties(weights, hs, student, ht, teacher)
     share = torch.rand(n, generator=torch.Generator().manual_seed(1)) if mixture else None
     ours = divergence_sum(hs, student, ht, teacher, weights, share, Objective(divergence, 0.3), chunk_bytes=2**16)
     naive = naive_total(hs, student, ht, teacher, weights, share, divergence, 0.3)
@@ -89,6 +101,7 @@ def test_the_readable_reference_equals_the_naive_formula(name):
 @pytest.mark.parametrize("share", [False, True])
 def test_chunks_do_not_change_the_result(divergence, share):
     hs, student, ht, teacher, weights = case(301, 997)
+    weights = without_ties(weights, hs, student, ht, teacher)
     f = weights.flip(0) if share else None
     results = []
     for chunk_bytes in (1, 2**16, 2**20, 2**30):  # one row at a time ... everything at once
@@ -96,7 +109,7 @@ def test_chunks_do_not_change_the_result(divergence, share):
         results.append((total, torch.cat([g.flatten() for g in gradients(total, hs, student.weight)])))
     for total, gradient in results[1:]:
         assert abs(total.item() / results[0][0].item() - 1) < 1e-6
-        assert relative(gradient, results[0][1]) < 1e-6
+        assert relative(gradient, results[0][1]) < 5e-6  # the terms of the total variation cancel more
 
 
 def test_rows_of_weight_zero_are_absent_even_when_not_finite():
@@ -517,3 +530,20 @@ def test_unknown_statistics_are_refused():
     hs, student, ht, teacher, _ = case()
     with pytest.raises(ValueError, match=r"needs names \['entropy'\]"):
         token_stats(hs, student, ht, teacher, torch.zeros(7, dtype=torch.int64), frozenset({"entropy"}))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_teacher_known_on_its_top_k_gives_a_lower_bound_that_rises_to_the_divergence(seed):
+    g = torch.Generator().manual_seed(seed)
+    s, t = (3 * torch.randn(20, 31, generator=g, dtype=torch.float64) for _ in range(2))
+    p, q = s.softmax(-1), t.softmax(-1)
+    for name, bounded in (("reverse_kl", reference.topk_reverse_kl), ("forward_kl", reference.topk_forward_kl)):
+        exact = naive_loss(name, s, t)
+        bounds = torch.stack([bounded(s, t, k) for k in (1, 2, 5, 12, 30, 31)])
+        assert (bounds.diff(dim=0) > -1e-12).all() and (bounds <= exact + 1e-12).all()
+        assert bounds[0].mean() < 0.9 * exact.mean()
+        torch.testing.assert_close(bounds[-1], exact)
+    best = q.argsort(-1, descending=True)[:, :2]  # by probability tables: two ids and the rest
+    p3, q3 = (torch.cat([x.gather(1, best), 1 - x.gather(1, best).sum(1, keepdim=True)], 1) for x in (p, q))
+    torch.testing.assert_close(reference.topk_reverse_kl(s, t, 2), (p3 * (p3 / q3).log()).sum(1))
+    torch.testing.assert_close(reference.topk_forward_kl(s, t, 2), (q3 * (q3 / p3).log()).sum(1))

@@ -26,6 +26,7 @@ from opd.stop import Stop
 from opd.teacher import cache as teacher_cache
 from opd.teacher.cache import Cache
 from opd.teacher.local import LocalTeacher
+from opd.verdicts import Verdicts
 
 SETTINGS = (
     "optim.steps=4",
@@ -224,9 +225,11 @@ def a_run(parts, sampler, *settings):
         observer=None,
         prompts=[rollout.prompt for rollout in sampler.rollouts],
         benchmarks=[],
+        dialogue=None,
         total_steps=10,
         record=None,
-        grader=Grader(),
+        grader=(grader := Grader()),
+        verdicts=Verdicts(grader, student.tokenizer, False),
         stop=Stop(),
         step=0,
     )

@@ -41,6 +41,7 @@ def test_sizes_by_hand():
     per_layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12 + 2 * 8
     assert size.parameters == 2 * 800 + 3 * per_layer + 8 and size.multiplied == size.parameters - 800
     assert (size.head, size.vocab, size.cache_per_token) == (800, 100, 2 * 3 * 2 * 2)
+    assert size.packed_row == (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12) // (2 * 8)
     with torch.device("meta"):  # an architecture with other key names
         gpt2 = plan.size_of(AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=50)))
     assert (gpt2.hidden, gpt2.layers, gpt2.cache_per_token) == (8, 2, 2 * 2 * 8)
@@ -105,6 +106,8 @@ MODELS = {
     "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, 8, 128, 151936, True),
     "Qwen/Qwen3-1.7B": (2048, 6144, 28, 16, 8, 128, 151936, True),
     "Qwen/Qwen3-4B": (2560, 9728, 36, 32, 8, 128, 151936, True),
+    "Qwen/Qwen3-14B": (5120, 17408, 40, 40, 8, 128, 151936, False),
+    "Qwen/Qwen3-32B": (5120, 25600, 64, 64, 8, 128, 151936, False),
     "Qwen/Qwen3-8B": (4096, 12288, 36, 32, 8, 128, 151936, False),
     "meta-llama/Llama-3.1-8B-Instruct": (4096, 14336, 32, 32, 8, 128, 128256, False),
     "meta-llama/Llama-3.3-70B-Instruct": (8192, 28672, 80, 64, 8, 128, 128256, False),
@@ -171,9 +174,17 @@ def test_a_recipe_for_one_gpu_fits_by_hand_arithmetic(name, card, tmp_path):
     logits = config.rollout.batch_size * vocabulary * 16
     assert found.peaks["rollout"] == held + cache + logits
     one_layer = longest * (8 * hidden + 3 * intermediate) * 2  # one response to a micro-batch
-    backward = one_layer + layers * longest * hidden * 2 + config.loss.chunk_bytes + 4 * vocabulary * hidden
+    row = 3840 if card == 24 else longest  # what sequences may share; for the 1.7B model it is 12,288
+    masks = longest * row * 2  # of one layer, in bfloat16
+    backward = one_layer + layers * longest * hidden * 2 + masks + config.loss.chunk_bytes + 4 * vocabulary * hidden
     assert found.peaks["update"] == held + 4 * p + backward
     assert max(found.peaks.values()) < GPU[card] * 2**30, {k: v / 2**30 for k, v in found.peaks.items()}
+
+
+@pytest.mark.parametrize("teacher", ["14b", "32b"])
+def test_the_pairs_for_travel_tasks_fit_eight_gpus(teacher, tmp_path):
+    *_, found = of_recipe(f"qwen3_{teacher}_to_1.7b_deepplanning", tmp_path, 8)
+    assert max(found.peaks.values()) < GPU[80] * 2**30, {k: v / 2**30 for k, v in found.peaks.items()}
 
 
 def test_the_papers_pairs_fit_eight_gpus_by_hand_arithmetic(tmp_path):
@@ -195,7 +206,8 @@ def test_the_papers_pairs_fit_eight_gpus_by_hand_arithmetic(tmp_path):
         )  # part, two buckets, float32 reduction
         assert found.phases["update"]["gradients"] == gradients
         one_layer = 16384 * (8 * hidden + 3 * intermediate) * 2  # optim.micro_batch_tokens
-        backward = one_layer + layers * 16384 * hidden * 2 + config.loss.chunk_bytes + 4 * head
+        masks = 16384 * length * 2
+        backward = one_layer + layers * 16384 * hidden * 2 + masks + config.loss.chunk_bytes + 4 * head
         assert found.peaks["update"] == held + gradients + backward
         assert (
             found.peaks["rollout"]
@@ -203,6 +215,55 @@ def test_the_papers_pairs_fit_eight_gpus_by_hand_arithmetic(tmp_path):
         )
         assert found.peaks["loading"] == held - 2 * p - 12 * -(-p // 8) + 4 * p
         assert max(found.peaks.values()) < GPU[80] * 2**30, (name, {k: v / 2**30 for k, v in found.peaks.items()})
+
+
+def test_settings_that_make_the_update_fit_by_hand():
+    """Fewer tokens at once come first, then checkpointing, then both; --dry-run and the doctor name the first one."""
+    size = plan.size_of(random_lm(0).model)
+    settings = ["optim.micro_batch_tokens=300", "loss.chunk_bytes=65536"]
+    found = plan.make_plan(tiny_config(*settings), size, size, torch.device("cpu"), 1)
+    length, row = 24 + 40, min(24 + 40, size.packed_row)
+    assert row == 64 and size.packed_row == 144
+
+    def update(tokens, checkpointing):
+        held = (4 + 4 + 8 + 4) * size.parameters  # weights, gradients, moments; the teacher
+        one_layer = tokens * (8 * 32 + 3 * 64) * 4
+        loss = min(65536, 3 * 4 * tokens * 35) + 4 * size.head
+        layers = 2 * tokens * 32 * 4 if checkpointing else 2 * one_layer
+        return held + one_layer + layers + tokens * row * 4 * (1 if checkpointing else 2) + loss
+
+    assert found.peaks["update"] == update(300, False)
+    by_hand = {}
+    for checkpointing in (False, True):  # 4, 2 and 1 responses of full length
+        for tokens in (300, 4 * length, 2 * length, length):
+            parts = ["--set engine.gradient_checkpointing=true"] * checkpointing
+            parts += [f"--set optim.micro_batch_tokens={tokens}"] * (tokens < 300)
+            by_hand[" ".join(parts)] = update(tokens, checkpointing)
+    del by_hand[""]
+    assert list(found.lighter.items()) == list(by_hand.items())
+    assert found.way_to_fit(update(2 * length, False)) == (
+        f"With --set optim.micro_batch_tokens=128 the update takes {plan.amount(update(128, False))}, which fits."
+    )
+    assert "With --set engine.gradient_checkpointing=true --set optim.micro_batch_tokens=64 " in found.way_to_fit(
+        update(length, True)
+    )
+    assert found.way_to_fit(update(length, True) - 1).startswith("Neither engine.gradient_checkpointing nor a smaller")
+    on = plan.make_plan(
+        tiny_config(*settings, "engine.gradient_checkpointing=true"), size, size, torch.device("cpu"), 1
+    )
+    assert on.peaks["update"] == update(300, True)
+    assert list(on.lighter) == [f"--set optim.micro_batch_tokens={tokens}" for tokens in (256, 128, 64)]
+
+
+def test_the_plan_says_which_settings_make_the_update_fit(monkeypatch):
+    config, size = tiny_config("loss.chunk_bytes=65536"), plan.size_of(random_lm(0).model)
+    found = plan.make_plan(config, size, size, torch.device("cpu"), 1)
+    assert "does not fit" not in plan.describe(config, torch.device("cpu"), found)
+    room = next(iter(found.lighter.values()))
+    monkeypatch.setattr(plan, "memory_of", lambda device: room + sum(found.host.values()))
+    text = plan.describe(config, torch.device("cpu"), found)
+    assert f"the update does not fit into the {plan.amount(room)} of the cpu. {found.way_to_fit(room)}" in text
+    assert "With --set optim.micro_batch_tokens=1024 the update takes" in text
 
 
 def test_stages_and_offload_by_hand(tmp_path):

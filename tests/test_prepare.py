@@ -61,17 +61,69 @@ def test_dapo_rows_by_hand():
         {"problem": "三角形的面积是多少?", "answer": 5},
     ]
     evaluation = [("e", " ".join(f"W{i}" for i in range(4, 40)))]
-    splits, dropped, pairs = dapo_math_17k.rows(raw, evaluation, 42, "x")
+    found, dropped, pairs = dapo_math_17k.rows(raw, evaluation, "x")
     assert [p.eval_id for p in pairs] == ["e"]
     assert dropped == {"copies": 1, "copies with different answers": 2, "overlap with an evaluation set": 1}
-    found = splits["train"] + splits["validation"]
-    assert len(splits["train"]) == 8 and len(splits["validation"]) == 2
+    assert len(found) == 10
     texts = {row["prompt"][0]["content"] for row in found}
     assert "What is $1+1$?" + BOXED in texts and not any("Answer:" in t or "step by step. The last" in t for t in texts)
     assert {row["meta"]["language"] for row in found} == {"en", "zh"} and all(
         isinstance(r["answer"], str) for r in found
     )
     assert all(set(row) == {"id", "prompt", "answer", "source", "meta"} for row in found)
+
+
+def evaluation_sets(folder):
+    """Prepared evaluation sets of one problem each, which training data is held against."""
+    for name in ("math500", "aime24", "aime25"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "test.jsonl").write_text('{"id": "e", "prompt": "something else"}\n')
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_split_is_two_files_and_a_manifest(tmp_path):
+    source = tmp_path / "math.jsonl"
+    problems = [{"problem": f"Number {i}?", "answer": str(i), "unique_id": f"p{i}"} for i in range(10)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in problems))
+    options = ["--source", str(source), "--split", "0.8", "--split-seed", "42", "--out"]
+    for out in ("one", "two"):
+        evaluation_sets(tmp_path / out)
+        command(["dapo_math_17k", *options, str(tmp_path / out)])
+        command(["math500", *options, str(tmp_path / out)])
+    for name, held_out in (("math500", "test"), ("dapo_math_17k", "validation")):
+        train, other = (rows_of(tmp_path / "one" / name / f"{split}.jsonl") for split in ("train", held_out))
+        assert (len(train), len(other)) == (8, 2) and len({row["answer"] for row in train + other}) == 10
+        assert all(row["prompt"][0]["content"].endswith("?" + BOXED) for row in train)
+        manifest = json.loads((tmp_path / "one" / name / "manifest.json").read_text())
+        assert (manifest["split"], manifest["seed"]) == (0.8, 42)
+        assert {file: about["rows"] for file, about in manifest["files"].items()} == {
+            "train.jsonl": 8,
+            f"{held_out}.jsonl": 2,
+        }
+        for file in ("train.jsonl", f"{held_out}.jsonl", "manifest.json"):
+            assert (tmp_path / "one" / name / file).read_bytes() == (tmp_path / "two" / name / file).read_bytes()
+    assert rows_of(tmp_path / "one/math500/test.jsonl")[0]["prompt"][0]["content"].endswith("?")  # as in the whole set
+    command(["math500", *options[:-1], "--seed", "1", "--out", str(tmp_path / "two")])
+    assert rows_of(tmp_path / "one/math500/test.jsonl") != rows_of(tmp_path / "two/math500/test.jsonl")
+
+
+@pytest.mark.parametrize("share", ["0", "1", "1.0", "0.0", "80", "-0.5", "nan", "x", "0.5e0"])
+def test_what_is_no_share_is_refused(share, tmp_path):
+    with pytest.raises(InputError, match="expected a share between 0 and 1"):
+        command(["math500", f"--split={share}", "--out", str(tmp_path)])
+
+
+def test_a_split_that_leaves_a_file_empty_is_refused(tmp_path):
+    source = tmp_path / "math.jsonl"
+    source.write_text('{"problem": "1+1", "answer": "2", "unique_id": "a"}\n')
+    with pytest.raises(InputError, match="of 1 problems leaves a file without any"):
+        prepare("math500", str(source), tmp_path / "out", share=0.5)
+    with pytest.raises(InputError, match="gsm8k comes as train and test"):
+        prepare("gsm8k", "hub", tmp_path / "out", share=0.5)
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_gsm8k_rows_by_hand():

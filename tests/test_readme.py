@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from opd.config import Config, load_config
+from opd.rollout.environment import Environment, checked_messages, checked_score
 from tip.config import SECTIONS, TipConfig
 from tip.rules import RULES
 from tip.tables import only, read_table
@@ -187,8 +188,9 @@ def sandbox(tmp_path_factory):
         path.write_text(f'#!/bin/bash\nprintf "%s\\0" {name} "$@" >> "$CALLS"; echo >> "$CALLS"; echo outputs/a-run\n')
         path.chmod(0o755)
     (stand_ins / "activate").write_text(f'PATH="{stand_ins}:$PATH"\n')
-    shutil.copytree(stand_ins, root / ".venv-bench/bin")
-    shutil.copy(root / "requirements-bench.txt", root / ".venv-bench/installed")
+    for name in ("bench", "trl"):
+        shutil.copytree(stand_ins, root / f".venv-{name}/bin")
+        shutil.copy(root / f"requirements-{name}.txt", root / f".venv-{name}/installed")
     return root
 
 
@@ -306,6 +308,8 @@ def test_every_command_in_its_text_names_what_exists(readme):
 
 
 CODE = [(readme, code) for readme in READMES for code in blocks(readme, "python")]
+ENVIRONMENTS = [(readme, code) for readme, code in CODE if "import Score" in code]
+CODE = [block for block in CODE if block not in ENVIRONMENTS]
 
 
 def test_every_shown_way_to_extend_is_there():
@@ -334,6 +338,17 @@ def test_every_code_block_runs(readme, code, tmp_path):
         assert all(row["tip/forward_share"] == 0.5 for row in rows)
     else:  # weights, not a selection
         assert all(share > 0.5 for share in kept)
+
+
+def test_the_shown_environment_is_one():
+    ((_, code),) = ENVIRONMENTS
+    names = {}
+    exec(compile(code, "README", "exec"), names)
+    clock, problem = names["Clock"](), {"time": "ten"}
+    assert isinstance(clock, Environment)
+    assert checked_messages(clock.reply(problem, ["call clock"])) == [{"role": "tool", "content": "ten"}]
+    assert clock.reply(problem, ["call clock", "it is ten"]) is None
+    assert checked_score(clock.score(problem, ["call clock", "it is ten"])).parts == {"time": True}
 
 
 def test_python_is_the_version_that_is_asked_for():

@@ -109,6 +109,40 @@ def test_inverse_transform_has_the_right_frequencies():
     )
 
 
+def test_the_top_k_by_hand():
+    probs = torch.tensor([[0.1, 0.4, 0.1, 0.3, 0.1]], dtype=torch.float64)
+
+    def drawn(top_p, top_k):
+        uniforms = torch.linspace(0, 1, 101, dtype=torch.float64)
+        return set(quantile_token(probs.expand(101, 5), uniforms, top_p, top_k)[:, 0].tolist())
+
+    assert [drawn(1.0, k) for k in (1, 2, 3, 5, 99)] == [{1}, {1, 3}, {0, 1, 3}, {0, 1, 2, 3, 4}, {0, 1, 2, 3, 4}]
+    # the nucleus is a share of the top k: .4 / .7 of the top 2 reaches .5, and .4 of all does not
+    assert drawn(0.5, 2) == {1} and drawn(0.5, None) == drawn(0.5, 5) == {1, 3}
+
+
+def test_no_token_outside_the_top_k_is_drawn():
+    lm = random_lm(1, std=0.3)
+    decoding = replace(FREE, top_k=3)
+    rollouts = draw(lm, PROMPTS * 4, decoding)
+    assert draw(lm, PROMPTS * 4, decoding, batch_size=36) == rollouts != draw(lm, PROMPTS * 4)
+    places = set()
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
+        with torch.no_grad():
+            logits = lm.model(input_ids=ids, use_cache=False).logits[0, len(rollout.prompt.token_ids) - 1 : -1, :35]
+        for row, token in zip(logits, rollout.response_ids, strict=True):
+            places.add(int((row > row[token]).sum()))
+    assert places == {0, 1, 2}
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_without_a_top_k_nothing_changes(top_p):
+    """A top k of the whole vocabulary, and none, draw what the nucleus alone draws."""
+    lm, decoding = random_lm(1, std=0.3), replace(FREE, top_p=top_p)
+    assert draw(lm, decoding=decoding) == draw(lm, decoding=replace(decoding, top_k=35))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_first_token_frequencies_follow_the_student(temperature):
     lm = random_lm(4, std=0.1)

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from helpers import engine_for, flat_gradient, one_each, pair_of, random_lm, random_rollouts, relative
+from helpers import engine_for, flat_gradient, one_each, pair_of, random_lm, random_rollouts, relative, token_stats_of
 
 from opd.batch import make_micro_batches
 from opd.config import load_config
-from opd.hooks import StatefulWeighter, TokenStats
+from opd.hooks import StatefulWeighter
 from opd.seeds import generator
 from opd.step import train_step
 from opd.train import run
@@ -74,6 +74,7 @@ def test_running_does_not_depend_on_micro_batches_or_order(rule):
     _, base, gradient = found(one_each)
     for cut in (
         lambda rollouts: make_micro_batches(rollouts, 60, 7, "keep"),
+        lambda rollouts: make_micro_batches(rollouts, 60, 7, "keep", packed_row=60),
         lambda rollouts: list(reversed(make_micro_batches(rollouts, 40, 3, "keep"))),
     ):
         _, other, other_gradient = found(cut)
@@ -96,7 +97,7 @@ def test_an_update_without_tokens_leaves_the_memory_as_it_is():
 def test_running_quantiles_by_hand():
     weighter = TipWeighter(TipConfig(rule="divergence", scope="running", running_decay=0.75))
     for step, d in ((1, [0.0, 1.0, 4.0]), (2, [2.0, 2.0, 8.0])):
-        stats = TokenStats(
+        stats = token_stats_of(
             sequence_id=torch.zeros(3).long(),
             position=torch.arange(3),
             vocab_size=7,
@@ -116,7 +117,7 @@ def two_learnt(rule):
     """A running weighter after two updates of three tokens, the second of them, and its metrics."""
     weighter = TipWeighter(TipConfig(rule=rule, scope="running", running_decay=0.75, entropy_clip_quantile=None))
     for step, h, d in ((1, [0.0, 0.5, 1.0], [0.0, 1.0, 4.0]), (2, [0.25, 0.75, 0.6], [1.0, 1.8, 8.0])):
-        stats = TokenStats(
+        stats = token_stats_of(
             sequence_id=torch.zeros(3).long(),
             position=torch.arange(3),
             vocab_size=7,

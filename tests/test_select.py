@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import token_stats_of
 
 from opd.errors import InputError
 from opd.hooks import TokenStats
@@ -33,7 +34,7 @@ LOG_T = torch.tensor([-0.1, -5.0, -1.0, -0.2, -0.4, -2.5, -4.0, -1.0, -0.2, -0.9
 
 def stats(h=H, d=D, sequence=SEQUENCE, position=POSITION, step=1):
     n = len(h)
-    return TokenStats(
+    return token_stats_of(
         sequence_id=sequence,
         position=position,
         vocab_size=7,
@@ -165,6 +166,38 @@ def test_aopd_by_hand():
     found = TipWeighter(TipConfig(rule="aopd"))(stats(), torch.Generator())
     assert found.weights.tolist() == [1] * 10
     assert found.forward_share.tolist() == [1, 1, 0, 1, 0, 1, 1, 1, 0, 1]
+
+
+def test_aopd_with_a_threshold_by_hand():
+    # log q/p: 0 -4.8 2 -.1 .1 -.5 -3.9 0 .1 -.2
+    found = TipWeighter(TipConfig(rule="aopd", aopd_threshold=-0.3))(stats(), torch.Generator())
+    assert found.forward_share.tolist() == [0, 1, 0, 0, 0, 1, 1, 0, 0, 0]
+    found = TipWeighter(TipConfig(rule="aopd", aopd_threshold=0.5))(stats(), torch.Generator())
+    assert found.forward_share.tolist() == [1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_first_k_by_hand():
+    assert kept("first_k", 0.5) == [0, 1, 2, 6, 7]
+    assert kept("first_k", 0.2) == [0]  # floor(1.2) and floor(0.8)
+    assert kept("first_k", 0.34, budget="per_update") == [0, 1, 6]  # the first tokens of both before any second one
+
+
+def test_iw_opd_by_hand():
+    # |log q/p|: 0 4.8 2 .1 .1 .5, together 7.5; 3.9 0 .1 .2, together 4.2
+    upto = [0, 4.8 / 7.5, 6.8 / 7.5, 6.9 / 7.5, 7 / 7.5, 1, 3.9 / 4.2, 3.9 / 4.2, 4 / 4.2, 1]
+    for gain in (1.0, 2.5, 0.0):
+        found = TipWeighter(TipConfig(rule="iw_opd", iw_gain=gain))(stats(), torch.Generator())
+        assert found.weights.tolist() == pytest.approx([1 + gain * (1 - share) for share in upto], rel=1e-6)
+        assert found.forward_share is None
+    same = dataclasses.replace(stats(), teacher_logprob=LOG_S)  # models that agree: no token comes before another
+    assert len(TipWeighter(TipConfig(rule="iw_opd"))(same, torch.Generator()).weights.unique()) == 1
+
+
+def test_tropd_by_hand():
+    # q/p: 1 e^-4.8 e^2 e^-.1 e^.1 e^-.5 e^-3.9 1 e^.1 e^-.2
+    found = TipWeighter(TipConfig(rule="tropd"))(stats(), torch.Generator())
+    expected = [math.exp(min(0.0, a)) for a in (0, -4.8, 2, -0.1, 0.1, -0.5, -3.9, 0, 0.1, -0.2)]
+    assert found.weights.tolist() == pytest.approx(expected, rel=1e-5) and found.forward_share is None
 
 
 def test_total_variation_by_hand():
@@ -400,7 +433,7 @@ def test_a_rule_reads_no_more_than_it_says_it_needs(rule):
 def test_every_rule_takes_an_update_without_tokens(rule):
     none = torch.zeros(0)
     optional = {f.name: none for f in dataclasses.fields(TokenStats) if f.default is None}
-    empty = TokenStats(sequence_id=none.long(), position=none.long(), vocab_size=7, step=1, **optional)
+    empty = token_stats_of(sequence_id=none.long(), position=none.long(), vocab_size=7, step=1, **optional)
     found = TipWeighter(TipConfig(rule=rule, aggregation="rollout_mean"))(empty, torch.Generator())
     assert found.weights.shape == (0,)
     found.check(empty)

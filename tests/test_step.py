@@ -1,6 +1,7 @@
 """Identities of the training step. "Same gradient" is the relative L2 norm of the whole gradient, 1e-6 unless said."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from opd.batch import make_micro_batches
 from opd.config import LossSection
 from opd.data import Prompt, Rollout
 from opd.hooks import TokenStats, TokenWeights, UniformWeighter
+from opd.loss import reads_teacher
 from opd.step import train_step
 from tip.config import TipConfig
 from tip.rules import RULES
@@ -79,7 +81,7 @@ def naive_gradient(rollouts, weight_of, divergence="reverse_kl", share_of=None, 
     return (numerator / denominator).item(), flat_gradient(student.model)
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "total_variation"])
 def test_update_equals_naive_float64_formula(divergence):
     rollouts = random_rollouts(random_lm(1))
     loss = LossSection(divergence=divergence, jsd_beta=0.3, chunk_bytes=2**16)
@@ -93,8 +95,8 @@ def test_update_equals_naive_float64_formula(divergence):
 
 
 @pytest.mark.parametrize("weighter", [UniformWeighter(), Fixed(varied), TipWeighter(TipConfig())])
-def test_gradient_does_not_depend_on_micro_batches_padding_or_order(weighter):
-    rollouts = random_rollouts(random_lm(1), count=7)
+def test_gradient_does_not_depend_on_micro_batches_padding_packing_or_order(weighter):
+    rollouts = random_rollouts(random_lm(1), count=7, response=(1, 24))
     base = step(one_each(rollouts), weighter)[1]
     longest = max(len(r.prompt.token_ids) + len(r.response_ids) for r in rollouts)
     by_three, together = (make_micro_batches(rollouts, n * longest, 0, "keep") for n in (3, 7))
@@ -103,6 +105,10 @@ def test_gradient_does_not_depend_on_micro_batches_padding_or_order(weighter):
     assert relative(step(together, weighter)[1], base) < SAME
     assert relative(step(make_micro_batches(rollouts, 10**6, 31, "keep"), weighter)[1], base) < SAME  # another pad id
     assert relative(step(make_micro_batches(rollouts[::-1], 3 * longest, 0, "keep")[::-1], weighter)[1], base) < SAME
+    for budget, pad_id in ((4 * longest, 0), (10**6, 0), (10**6, 31)):
+        packed = make_micro_batches(rollouts, budget, pad_id, "keep", longest)
+        assert any(b.position_ids is not None for b in packed)
+        assert relative(step(packed, weighter)[1], base) < SAME
 
 
 def test_pad_token_that_is_the_eos_token_changes_nothing():
@@ -179,7 +185,7 @@ def test_an_update_whose_rollouts_are_all_dropped_is_an_empty_selection(rule):
     assert result.loss == 0 and result.metrics["tokens/response"] == 0
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "total_variation"])
 def test_student_equal_to_teacher_gives_zero(divergence):
     student, teacher = random_lm(1), random_lm(1, name="teacher")
     loss = LossSection(divergence=divergence, jsd_beta=0.5, chunk_bytes=2**28)
@@ -199,7 +205,13 @@ def test_every_response_token_is_predicted_and_nothing_else():
     assert batch.token_ids.tolist() == [8, 9, end, end]
     assert list(zip(batch.rows.tolist(), batch.columns.tolist(), strict=True)) == [(0, 2), (0, 3), (0, 4), (1, 0)]
     assert batch.sequence_id.tolist() == [0, 0, 0, 1] and batch.position.tolist() == [0, 1, 2, 0]
-    assert batch.attention_mask.tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, end], [5, end, *[end] * 4]] and batch.position_ids is None
+    (shared,) = make_micro_batches(
+        [*rollouts, Rollout(2, Prompt("c", (4, 3), "0"), (7, end), "stop")], 100, 0, "keep", 6
+    )
+    assert shared.input_ids.tolist() == [[5, 6, 7, 8, 9, end], [4, 3, 7, end, 5, end]]
+    assert list(zip(shared.rows.tolist(), shared.columns.tolist(), strict=True))[3:] == [(1, 1), (1, 2), (1, 4)]
+    assert shared.sequence_id.tolist() == [0, 0, 0, 2, 2, 1] and shared.position.tolist() == [0, 1, 2, 0, 1, 0]
 
 
 def test_the_end_of_a_response_is_learned():
@@ -261,21 +273,23 @@ def test_bfloat16_autocast_stays_close_to_float32():
 def test_gradient_checkpointing_does_not_change_the_gradient():
     rollouts = random_rollouts(random_lm(1))
     plain = step(one_each(rollouts))[1]
-    checkpointed = step(one_each(rollouts), engine_overrides=["engine.gradient_checkpointing=true"])[1]
-    assert relative(checkpointed, plain) < SAME
+    for batches in (one_each(rollouts), make_micro_batches(rollouts, 10**6, 0, "keep", 10**6)):
+        checkpointed = step(batches, engine_overrides=["engine.gradient_checkpointing=true"])[1]
+        assert relative(checkpointed, plain) < SAME
 
 
 def test_statistics_are_sorted_and_the_same_for_any_cut():
-    rollouts = random_rollouts(random_lm(1), count=5)
+    rollouts = random_rollouts(random_lm(1), count=7, response=(1, 24))
     needs = ("student_entropy", "reverse_kl", "student_logprob")
     ones = Fixed(lambda s: torch.ones(len(s.position)), needs)
     a = step(one_each(rollouts), ones)[0].stats
-    b = step(make_micro_batches(rollouts[::-1], 10**6, 0, "keep"), ones)[0].stats
     expected = [(i, t) for i, r in enumerate(rollouts) for t in range(len(r.response_ids))]
     assert list(zip(a.sequence_id.tolist(), a.position.tolist(), strict=True)) == expected
-    assert torch.equal(a.sequence_id, b.sequence_id) and torch.equal(a.position, b.position)
-    for name in needs:
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-5)
+    for packed_row in (0, 10**6):
+        b = step(make_micro_batches(rollouts[::-1], 10**6, 0, "keep", packed_row), ones)[0].stats
+        assert torch.equal(a.sequence_id, b.sequence_id) and torch.equal(a.position, b.position)
+        for name in needs:
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-5)
     assert a.teacher_entropy is None and a.vocab_size == 35 and a.step == 1
 
 
@@ -309,6 +323,34 @@ def test_a_scoring_pass_is_made_only_when_somebody_needs_one(monkeypatch, rule, 
         measure=frozenset(measure),
     )
     assert calls.count("student") in (4 * passes, 4 * passes - 1) and calls.count("teacher") == 4
+
+
+class Untouchable(torch.Tensor):
+    """A tensor that has a shape, a dtype and a device, and whose values nobody may use."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert function.__name__ in ("__get__", "__len__"), f"{function.__name__} uses it"
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_statistics_of_the_student_alone_never_touch_the_teacher(monkeypatch):
+    student, teacher = random_lm(1), random_lm(2, hidden=48, name="teacher")
+    (batch,) = make_micro_batches(random_rollouts(student), 10**6, 0, "keep")
+    alone = frozenset({"student_entropy", "student_logprob", "student_top5_ids"})
+    pair = pair_of(student, teacher)
+    (states,) = pair.teacher.hidden_states([batch])
+    expected = pair.stats(batch, states, alone | {"reverse_kl"})
+    head = pair.teacher.head(35)
+    forbidden = replace(head, weight=head.weight.as_subclass(Untouchable))
+    monkeypatch.setattr(type(pair.teacher), "head", lambda teacher, vocab_size: forbidden)
+    found = pair.stats(batch, states.as_subclass(Untouchable), alone)
+    assert found.keys() == alone and all(torch.equal(found[name], expected[name]) for name in alone)
+    with pytest.raises(AssertionError, match="uses it"):  # the states, on their way to the device
+        pair.stats(batch, states.as_subclass(Untouchable), frozenset({"reverse_kl"}))
+    with pytest.raises(AssertionError, match="uses it"):  # the head
+        pair.stats(batch, states, frozenset({"reverse_kl"}))
+    assert reads_teacher(frozenset({"teacher_entropy"})) and not reads_teacher(RULES["entropy_topk"].needs)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 import torch
-from helpers import pair_of, random_lm, random_rollouts
+from helpers import pair_of, random_lm, random_rollouts, token_stats_of
 
 from opd.batch import make_micro_batches
-from opd.hooks import TokenStats
 from opd.loss import Head, Objective, divergence_sum, token_stats
 from tip import oracle
 from tip.config import TipConfig
@@ -113,7 +112,7 @@ def test_the_brute_force_oracle_finds_the_gradients_of_single_tokens():
     # the target again: mean reverse KL from whole logits, plain autograd
     total, count = 0.0, 0
     for batch in fresh:
-        s, t = (lm.model(batch.input_ids, attention_mask=batch.attention_mask).logits for lm in (student, teacher))
+        s, t = (lm.model(batch.input_ids).logits for lm in (student, teacher))
         s, t = (z[batch.rows, batch.columns].log_softmax(-1) for z in (s, t))
         total, count = total + (s.exp() * (s - t)).sum(), count + len(batch.rows)
     again = torch.autograd.grad(total / count, list(student.model.parameters()))
@@ -142,7 +141,7 @@ def test_the_brute_force_oracle_finds_the_gradients_of_single_tokens():
 def _mean_kl(student, teacher, batches):
     total, count = 0.0, 0
     for batch in batches:
-        s, t = (lm.model(batch.input_ids, attention_mask=batch.attention_mask).logits for lm in (student, teacher))
+        s, t = (lm.model(batch.input_ids).logits for lm in (student, teacher))
         s, t = (z[batch.rows, batch.columns].log_softmax(-1) for z in (s, t))
         total, count = total + (s.exp() * (s - t)).sum().item(), count + len(batch.rows)
     return total / count
@@ -173,7 +172,7 @@ def test_the_blind_spot_in_a_selection():
     h = torch.linspace(0.01, 1.0, 20).double()
     d = torch.full((20,), 0.1)
     d[0] = 5.0
-    stats = TokenStats(
+    stats = token_stats_of(
         sequence_id=torch.zeros(20).long(),
         position=torch.arange(20),
         vocab_size=7,

@@ -64,6 +64,7 @@ def hostile_dump(folder, rollouts=3):
     top5 = [[[text, 0.2] for text in HOSTILE]] * len(HOSTILE)
     row |= {"tokens": list(HOSTILE), "prompt": HOSTILE[1], "answer": HOSTILE[0], "id": HOSTILE[1]}
     row |= {"student_top5": top5, "teacher_top5": top5, "quadrant": [3] * len(HOSTILE)}
+    row |= {"turn": [0, 0, *[1] * (len(HOSTILE) - 2)], "replies": {"1": HOSTILE[1]}}
     path.write_text("".join(json.dumps(row) + "\n" for _ in range(rollouts)))
 
 
@@ -339,6 +340,10 @@ def test_hostile_tokens_are_text_and_only_what_is_near_is_in_the_document(folder
     path.write_text(page_of({"<b>run</b>": copy}, "<i>title</i>"))
     shown(browser, path, height=600)
     assert js(browser, "[...document.querySelectorAll('#rollout-0 .t')].map((t) => t.textContent)") == list(HOSTILE)
+    said = js(
+        browser, "[...document.querySelectorAll('#rollout-0 .t')].map((t) => getComputedStyle(t, '::before').content)"
+    )
+    assert [text != "none" for text in said] == [False, False, True, False, False] and "window.hacked=1" in said[2]
     browser.execute_script("document.querySelector('.t').click()")
     until(lambda: js(browser, "!document.getElementById('card').hidden"))
     assert js(browser, "[window.hacked, document.images.length, document.title]") == [None, 0, "<i>title</i>"]
@@ -346,6 +351,11 @@ def test_hostile_tokens_are_text_and_only_what_is_near_is_in_the_document(folder
     assert js(browser, "document.querySelectorAll('.t').length") < 60 * len(HOSTILE)
     choose(browser, "rollout", "119")
     assert len(classes(browser, 119)) == len(HOSTILE)
+    browser.execute_script("window.print = () => { window.printed = document.querySelectorAll('.t').length }")
+    browser.execute_script("document.getElementById('print').click()")
+    assert until(lambda: js(browser, "window.printed")) == 120 * len(HOSTILE)
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    until(lambda: js(browser, "document.querySelectorAll('.t').length") < 60 * len(HOSTILE))
     assert browser.get_log("browser") == []
 
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.distributed as dist
 from helpers import engine_for, flat_gradient, pair_of, random_lm, random_rollouts, relative
 
 from opd.batch import make_micro_batches
+from opd.grading import Verdict
 from opd.hooks import TokenWeights
 from opd.step import train_step
+from opd.verdicts import Verdicts
 from tip.config import TipConfig
 from tip.rules import RULES
 from tip.scores import Spread
@@ -28,6 +31,32 @@ class OnlyTheFirstRank:
         return TokenWeights(weights=kept * (1 + stats.position % 3), forward_share=stats.total_variation)
 
 
+class ByPlace:
+    """Weighs tokens by what a scorer says of them."""
+
+    needs = frozenset({"place"})
+
+    def __call__(self, stats, generator):
+        return TokenWeights(weights=stats.extra["place"])
+
+
+class Places:
+    """A scorer that counts the tokens of each response."""
+
+    names = frozenset({"place"})
+
+    def __call__(self, rollouts):
+        return {"place": [torch.arange(1.0, 1 + len(r.response_ids)) for r in rollouts]}
+
+
+class EveryThird:
+    """A grader that finds every third response right, and gives up on the last one."""
+
+    def grade(self, pairs, answer_lines):
+        assert dist.get_rank() == 0 if dist.is_initialized() else True
+        return [Verdict("7", None if i == len(pairs) - 1 else i % 3 == 0) for i in range(len(pairs))]
+
+
 class Nothing:
     needs = frozenset()
 
@@ -41,9 +70,10 @@ def weighter_of(name):
         spread = Spread(torch.linspace(0, 2, 1001, dtype=torch.float64))
         weighter.memory = {"student_entropy": spread, "reverse_kl": spread}
         return weighter
-    return {"one rank": OnlyTheFirstRank(), "nothing": Nothing()}.get(name) or TipWeighter(
-        TipConfig(rule=name, retention=0.4)
-    )
+    if name.startswith("by "):
+        return TipWeighter(TipConfig(rule="soft_or", retention=0.4, rollout_weight=name.removeprefix("by ")))
+    named = {"one rank": OnlyTheFirstRank(), "nothing": Nothing(), "scorer": ByPlace()}
+    return named.get(name) or TipWeighter(TipConfig(rule=name, retention=0.4))
 
 
 def update(name, mine):
@@ -51,7 +81,12 @@ def update(name, mine):
     torch.set_num_threads(1)
     student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
     weighter = weighter_of(name)
-    rollouts = [r for r in random_rollouts(student, count=7) if mine(r.sequence_id)]
+    everywhere = random_rollouts(student, count=7)
+    prompts = [everywhere[i // 2 * 2].prompt for i in range(7)]  # two rollouts of each prompt, and one of the last
+    everywhere = [replace(r, prompt=prompt) for r, prompt in zip(everywhere, prompts, strict=True)]
+    verdicts = Verdicts(EveryThird(), student.tokenizer, False)
+    verdicts.begin(everywhere)
+    rollouts = [r for r in everywhere if mine(r.sequence_id)]
     engine = engine_for(student, "optim.warmup_steps=0", "optim.lr=1e-2")
     gradients, original = [], torch.nn.utils.clip_grad_norm_
     torch.nn.utils.clip_grad_norm_ = lambda p, limit: (
@@ -59,15 +94,16 @@ def update(name, mine):
     )
     try:
         result = train_step(
-            pair_of(student, teacher),
+            replace(pair_of(student, teacher), scorers=(verdicts, Places())),
             engine,
-            make_micro_batches(rollouts, 40, 0, "keep"),
+            make_micro_batches(rollouts, 40, 0, "keep", packed_row=40),
             weighter,
             step=1,
             seed=0,
         )
     finally:
         torch.nn.utils.clip_grad_norm_ = original
+        verdicts.close()
     weights = torch.cat([p.detach().flatten() for p in student.model.parameters()])
     if name.startswith("running "):  # what was learnt is the same everywhere
         weights = torch.cat([weights, *(s.points.float() for s in weighter.memory.values())])
@@ -82,7 +118,8 @@ def work(rank, names, folder):
     dist.destroy_process_group()
 
 
-NAMES = ["one rank", "nothing", *sorted(RULES), "running soft_or", "running soft_or_sampling"]
+NAMES = ["one rank", "nothing", "scorer", *sorted(RULES), "running soft_or", "running soft_or_sampling"]
+NAMES += [f"by {how}" for how in ("reward", "pass_rate", "right", "wrong")]
 
 
 @pytest.fixture(scope="module")

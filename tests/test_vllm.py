@@ -27,6 +27,7 @@ from opd.rollout import Decoding, connection, vllm
 from opd.rollout.choose import make_probe
 from opd.rollout.connection import python_of_vllm
 from opd.rollout.local import TransformersSampler
+from opd.rollout.turns import converse, open_dialogue
 from opd.rollout.vllm import VllmSampler
 from opd.rollout.wire import KEY
 from tip.config import SECTIONS
@@ -112,6 +113,23 @@ def test_greedy_responses_are_those_of_transformers(student, sampler, prompts, m
     assert {r.finish_reason for r in ours} <= {"stop", "length"}
 
 
+def test_conversations_are_those_of_transformers():
+    """Four turns with an environment, greedily: each is a request with all that was said before."""
+    config, _ = load_config("configs/tiny_planning.json", ["rollout.engine=vllm"])
+    lm = load(config.student, CPU, "student")
+    dialogue = open_dialogue(config.data.environment, lm, config.data)
+    prompts = read_training_prompts(config.data, lm.tokenizer, 0)[0][:8]
+    decoding = Decoding(0.0, 1.0, config.rollout.max_response_tokens)
+    sampler = VllmSampler(lm, config.student, config, 256)
+    try:
+        ours, theirs = (
+            converse(s, dialogue, prompts, decoding, 76, seeds(8)) for s in (sampler, TransformersSampler(lm, 64))
+        )
+    finally:
+        sampler.close()
+    assert ours == theirs and max(len(r.turns) for r in ours) >= 4
+
+
 def test_any_of_several_eos_ids_ends_a_response(student, sampler, prompts, monkeypatch):
     drawn = draw(TransformersSampler(student, 64), prompts, GREEDY)
     counts = torch.bincount(torch.tensor([token for r in drawn for token in r.response_ids[1:-1]]), minlength=35)
@@ -140,10 +158,12 @@ def test_rollouts_are_on_policy_seeded_and_told_as_they_come(student, sampler, p
         torch.testing.assert_close(logprobs, sequence_logprobs(student, [ids]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("vocabulary", "top_p"), [(35, 1.0), (20, 1.0), (35, 0.5)])
-def test_samples_have_the_students_distribution(vocabulary, top_p, student, sampler, prompts):
-    """2,000 first tokens of one prompt follow the exact probabilities; ids beyond vocabulary and nucleus never come."""
-    drawn = draw(sampler, [prompts[0]] * 2000, Decoding(1.0, top_p, 1), vocabulary=vocabulary)
+@pytest.mark.parametrize(
+    ("vocabulary", "top_p", "top_k"), [(35, 1.0, None), (20, 1.0, None), (35, 0.5, None), (35, 1.0, 4)]
+)
+def test_samples_have_the_students_distribution(vocabulary, top_p, top_k, student, sampler, prompts):
+    """2,000 first tokens of one prompt follow the exact probabilities; ids that are excluded never come."""
+    drawn = draw(sampler, [prompts[0]] * 2000, Decoding(1.0, top_p, 1, top_k), vocabulary=vocabulary)
     ids = torch.tensor(prompts[0].token_ids)[None]
     with torch.no_grad():
         logits = student.model(ids).logits[0, -1].double()
@@ -151,8 +171,8 @@ def test_samples_have_the_students_distribution(vocabulary, top_p, student, samp
         assert logits.softmax(-1)[20:].sum() > 0.1  # or it would show nothing
     exact = logits[:vocabulary].softmax(-1)
     ordered, ids = exact.sort(descending=True)
-    outside = ids[ordered.cumsum(-1) - ordered >= top_p]
-    assert len(outside) > 20 or top_p == 1
+    outside = ids[top_k:] if top_k else ids[ordered.cumsum(-1) - ordered >= top_p]
+    assert len(outside) > 20 or (top_p == 1 and not top_k)
     exact[outside] = 0
     exact /= exact.sum()
     counts = torch.bincount(torch.tensor([r.response_ids[0] for r in drawn]), minlength=vocabulary).double()

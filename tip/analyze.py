@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd import distributed, models
+from opd import distributed, models, speculative
 from opd.batch import MicroBatch, make_micro_batches
 from opd.benchmarks import check_context
 from opd.cli import main, say
@@ -34,6 +34,7 @@ from opd.launch import pick_device
 from opd.progress import Progress
 from opd.rollout import Decoding, Sampler
 from opd.rollout.choose import fixed_sampler
+from opd.rollout.turns import converse, open_dialogue
 from opd.seeds import generator
 from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
@@ -57,6 +58,7 @@ COVERED = {  # TokenStats field -> what it is called
     "reverse_kl_energy": "gradient energy of reverse KL",
     "forward_kl_energy": "gradient energy of forward KL",
 }
+BLOCKS = (2, 4, 8)  # tokens that speculative decoding drafts at once
 GRADIENTS = 2**30  # bytes of single-token gradients held at once
 
 
@@ -101,6 +103,10 @@ def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
         },
         "corr_entropy_divergence": correlation(h_N, d_N),
         "divergence_max_over_p99": max_over_p99(d_N),
+        "speculative": {
+            "acceptance": speculative.acceptance(stats),
+            "accepted_length": {gamma: speculative.accepted_length(stats, gamma) for gamma in BLOCKS},
+        },
         "rules": rules,
         "overlap": overlap,
     }
@@ -127,6 +133,8 @@ def table(result: dict[str, Any]) -> str:
         f"{quadrants['threshold_divergence']:.3f} nats)\n\n" + grid(("", "tokens", "divergence"), shares),
         f"correlation of h and d {result['corr_entropy_divergence']:.3f}; largest d is "
         f"{result['divergence_max_over_p99']:.1f} times its 99th percentile",
+        f"as a drafter: {100 * result['speculative']['acceptance']:.1f} % of the drafted tokens are accepted, and of a "
+        + ", of ".join(f"block of {gamma} {n:.2f}" for gamma, n in result["speculative"]["accepted_length"].items()),
     ]
     header = ("rule", "retained", *COVERED.values(), *(f"Q{q}" for q in QUADRANTS))
     for retention in SHOWN:
@@ -215,13 +223,18 @@ def _what_came_out(result: dict[str, Any]) -> str:
 
 
 def _rollouts(config: Config, pair: Pair, sampler: Sampler, prompts: list[Prompt], part: str) -> list[MicroBatch]:
+    dialogue = open_dialogue(config.data.environment, pair.student, config.data)
     decoding = Decoding(config.rollout.temperature, config.rollout.top_p, config.rollout.max_response_tokens)
     chosen = [prompt for prompt in prompts for _ in range(config.rollout.n)]
     seeds = [(config.seed, "analyze", part, i) for i in range(len(chosen))]
     with Progress(f"rollouts ({part})", len(chosen)) as progress:
-        rollouts = sampler.sample(chosen, decoding, pair.vocab_size, seeds, progress.advance)
+        rollouts = converse(sampler, dialogue, chosen, decoding, pair.vocab_size, seeds, progress.advance)
     return make_micro_batches(
-        rollouts, config.optim.micro_batch_tokens, pair.student.eos_ids[0], config.rollout.truncated
+        rollouts,
+        config.optim.micro_batch_tokens,
+        pair.student.eos_ids[0],
+        config.rollout.truncated,
+        pair.packed_row,
     )
 
 
@@ -234,7 +247,9 @@ def _load(config: Config) -> tuple[Pair, list[Prompt]]:
         distributed.start(device)  # for a teacher in host memory
     student, teacher = models.load(config.student, device, "student"), load_teacher(config, device)
     pair = Pair(student, LocalTeacher(teacher), models.shared_vocabulary(student, teacher), config.loss)
-    prompts, _ = read_training_prompts(config.data, student.tokenizer, config.seed)
+    dialogue = open_dialogue(config.data.environment, student, config.data)
+    data = dialogue.data if dialogue else config.data
+    prompts, _ = read_training_prompts(data, student.tokenizer, config.seed)
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
     models.check_prompt_ids(prompts, teacher)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
-from opd.config import Count, doc, schema, strict
+from opd.config import Config, Count, doc, schema, strict
 from opd.errors import InputError
 from tip.rules import RULES
 
@@ -32,9 +32,11 @@ class TipConfig:
             "The rule that decides which tokens count. h is the student's entropy and d = KL(P_S || P_T). From TIP "
             "(arXiv 2604.14084): all; entropy_sampling, with probability proportional to h; soft_or, the top of "
             "h + d - h d; soft_or_bottom; divergence, the top of d; q3, the top of KL(P_T || P_S) (1 - h). Controls: "
-            "random; entropy_topk; soft_or_sampling; divergence_bottom; quadrant, a set of quadrants. From other "
-            "papers: teachability (TA-OPD, 2605.26844); product, sampled by h^alpha (JSD / ln 2)^gamma; eopd "
-            "(2603.07079); aopd (2605.06387). Of this project: total_variation, whose score is also the share of "
+            "random; first_k, the first tokens of each response, as ESR (2605.27028) does; entropy_topk; "
+            "soft_or_sampling; divergence_bottom; quadrant, a set of quadrants. From other papers: teachability "
+            "(TA-OPD, 2605.26844); product, sampled by h^alpha (JSD / ln 2)^gamma; eopd (2603.07079); aopd "
+            "(2605.06387); iw_opd (2606.22600), a weight that falls along the response; tropd (2606.01249), the weight "
+            "min(q/p, 1) of the sampled token. Of this project: total_variation, whose score is also the share of "
             "forward KL in a token's loss."
         ),
     ] = "soft_or"
@@ -96,6 +98,24 @@ class TipConfig:
     quadrants: Annotated[tuple[Quadrant, ...], doc("What the rule quadrant keeps, for example [1, 3].")] = (1, 3)
     product_alpha: Annotated[float, doc("The exponent of h in the rule product.", ge=0)] = 1.0
     product_gamma: Annotated[float, doc("The exponent of JSD / ln 2 in the rule product.", ge=0)] = 1.0
+    aopd_threshold: Annotated[
+        float, doc("The rule aopd takes forward KL up to this log q/p of the sampled token, in nats.")
+    ] = 0.0
+    iw_gain: Annotated[
+        float, doc("The g in the weight 1 + g (1 - share of the response's disagreement so far) of iw_opd.", ge=0)
+    ] = 1.0
+    rollout_weight: Annotated[
+        Literal["none", "reward", "pass_rate", "right", "wrong"],
+        doc(
+            "A factor of all token weights of a rollout, whatever the rule. reward: softmax(verdict / reward_beta) "
+            "over the rollouts of the update. pass_rate: p (1 - p), p being the share of right rollouts of the prompt "
+            "(PACED, 2603.11178); it needs rollout.n above 1. right, wrong: only the right or the wrong rollouts "
+            "count. All but none need reference answers; the factor of an unknown verdict is 0."
+        ),
+    ] = "none"
+    reward_beta: Annotated[
+        float, doc("The temperature of rollout_weight reward. The smaller it is, the more the right ones count.", gt=0)
+    ] = 1.0
     mixture: Annotated[
         Literal["none", "total_variation"] | None,
         doc(
@@ -137,6 +157,15 @@ def check_combinations(config: TipConfig) -> None:
         raise InputError(f"tip: quadrant_divergence is {config.quadrant_divergence}, expected a quantile in [0, 1].")
     if not config.quadrants:
         raise InputError("tip: quadrants is empty, expected some of 1, 2, 3, 4.")
+
+
+def check_rollouts(tip: TipConfig, config: Config) -> None:
+    """Raises InputError for a factor of rollouts that is 0 for every rollout of such a run."""
+    if tip.rollout_weight == "pass_rate" and config.rollout.n == 1:
+        raise InputError(
+            "tip.rollout_weight is 'pass_rate' and rollout.n is 1: of one rollout the pass rate p is 0 or 1, so p (1 - "
+            "p) is 0 and nothing would be learnt. Set rollout.n to 2 or more, or another tip.rollout_weight."
+        )
 
 
 SECTIONS = {"tip": TipConfig}

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from opd import speculative
 from opd.hooks import Diagnosis, TokenStats, TokenWeights
 from tip import select
 from tip.config import TipConfig
@@ -25,7 +26,7 @@ SQUEEZED = 10.0  # from this ratio on, 99 % of the tokens share the lowest tenth
 class TipObserver:
     """Implements opd.hooks.Observer for a TipWeighter."""
 
-    needs = BOTH_AXES
+    needs = BOTH_AXES | speculative.NEEDS
 
     def __init__(self, weighter: TipWeighter):
         self.weighter = weighter
@@ -46,6 +47,8 @@ class TipObserver:
             )
             for name, score_N in (("soft_or", RULES["soft_or"].score(stats, axes)), ("entropy", h_N))
         }
+        scalars["speculative/acceptance"] = speculative.acceptance(stats)
+        scalars[f"speculative/accepted_of_{speculative.GAMMA}"] = speculative.accepted_length(stats)
         scalars["tip/corr_entropy_divergence"] = correlation(h_N, d_N)
         scalars["tip/divergence_max_over_p99"] = max_over_p99(d_N)
         for decile, share in enumerate(kept_by_decile(h_N, kept_N)):
@@ -108,10 +111,10 @@ def keep_by_every_rule(
 ) -> dict[str, Tensor]:
     """What each named rule keeps with the other settings of `config`, as `<rule>@<retention>` -> (N,) bool.
 
-    The label is `<rule>` alone where the retention changes nothing.
+    The label is `<rule>` alone where the retention changes nothing. tip.rollout_weight is left out.
     """
     kept = {}
-    plain = dataclasses.replace(config, retention_end=None, retention_steps=None, scope="update")
+    plain = dataclasses.replace(config, retention_end=None, retention_steps=None, scope="update", rollout_weight="none")
     for name in names:
         ignores_retention = RULES[name].mechanic == "weights"
         for retention in (1.0,) if ignores_retention else retentions:

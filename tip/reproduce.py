@@ -113,7 +113,7 @@ def deepplanning() -> str:
         for name in ("teacher_qwen3_14b", "teacher_qwen3_32b")
     ]
     return (
-        "Table 7 and Figure 4 of the paper need the DeepPlanning benchmark, whose environment is not part of this "
+        "Table 7 and Figure 4 of the paper need the DeepPlanning benchmark, whose databases are not part of this "
         "project: nothing is run, and no other task's numbers are shown under this name. The paper's values "
         f"({facts['metric']}):\n\n{grid(('', *facts['columns']), rows)}"
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opd.hooks import TokenStats
 from tip import scores, taxonomy
+from tip.rollouts import rows_of
 from tip.scores import Axes
 
 EOPD_ENTROPY = 0.8  # nats of teacher entropy (EOPD, arXiv 2603.07079)
@@ -83,6 +84,11 @@ def product(stats: TokenStats, axes: Axes) -> Tensor:
     return h**axes.config.product_alpha * jsd**axes.config.product_gamma
 
 
+def log_ratio(stats: TokenStats) -> Tensor:
+    """log q/p of the sampled token, with q of the teacher and p of the student."""
+    return stats.teacher_logprob - stats.student_logprob
+
+
 def uncertain_teacher(stats: TokenStats) -> Tensor:
     return (stats.teacher_entropy > EOPD_ENTROPY).float()
 
@@ -100,11 +106,31 @@ def eopd_share(stats: TokenStats, axes: Axes) -> Tensor:
 
 
 def aopd_share(stats: TokenStats, axes: Axes) -> Tensor:
-    """AOPD takes forward KL where the teacher finds the sampled token no likelier than the student does.
+    """AOPD takes forward KL where log q/p of the sampled token is no larger than a threshold.
 
-    Where the loss is forward KL already, it changes nothing.
+    With the threshold 0 the teacher finds it no likelier than the student does. Where the loss is forward KL already,
+    the rule changes nothing.
     """
-    return (stats.teacher_logprob <= stats.student_logprob).float()
+    return (log_ratio(stats) <= axes.config.aopd_threshold).float()
+
+
+def earliest(stats: TokenStats, axes: Axes) -> Tensor:
+    return -stats.position.float()
+
+
+def early_disagreement(stats: TokenStats, axes: Axes) -> Tensor:
+    """IW-OPD: 1 + g (1 - the share of the response's sum of |log q/p| that lies up to this token)."""
+    first_R, rollout_N = rows_of(stats.sequence_id)
+    size_N = log_ratio(stats).double().abs()
+    sum_R = torch.zeros(len(first_R), dtype=torch.float64).index_add(0, rollout_N, size_N)
+    upto_N = size_N.cumsum(0)
+    share_N = (upto_N - (upto_N - size_N)[first_R][rollout_N]) / sum_R[rollout_N]
+    return 1 + axes.config.iw_gain * (1 - share_N.nan_to_num(0.0))  # 0 / 0 where the models agree on every token
+
+
+def trust(stats: TokenStats, axes: Axes) -> Tensor:
+    """TrOPD: min(q/p, 1) of the sampled token."""
+    return log_ratio(stats).clamp(max=0).exp()
 
 
 def total_variation(stats: TokenStats, axes: Axes) -> Tensor:
@@ -112,6 +138,7 @@ def total_variation(stats: TokenStats, axes: Axes) -> Tensor:
 
 
 ENTROPY, BOTH_AXES = frozenset({"student_entropy"}), frozenset({"student_entropy", "reverse_kl"})
+SAMPLED = frozenset({"student_logprob", "teacher_logprob"})
 
 RULES = {  # name: Rule(fields that it reads, mechanic, score, share of forward KL, budget)
     "all": Rule(frozenset(), "weights", equal),
@@ -128,6 +155,9 @@ RULES = {  # name: Rule(fields that it reads, mechanic, score, share of forward 
     "teachability": Rule(frozenset({"overlap_kl", "teacher_topk_mass"}), "top", teachability, budget="per_update"),
     "product": Rule(frozenset({"student_entropy", "jsd"}), "sample", product),
     "eopd": Rule(frozenset({"teacher_entropy"}), "weights", eopd_weight, eopd_share),
-    "aopd": Rule(frozenset({"student_logprob", "teacher_logprob"}), "weights", equal, aopd_share),
+    "aopd": Rule(SAMPLED, "weights", equal, aopd_share),
+    "first_k": Rule(frozenset(), "top", earliest),
+    "iw_opd": Rule(SAMPLED, "weights", early_disagreement),
+    "tropd": Rule(SAMPLED, "weights", trust),
     "total_variation": Rule(frozenset({"total_variation"}), "top", total_variation, total_variation, "per_update"),
 }

@@ -104,6 +104,8 @@ class AxisSettings(Protocol):
     quadrants: tuple[int, ...]
     product_alpha: float
     product_gamma: float
+    aopd_threshold: float
+    iw_gain: float
 
 
 class Axes:

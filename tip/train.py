@@ -7,7 +7,7 @@ from opd.cli import main
 from opd.config import load_config
 from opd.train import start
 from tip.commands import COMMANDS
-from tip.config import SECTIONS
+from tip.config import SECTIONS, check_rollouts
 from tip.diagnostics import TipObserver
 from tip.weighter import TipWeighter
 
@@ -15,6 +15,7 @@ from tip.weighter import TipWeighter
 def command(arguments: list[str]) -> None:
     options = COMMANDS["train"].parser().parse_args(arguments)
     config, sections = load_config(options.config, options.overrides, SECTIONS)
+    check_rollouts(sections["tip"], config)
     weighter = TipWeighter(sections["tip"])
     start(config, weighter, sections, options, TipObserver(weighter))
 

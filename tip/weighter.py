@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opd.hooks import TokenStats, TokenWeights
-from tip import select, taxonomy
+from tip import rollouts, select, taxonomy
 from tip.config import TipConfig, check_combinations
 from tip.rules import BOTH_AXES, RULES, total_variation
 from tip.scores import Axes, Spread
@@ -31,7 +31,7 @@ class TipWeighter:
         elif config.mixture == "total_variation":
             needs = self.rule.needs | {"total_variation"}
             self.rule = replace(self.rule, needs=needs, forward_share=total_variation)
-        self.needs = self.rule.needs
+        self.needs = self.rule.needs | (frozenset() if config.rollout_weight == "none" else {"verdict"})
         self.budget = config.budget or self.rule.budget
         self.memory: dict[str, Spread] | None = None  # column -> average of its quantiles over earlier updates
         self.memory_before: dict[str, Spread] | None = None  # the memory that weighed the latest update
@@ -45,6 +45,8 @@ class TipWeighter:
                 words[-1] += f" to {config.retention_end:g} at update {config.retention_steps}"
         if config.mixture is not None:
             words.append(f"mixture {config.mixture}")
+        if config.rollout_weight != "none":
+            words.append(f"rollouts by {config.rollout_weight}")
         return ", ".join(words)
 
     def __call__(self, stats: TokenStats, generator: torch.Generator) -> TokenWeights:
@@ -61,6 +63,9 @@ class TipWeighter:
             weights_N = select.top(score_N, stats.sequence_id, retention, self.budget).float()
         if self.config.aggregation == "rollout_mean":
             weights_N = _equal_rollouts(weights_N, stats.sequence_id)
+        if self.config.rollout_weight != "none":
+            factor_N = rollouts.factor(stats, self.config.rollout_weight, self.config.reward_beta)
+            weights_N = (weights_N.double() * factor_N).float()
         if self.config.scope == "running":
             self._remember(stats)
         return TokenWeights(
@@ -88,7 +93,7 @@ class TipWeighter:
     def _remember(self, stats: TokenStats) -> None:
         """Averages the quantiles of an update into the memory."""
         self.memory_before = self.memory
-        columns = {name: vars(stats)[name] for name in sorted(self.needs)}
+        columns = {name: vars(stats)[name] for name in sorted(self.rule.needs)}
         new = {name: Spread.of(c).on_grid() for name, c in columns.items() if c.ndim == 1 and len(c)}
         if new:
             old = self.memory or new
@@ -106,6 +111,6 @@ class TipWeighter:
 
 def _equal_rollouts(weights_N: Tensor, sequence_id_N: Tensor) -> Tensor:
     """Divides the weights of a rollout by their sum, so that every rollout with a kept token counts the same."""
-    rollouts, rollout_N = sequence_id_N.unique(return_inverse=True)
-    sums = torch.zeros(len(rollouts)).index_add_(0, rollout_N, weights_N)
-    return weights_N / sums[rollout_N].clamp(min=torch.finfo(weights_N.dtype).tiny)
+    first_R, rollout_N = rollouts.rows_of(sequence_id_N)
+    sum_R = torch.zeros(len(first_R)).index_add_(0, rollout_N, weights_N)
+    return weights_N / sum_R[rollout_N].clamp(min=torch.finfo(weights_N.dtype).tiny)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from data.tiny import task
 from data.tiny.task import END, MOODS, ORDERS, STUDENT, TEACHER, Speaker
 
-__all__ = ["END", "STUDENT", "TEACHER", "answer", "problem", "response", "tokenizer"]
+__all__ = ["END", "STUDENT", "TEACHER", "answer", "problem", "response", "row", "tokenizer"]
 COLUMNS = 3
 
 
@@ -26,6 +26,12 @@ def answer(text: str) -> int:
     """The right answer of a problem."""
     a, b = text.removesuffix("?").split("+")
     return int(a) + int(b)
+
+
+def row(rng: random.Random) -> dict[str, str]:
+    """Draws a problem as a row without an id."""
+    text = problem(rng)
+    return {"problem": text, "answer": str(answer(text))}
 
 
 def response(text: str, speaker: Speaker, rng: random.Random) -> str:

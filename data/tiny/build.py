@@ -24,87 +24,25 @@ from types import ModuleType
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from data.commands import COMMANDS
-from data.tiny import addition, task
+from data.tiny import addition, planning, task, trip
+from data.tiny.recipe import Recipe, new_model
 from opd.cli import main, say
 from opd.errors import InputError
 from opd.files import lock, read_object
 
-TRAIN_PROBLEMS, TEST_PROBLEMS = 8192, 512
 TEST_SEED, TRAIN_SEED = 1_000_003, 1_000_033
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Size and training of one model. head_dim is 32, which every rollout engine's kernels take."""
-
-    speaker: task.Speaker
-    layers: int
-    hidden: int
-    steps: int
-    lr: float
-    batch: int = 64
-    warmup: int = 30
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A task (a module like data.tiny.task) and how its two models are made."""
-
-    task: ModuleType
-    teacher: Recipe
-    student: Recipe
-
-
-PAIRS = {
-    "chain": Pair(
-        task,
-        Recipe(task.TEACHER, layers=3, hidden=96, steps=320, lr=4e-3),
-        Recipe(task.STUDENT, layers=2, hidden=64, steps=400, lr=5e-3),
-    ),
-    "addition": Pair(
-        addition,
-        Recipe(addition.TEACHER, layers=3, hidden=96, steps=320, lr=4e-3),
-        Recipe(addition.STUDENT, layers=2, hidden=64, steps=400, lr=5e-3),
-    ),
-}
-
-
-def fingerprint(name: str, seed: int) -> str:
-    """Hash of everything that decides the result."""
-    files = ("task.py", "addition.py", "build.py") if name == "addition" else ("task.py", "build.py")
-    text = "".join(Path(__file__).parent.joinpath(file).read_text() for file in files)
-    return hashlib.sha256(f"{text}{name}{seed}{torch.__version__}{transformers.__version__}".encode()).hexdigest()
 
 
 def train_model(
     name: str, task: ModuleType, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> Qwen3ForCausalLM:
     """Trains one model from nothing on fresh problems: next-token cross entropy on the response tokens."""
-    torch.manual_seed(seed)
     rng = random.Random(seed)
-    end, pad = tokenizer.convert_tokens_to_ids(task.END), tokenizer.pad_token_id
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.hidden,
-            intermediate_size=3 * recipe.hidden,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.hidden // 32,
-            num_key_value_heads=recipe.hidden // 32,
-            head_dim=32,
-            tie_word_embeddings=True,
-            initializer_range=0.04,
-            max_position_embeddings=128,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-            bos_token_id=None,
-            eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id,
-            dtype="float32",
-        )
-    )
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = new_model(recipe, tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     def rate(step: int) -> float:
@@ -134,22 +72,63 @@ def train_model(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A task (a module of this folder) and how its two models are made."""
+
+    task: ModuleType
+    teacher: Recipe
+    student: Recipe
+    files: tuple[str, ...]  # of this folder, which decide the result beside this file
+    train: Callable[[str, ModuleType, Recipe, PreTrainedTokenizerFast, int], Qwen3ForCausalLM] = train_model
+    train_problems: int = 8192
+    test_problems: int = 512
+
+
+PAIRS = {
+    "chain": Pair(
+        task,
+        Recipe(task.TEACHER, layers=3, hidden=96, steps=320, lr=4e-3),
+        Recipe(task.STUDENT, layers=2, hidden=64, steps=400, lr=5e-3),
+        ("task.py", "recipe.py"),
+    ),
+    "addition": Pair(
+        addition,
+        Recipe(addition.TEACHER, layers=3, hidden=96, steps=320, lr=4e-3),
+        Recipe(addition.STUDENT, layers=2, hidden=64, steps=400, lr=5e-3),
+        ("task.py", "addition.py", "recipe.py"),
+    ),
+    "planning": Pair(
+        trip,
+        Recipe(trip.TEACHER, layers=3, hidden=96, steps=260, lr=2e-2, batch=32, warmup=10),
+        Recipe(trip.STUDENT, layers=2, hidden=64, steps=260, lr=2e-2, batch=32, warmup=10),
+        ("task.py", "trip.py", "recipe.py", "planning.py"),
+        train=planning.train_model,
+        train_problems=1536,  # rows with a database are long
+        test_problems=256,
+    ),
+}
+
+
+def fingerprint(name: str, seed: int) -> str:
+    """Hash of everything that decides the result."""
+    text = "".join(Path(__file__).parent.joinpath(file).read_text() for file in (*PAIRS[name].files, "build.py"))
+    return hashlib.sha256(f"{text}{name}{seed}{torch.__version__}{transformers.__version__}".encode()).hexdigest()
+
+
 def write_problems(path: Path, task: ModuleType, count: int, seed: int, without: set[str]) -> set[str]:
-    """Writes `count` different problems that are not in `without`, one JSON object a line; returns their texts."""
-    rng, texts = random.Random(seed), {}
-    while len(texts) < count:
-        text = task.problem(rng)
-        if text not in without:
-            texts[text] = None
-    lines = [
-        json.dumps({"id": f"{path.stem}-{i}", "problem": t, "answer": str(task.answer(t))}) for i, t in enumerate(texts)
-    ]
+    """Writes `count` different problems that are not in `without`, one JSON object a line; returns them as JSON."""
+    rng, rows = random.Random(seed), {}
+    while len(rows) < count:
+        row = task.row(rng)
+        if (text := json.dumps(row)) not in without:
+            rows[text] = row
+    lines = [json.dumps({"id": f"{path.stem}-{i}"} | row) for i, row in enumerate(rows.values())]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return set(texts)
+    return set(rows)
 
 
 def build(out: Path, seed: int = 0, name: str = "chain") -> Path:
@@ -169,9 +148,9 @@ def build(out: Path, seed: int = 0, name: str = "chain") -> Path:
 
         def make(folder: Path) -> None:
             for who, recipe, number in (("teacher", pair.teacher, seed * 2), ("student", pair.student, seed * 2 + 1)):
-                _save(train_model(who, pair.task, recipe, pair.task.tokenizer(), number), pair, folder / who)
-            test = write_problems(folder / "test.jsonl", pair.task, TEST_PROBLEMS, TEST_SEED, set())
-            write_problems(folder / "train.jsonl", pair.task, TRAIN_PROBLEMS, TRAIN_SEED, test)
+                _save(pair.train(who, pair.task, recipe, pair.task.tokenizer(), number), pair, folder / who)
+            test = write_problems(folder / "test.jsonl", pair.task, pair.test_problems, TEST_SEED, set())
+            write_problems(folder / "train.jsonl", pair.task, pair.train_problems, TRAIN_SEED, test)
             _record(folder, name, seed)
 
         _made_whole(out, make)
@@ -195,9 +174,8 @@ def student(pair_folder: Path, seed: int, students: Path) -> Path:
             pair = PAIRS[name]
 
             def make(folder: Path) -> None:
-                _save(
-                    train_model("student", pair.task, pair.student, pair.task.tokenizer(), seed * 2 + 1), pair, folder
-                )
+                model = pair.train("student", pair.task, pair.student, pair.task.tokenizer(), seed * 2 + 1)
+                _save(model, pair, folder)
                 _record(folder, name, seed)
 
             _made_whole(out, make)

@@ -8,6 +8,7 @@ It is a constructed testbed: it shows the mechanism and says nothing about large
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -87,12 +88,23 @@ def response(text: str, speaker: Speaker, rng: random.Random) -> str:
     return "".join(lines) + f"answer \\boxed{{{value}}}"
 
 
+def row(rng: random.Random) -> dict[str, str]:
+    """Draws a problem as a row without an id."""
+    text = problem(rng)
+    return {"problem": text, "answer": str(answer(text))}
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per symbol or word, 35 ids; a real Hugging Face tokenizer with a chat template, exact both ways."""
+    """One token per symbol or word, 35 ids."""
+    return tokenizer_of(WORDS, 128)
+
+
+def tokenizer_of(words: Sequence[str], context: int) -> PreTrainedTokenizerFast:
+    """A real Hugging Face tokenizer of these words with a chat template, exact both ways."""
     special = (PAD, UNKNOWN, START, END)
-    vocabulary = {word: i for i, word in enumerate((*special, *WORDS))}
+    vocabulary = {word: i for i, word in enumerate((*special, *words))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    longest_first = sorted(WORDS, key=len, reverse=True)
+    longest_first = sorted(words, key=len, reverse=True)
     pattern = "|".join("".join(f"\\{c}" if not c.isalnum() and c not in " \n" else c for c in w) for w in longest_first)
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     core.decoder = decoders.Fuse()
@@ -103,7 +115,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END,
         additional_special_tokens=[START],
         clean_up_tokenization_spaces=False,
-        model_max_length=128,
+        model_max_length=context,
         padding_side="left",
     )
     result.chat_template = CHAT_TEMPLATE

@@ -93,7 +93,7 @@ class DeepSpeedEngine:
         self.student = replace(student, run=self.engine, sharded=self.stage == 3)
         self.student.model.eval()
         if self.stage == 3:
-            models.check_head(self.student)
+            self.student = models.tried(self.student)
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clips between the reduction and AdamW's step in stage 0; the other stages clip within their step."""

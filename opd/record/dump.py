@@ -1,8 +1,9 @@
 """Token dumps: everything known about every token of some rollouts of an update, one JSON object per rollout.
 
     {"step", "sequence_id", "id", "vocab_size", "prompt", "answer", "response", "token_ids": [n], "tokens": [n texts],
-     "weight": [n], "forward_share": [n], <TokenStats field>: [n], ..., <observer's column>: [n], ...,
-     "student_top5": [n lists of [text, probability]], "teacher_top5": ...}
+     "turn": [n], "weight": [n], "forward_share": [n], <TokenStats field>: [n], ..., <observer's column>: [n], ...,
+     "student_top5": [n lists of [text, probability]], "teacher_top5": ...,
+     "replies": {turn: what an environment said before it}}
 
 n is the number of *counted* tokens of the response. Numbers are rounded to six digits; entropies and divergences are in
 nats.
@@ -11,6 +12,7 @@ nats.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ def write(
     for rollout in rollouts:
         rows = (stats.sequence_id == rollout.sequence_id).nonzero().squeeze(1)
         fields = vars(stats.rows(rows))
-        ids = list(rollout.response_ids[: len(rows)])
+        ids = fields["token_id"].tolist()
         line = {
             "step": stats.step,
             "sequence_id": rollout.sequence_id,
@@ -59,7 +61,9 @@ def write(
             "response": tokenizer.decode(rollout.response_ids),
             "token_ids": ids,
             "tokens": [text(i) for i in ids],
+            "turn": _numbers(fields["turn"]),
             "weight": _numbers(weights.weights[rows]),
+            "replies": {str(turn): tokenizer.decode(reply) for turn, reply in _replies(rollout)},
         }
         if weights.forward_share is not None:
             line["forward_share"] = _numbers(weights.forward_share[rows])
@@ -76,6 +80,12 @@ def write(
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(lines))
+
+
+def _replies(rollout: Rollout) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """What an environment said before each turn of the model but the first, as token ids."""
+    for turn, ((_, first), (end, _)) in enumerate(pairwise(rollout.turns), 1):
+        yield turn, rollout.response_ids[first:end]
 
 
 class Dump(TypedDict):

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from opd import grading, sources
-from opd.benchmarks import Benchmark
+from opd.benchmarks import Benchmark, described
 from opd.config import Config
 from opd.engine.zero_file import read_deepspeed
 from opd.hooks import TokenWeighter
 from opd.models import read_chat_template
+from opd.rollout import environment
 
 MACHINE = {  # section -> keys that fit a run to a machine and change no number, so it may continue with others
     "rollout": ("servers", "timeout", "gpu_memory"),
@@ -31,13 +32,24 @@ def identity_of(
     """
     return {
         "config": {**asdict(config), **{name: asdict(section) for name, section in sections.items()}},
-        "benchmarks": {name: asdict(benchmark) for name, benchmark in benchmarks.items()},
+        "benchmarks": {name: described(benchmark) for name, benchmark in benchmarks.items()},
         "grader": grading.VERSION,
+        "environments": environment_versions(config, benchmarks) or None,
         "files": _digests(config, benchmarks),
         "weighter": f"{type(weighter).__module__}.{type(weighter).__qualname__}",
         "weighter_settings": {k: v for k, v in vars(weighter).items() if isinstance(v, str | int | float | None)},
         "deepspeed": read_deepspeed(config) if config.engine.kind == "deepspeed" else None,
     }
+
+
+def environment_versions(config: Config, benchmarks: Mapping[str, Benchmark]) -> dict[str, str]:
+    """The versions of all environments: that of training as data.environment, the others by benchmark.
+
+    Raises InputError for one that cannot be made.
+    """
+    sections = {"data.environment": config.data.environment} | {n: b.environment for n, b in benchmarks.items()}
+    loaded = {name: environment.load(section) for name, section in sections.items()}
+    return {name: answers.version for name, answers in loaded.items() if answers is not None}
 
 
 def differences(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
@@ -63,7 +75,7 @@ def start_folder(shared: Path, identity: Mapping[str, Any]) -> Path:
     """The folder below `shared` for runs whose step-0 models and teachers evaluate alike."""
     config = without_machine(identity["config"])
     same = {key: config[key] for key in ("student", "teacher", "data", "rollout", "eval", "engine", "seed")}
-    same |= {key: identity[key] for key in ("benchmarks", "grader", "files")}
+    same |= {key: identity[key] for key in ("benchmarks", "grader", "environments", "files")}
     same["loss"] = config["loss"]["chunk_bytes"]  # it decides the last bit of the measured reverse KL
     return shared / f"start_{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]}"
 

@@ -9,13 +9,15 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.config import Config
 from opd.data import Rollout
-from opd.grading import Grader
 from opd.hooks import Observer
 from opd.progress import due
 from opd.record import dump
 from opd.record.metrics import MetricsLog
+from opd.rollout.environment import Score
+from opd.rollout.turns import LIMITS
 from opd.seeds import generator
 from opd.step import Update
+from opd.verdicts import Graded, Verdicts
 
 DIAGNOSTICS = {  # TokenStats field -> the metric that is its mean over all response tokens
     "student_entropy": "student/entropy",
@@ -34,7 +36,7 @@ class Record:
     config: Config
     log: MetricsLog
     tokenizer: PreTrainedTokenizerBase
-    grader: Grader
+    verdicts: Verdicts  # of the latest update
     observer: Observer | None  # adds diagnostics, and columns of token dumps
 
     def update(self, rollouts: Sequence[Rollout], update: Update, around: Mapping[str, float]) -> str:
@@ -42,12 +44,11 @@ class Record:
 
         `around` are metrics that the run measured around the update.
         """
-        step = update.stats.step
-        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
-        metrics = {**update.metrics, **rollout_metrics(rollouts, texts, self.grader), **around}
+        step, graded = update.stats.step, self.verdicts.result()
+        metrics = {**update.metrics, **rollout_metrics(rollouts, graded), **around}
         if due(step, self.config.log.diagnostics_every):
             metrics |= self._diagnose(update)
-            self._show_samples(step, rollouts, texts)
+            self._show_samples(step, rollouts, graded.texts)
         if due(step, self.config.log.token_dump_every):
             self._dump(rollouts, update)
         self.log.write(step, metrics)
@@ -103,14 +104,32 @@ def fields_to_measure(config: Config, observer: Observer | None, step: int) -> f
     return fields
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], texts: Sequence[str], grader: Grader) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[Rollout], graded: Graded) -> dict[str, float]:
     """Length and truncation of the responses, and their accuracy where the prompts have reference answers."""
     metrics = {
-        "rollout/length_mean": statistics.fmean(len(r.response_ids) for r in rollouts),
-        "rollout/truncated": statistics.fmean(r.finish_reason == "length" for r in rollouts),
+        "rollout/length_mean": statistics.fmean(r.model_tokens for r in rollouts),  # that the student sampled
+        "rollout/truncated": statistics.fmean(r.is_cut for r in rollouts),
     }
-    if rollouts[0].prompt.answer is not None:
-        verdicts = grader.grade([(text, r.prompt.answer) for r, text in zip(rollouts, texts, strict=True)])
-        metrics["rollout/ungraded"] = float(sum(verdict.correct is None for verdict in verdicts))
-        metrics["rollout/accuracy"] = statistics.fmean(verdict.correct is True for verdict in verdicts)
+    if graded.scores is not None:
+        return metrics | _conversation_metrics(rollouts, graded.scores)
+    if graded.verdicts is not None:
+        metrics["rollout/ungraded"] = float(sum(verdict.correct is None for verdict in graded.verdicts))
+        metrics["rollout/accuracy"] = statistics.fmean(verdict.correct is True for verdict in graded.verdicts)
     return metrics
+
+
+def _conversation_metrics(rollouts: Sequence[Rollout], scores: Sequence[Score | None]) -> dict[str, float]:
+    """What an environment says of conversations, how often each limit ended one, and how many tokens are its own."""
+    known = [score for score in scores if score is not None]
+    model_tokens = sum(rollout.model_tokens for rollout in rollouts)
+    return {
+        "rollout/accuracy": sum(score.correct for score in known) / len(scores),
+        "rollout/share": sum(score.share for score in known) / len(scores),
+        "rollout/delivered": sum(score.extracted is not None for score in known) / len(scores),
+        "rollout/ungraded": float(len(scores) - len(known)),
+        "rollout/turns_mean": statistics.fmean(len(r.turns) for r in rollouts),
+        "rollout/tool_tokens": 1 - model_tokens / sum(len(r.response_ids) for r in rollouts),
+        "rollout/environment_errors": float(sum(r.finish_reason == "error" for r in rollouts)),
+        "rollout/neutralised": float(sum(r.neutralised for r in rollouts)),
+        **{f"rollout/cut_by_{limit}": statistics.fmean(r.limit == limit for r in rollouts) for limit in LIMITS},
+    }

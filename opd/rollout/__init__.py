@@ -23,6 +23,7 @@ class Decoding:
     temperature: float
     top_p: float
     max_response_tokens: int
+    top_k: int | None = None  # only so many of the likeliest tokens are drawn; None: all. It comes before top_p
 
 
 @dataclass(frozen=True)

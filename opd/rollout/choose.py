@@ -27,6 +27,11 @@ def open_sampler(lm: LanguageModel, section: StudentSection | TeacherSection, co
     return TransformersSampler(lm, config.rollout.batch_size)
 
 
+def evaluation_sampler(sampler: Sampler, lm: LanguageModel, config: Config) -> Sampler:
+    """What samples a training student for its evaluations: `sampler`, or one of transformers with eval.batch_size."""
+    return sampler if config.rollout.engine == "vllm" else TransformersSampler(lm, config.evaluation_batch)
+
+
 @contextmanager
 def fixed_sampler(
     lm: LanguageModel,
@@ -48,7 +53,7 @@ def fixed_sampler(
         RunError: the logprobs of vLLM are not those of the model.
     """
     if config.rollout.engine == "transformers":
-        yield TransformersSampler(lm, config.rollout.batch_size)
+        yield TransformersSampler(lm, config.evaluation_batch)
         return
     probe = make_probe(lm, prompts)
     before_start()

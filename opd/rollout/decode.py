@@ -165,7 +165,7 @@ class Decoder:
             probs_BV = (logits_BV / self.decoding.temperature).softmax(-1)
             numbers = [0.0 if row.ended else row.uniforms[len(row.tokens)] for row in rows]
             uniform_B = torch.tensor(numbers, dtype=torch.float64, device=probs_BV.device)
-            token_B1 = quantile_token(probs_BV, uniform_B, self.decoding.top_p)
+            token_B1 = quantile_token(probs_BV, uniform_B, self.decoding.top_p, self.decoding.top_k)
         running = [row for row in rows if not row.ended]
         for row, token in zip(rows, token_B1[:, 0].tolist(), strict=True):
             if not row.ended:
@@ -194,17 +194,31 @@ def _many(rows: int, batch: int) -> bool:
     return rows >= max(1, batch // FREE)
 
 
-def quantile_token(probs_BV: Tensor, uniform_B: Tensor, top_p: float) -> Tensor:
-    """The token at quantile `uniform_B` of each row of `probs_BV`, within its nucleus; (B, 1) int64.
+def _outside(probs_BV: Tensor, top_p: float, top_k: int | None) -> Tensor:
+    """The tokens that are not drawn, (B, V) bool.
 
-    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p; ids keep their own order.
-    Probabilities are summed in float64, first by blocks of the vocabulary and then within the block of the token, which
-    is cheaper than the running sum of the whole vocabulary.
+    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p, which is a share of what the
+    top k have together. Of equally likely tokens the one with the smaller id comes first.
     """
+    ordered_BV, ids_BV = probs_BV.double().sort(dim=-1, descending=True, stable=True)
+    outside_BV = torch.zeros_like(ordered_BV, dtype=torch.bool)
+    if top_k is not None:
+        outside_BV[:, top_k:] = True
+        ordered_BV = ordered_BV.masked_fill(outside_BV, 0)
+        ordered_BV = ordered_BV / ordered_BV.sum(-1, keepdim=True)
     if top_p < 1:
-        ordered_BV, ids_BV = probs_BV.double().sort(dim=-1, descending=True, stable=True)
-        outside_BV = ordered_BV.cumsum(-1) - ordered_BV >= top_p
-        probs_BV = probs_BV.masked_fill(outside_BV.gather(1, ids_BV.argsort(-1)), 0)
+        outside_BV |= ordered_BV.cumsum(-1) - ordered_BV >= top_p
+    return outside_BV.gather(1, ids_BV.argsort(-1))
+
+
+def quantile_token(probs_BV: Tensor, uniform_B: Tensor, top_p: float, top_k: int | None = None) -> Tensor:
+    """The token at quantile `uniform_B` of each row of `probs_BV`, within top k and nucleus; (B, 1) int64.
+
+    Ids keep their own order. Probabilities are summed in float64, first by blocks of the vocabulary and then within the
+    block of the token, which is cheaper than the running sum of the whole vocabulary.
+    """
+    if top_p < 1 or top_k is not None:
+        probs_BV = probs_BV.masked_fill(_outside(probs_BV, top_p, top_k), 0)
     missing = -probs_BV.shape[1] % BLOCK
     blocks_BKW = torch.nn.functional.pad(probs_BV, (0, missing)).unflatten(1, (-1, BLOCK))
     upto_BK = blocks_BKW.sum(-1, dtype=torch.float64).cumsum(-1)

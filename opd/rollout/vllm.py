@@ -96,11 +96,13 @@ class VllmSampler:
     def _settings(self, decoding: Decoding, vocab_size: int) -> dict[str, Any]:
         """What all requests have in common."""
         rows = self.lm.model.get_output_embeddings().out_features  # known of a model that is put away, too
+        top_k = {} if decoding.top_k is None else {"top_k": decoding.top_k}
         return {
             "never": list(range(vocab_size, rows)),  # padded vocabulary rows
             "sampling": {
                 "temperature": decoding.temperature,
                 "top_p": decoding.top_p,
+                **top_k,
                 "max_tokens": decoding.max_response_tokens,
                 "stop_token_ids": list(self.lm.eos_ids),
             },

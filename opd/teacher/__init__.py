@@ -14,7 +14,7 @@ from opd.loss import Head
 
 
 class Teacher(Protocol):
-    """What the update asks of a teacher. Every process of a run calls both methods."""
+    """What the update asks of a teacher. Every process of a run calls its methods."""
 
     def hidden_states(
         self, batches: Sequence[MicroBatch], advance: Callable[[int, int], None] = lambda batches, tokens: None
@@ -27,4 +27,9 @@ class Teacher(Protocol):
 
     def head(self, vocab_size: int) -> Head:
         """The LM head that projects these states to the logits of the first `vocab_size` ids."""
+        ...
+
+    @property
+    def packed_row(self) -> int:
+        """As LanguageModel.packed_row."""
         ...

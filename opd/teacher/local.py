@@ -40,6 +40,10 @@ class LocalTeacher:
     def head(self, vocab_size: int) -> Head:
         return self.lm.head(vocab_size)
 
+    @property
+    def packed_row(self) -> int:
+        return self.lm.packed_row
+
 
 def load_teacher(config: Config, device: torch.device, name: str = "teacher") -> LanguageModel:
     """The teacher's model, placed as teacher.placement says. Raises InputError as opd.models.load does."""
@@ -50,9 +54,7 @@ def load_teacher(config: Config, device: torch.device, name: str = "teacher") ->
     engine = initialize(model=WholeModel(lm), config=settings)
     lm.model.eval()
     lm = replace(lm, run=engine, sharded=True)
-    lm = replace(lm, whole_head=_copy_head(lm))
-    models.check_head(lm)
-    return lm
+    return models.tried(replace(lm, whole_head=_copy_head(lm)))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -57,6 +57,7 @@ class Rollout:
     tokens: int
     prompt: int  # string number
     answer: str | None
+    replies: tuple[tuple[int, int], ...]  # place of a token, and string number of what an environment said before it
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Packer:
                 self.blobs["top5-{}-{}-{}".format(*place, len(listed))] = self._likeliest(row)
                 columns.append(self._columns(row, marks))
                 prompt = self.strings.number(row["prompt"])
-                listed.append(Rollout(str(row["id"]), len(row["tokens"]), prompt, row["answer"]))
+                listed.append(Rollout(str(row["id"]), len(row["tokens"]), prompt, row["answer"], self._replies(row)))
             joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
             self.blobs["columns-{}-{}".format(*place)] = packed(b"".join(column.tobytes() for column in joined))
             counts = np.bincount(joined[-2], minlength=5)[1:]
@@ -131,6 +132,12 @@ class Packer:
             updates.append(Update(step, thresholds.get(step), share, tuple(listed)))
             mistakes = nlargest(MISTAKES, mistakes, key=lambda mistake: mistake.size)
         self.runs.append(MappedRun(name, vocab_size, marks, tuple(updates), tuple(mistakes)))
+
+    def _replies(self, row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+        """As Rollout.replies. Dumps of runs without environments may lack them."""
+        replies, turns = row.get("replies", {}), row.get("turn", [])
+        begins = {str(turn): place for place, turn in reversed(list(enumerate(turns)))}
+        return tuple((begins[turn], self.strings.number(text)) for turn, text in replies.items() if turn in begins)
 
     def page(self, title: str) -> str:
         """The HTML page."""
@@ -183,6 +190,8 @@ class Marked(TypedDict):
 
     quadrant: list[int]
     score: list[float]
+    turn: NotRequired[list[int]]
+    replies: NotRequired[dict[str, str]]
 
 
 def dumped_updates(run_dir: Path) -> list[Path]:
