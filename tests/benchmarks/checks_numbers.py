@@ -194,19 +194,20 @@ def random_rollouts(lengths: list[tuple[int, int]], vocab: int) -> list[Rollout]
 
 
 def batching(device: torch.device, toy: bool) -> dict[str, Any]:
-    """The gradient of an update whose rollouts share micro-batches, against one rollout in each."""
+    """The gradient of an update whose rollouts share micro-batches and rows, against one rollout in each."""
     lengths = [(3 + i % 5, 1 + (7 * i) % (23 if toy else 150)) for i in range(12 if toy else 48)]
     rollouts, judged = random_rollouts(lengths, TOY_STUDENT.vocab), {}
     for dtype, limit in ((torch.float32, 2e-5), (torch.bfloat16, 5e-2)):
         student, teacher = toy_pair(device, dtype)
         pair = Pair(student, LocalTeacher(teacher), TOY_STUDENT.vocab, config_of().loss)
         found = []
-        for tokens in (1, 4096):
-            engine, batches = Recorder(student), make_micro_batches(rollouts, tokens, student.eos_ids[0], "keep")
+        for tokens, row in ((1, 0), (4096, pair.packed_row)):
+            engine, batches = Recorder(student), make_micro_batches(rollouts, tokens, student.eos_ids[0], "keep", row)
             train_step(pair, engine, batches, UniformWeighter(), step=1, seed=0)
             found.append(engine.gradient)
         judged[f"gradient, {str(dtype).removeprefix('torch.')}"] = (relative(found[1], found[0]), limit)
-    return {"figures": {"rollouts": len(rollouts)}, "judged": judged}
+    figures = {"rollouts": len(rollouts), "tokens of a row that is shared, at most": pair.packed_row}
+    return {"figures": figures, "judged": judged}
 
 
 def decoding(device: torch.device, toy: bool) -> dict[str, Any]:

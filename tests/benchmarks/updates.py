@@ -13,7 +13,7 @@ from opd.config import Config, load_config
 from opd.data import Prompt, Rollout
 from opd.engine.plain import TorchEngine
 from opd.hooks import TokenWeighter, UniformWeighter
-from opd.models import LanguageModel
+from opd.models import LanguageModel, tried
 from opd.phases import Phases
 from opd.progress import Watch
 from opd.rollout import Decoding
@@ -30,7 +30,7 @@ def language_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
     eos_id = model.generation_config.eos_token_id
-    return LanguageModel(model, tokenizer, (eos_id,), dtype, name)
+    return tried(LanguageModel(model, tokenizer, (eos_id,), dtype, name))
 
 
 def weighter_of(name: str) -> TokenWeighter:
@@ -88,7 +88,7 @@ class Updates:
         """The next update itself; returns its metrics."""
         self.step += 1
         limit, pad_id = self.config.optim.micro_batch_tokens, self.student.eos_ids[0]
-        batches = make_micro_batches(rollouts, limit, pad_id, "keep")
+        batches = make_micro_batches(rollouts, limit, pad_id, "keep", self.pair.packed_row)
         result = train_step(self.pair, self.engine, batches, self.weighter, step=self.step, seed=0, watch=watch)
         self.pair.teacher.cache.clear()
         return result.metrics
