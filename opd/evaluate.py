@@ -148,23 +148,27 @@ def evaluate(
             )
         for i, divergence in divergences.items():
             rows[i]["reverse_kl"] = divergence
-        path = out / f"{loaded.name}.jsonl"
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-        _warn_of_ungraded(rows, path)
         share = sum(row["tokens"] for row in rows) / tokens  # of the sampling, which benchmarks do together
-        summary[loaded.name] = {
-            **summarise(rows),
-            "benchmark": described(loaded.benchmark),
-            **_version(loaded.dialogue),
-            "grader": grading.VERSION,
-            "seed": config.seed,
-            "responses_sha256": sha256(path),
-            "time/evaluation": share * sampling + time.perf_counter() - begin,
-        }
+        figures = _written(rows, loaded, config, out / f"{loaded.name}.jsonl")
+        summary[loaded.name] = figures | {"time/evaluation": share * sampling + time.perf_counter() - begin}
     if first:
         write_whole(summary_path, json.dumps(summary, indent=1) + "\n")
         _clear_partial(out)
     return summary
+
+
+def _written(rows: Sequence[dict], loaded: LoadedBenchmark, config: Config, path: Path) -> dict[str, Any]:
+    """Writes the rows of a benchmark, and returns their figures and what these are of, without the time."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    _warn_of_ungraded(rows, path)
+    return {
+        **summarise(rows),
+        "benchmark": described(loaded.benchmark),
+        **_version(loaded.dialogue),
+        "grader": grading.VERSION,
+        "seed": config.seed,
+        "responses_sha256": sha256(path),
+    }
 
 
 def known_figures(folder: Path, names: Collection[str]) -> dict[str, Figures] | None:
