@@ -103,10 +103,9 @@ def evaluate(
 ) -> dict[str, Figures]:
     """Evaluates a model on every benchmark and writes the folder `out`.
 
-    All processes share the sampling; the first one writes and grades, while others are still sampled. The file
-    responses.partial.jsonl holds what is sampled, and a stopped evaluation continues from there. At the end
-    `<name>.jsonl` holds every prompt, response, extracted answer, verdict and vote. The file summary.json is written
-    last.
+    All processes share the sampling; the first one writes and grades, while others are still sampled. A stopped
+    evaluation continues from responses.partial.jsonl. At the end `<name>.jsonl` holds every prompt, response, extracted
+    answer, verdict and vote. The file summary.json is written last.
 
     Args:
         stop: called while responses are generated, with True where all processes call it; it may raise to leave early.
@@ -114,12 +113,9 @@ def evaluate(
     Returns:
         benchmark -> figures on the first process, and an empty dictionary on the others.
     """
-    first, summary_path, begin = distributed.is_first(), out / "summary.json", time.perf_counter()
+    first, begin = distributed.is_first(), time.perf_counter()
     if first:
-        if summary_path.exists():
-            say(f"warning: {out}: the evaluation in it is damaged and is made again")
-            summary_path.unlink()
-        out.mkdir(parents=True, exist_ok=True)
+        _begin(out)
     by_name = {loaded.name: loaded for loaded in benchmarks}
     started: dict[Place, Started] = {}
 
@@ -143,18 +139,25 @@ def evaluate(
         if not first:
             continue
         with Progress(f"grading of {len(places)} responses"):
-            rows = _judged(
-                subject.lm, [(place[1], rollouts[place], started.get(place)) for place in places], loaded, grader
-            )
+            numbered = [(place[1], rollouts[place], started.get(place)) for place in places]
+            rows = _judged(subject.lm, numbered, loaded, grader)
         for i, divergence in divergences.items():
             rows[i]["reverse_kl"] = divergence
         share = sum(row["tokens"] for row in rows) / tokens  # of the sampling, which benchmarks do together
         figures = _written(rows, loaded, config, out / f"{loaded.name}.jsonl")
         summary[loaded.name] = figures | {"time/evaluation": share * sampling + time.perf_counter() - begin}
     if first:
-        write_whole(summary_path, json.dumps(summary, indent=1) + "\n")
+        write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
         _clear_partial(out)
     return summary
+
+
+def _begin(out: Path) -> None:
+    """Makes the folder of an evaluation. A summary in it could not be read, or nobody would evaluate again."""
+    if (out / "summary.json").exists():
+        say(f"warning: {out}: the evaluation in it is damaged and is made again")
+        (out / "summary.json").unlink()
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _written(rows: Sequence[dict], loaded: LoadedBenchmark, config: Config, path: Path) -> dict[str, Any]:
