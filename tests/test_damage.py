@@ -67,7 +67,7 @@ def killed_before(update):
 
 
 def killed_in_an_evaluation():
-    """In the evaluation after update 4, with two of its four batches of responses on disk."""
+    """In the evaluation after update 4, with one of its two requests of responses on disk."""
     original, evaluated = train.evaluate.evaluate, []
 
     def dying(subject, *rest):
@@ -80,14 +80,14 @@ def killed_in_an_evaluation():
 
 
 class Dying:
-    """A sampler with which the process is killed at its third batch."""
+    """A sampler with which the process is killed at its second request."""
 
     def __init__(self, sampler):
-        self.sampler, self.batches = sampler, 0
+        self.sampler, self.requests = sampler, 0
 
     def sample(self, *arguments):
-        self.batches += 1
-        if self.batches == 3:
+        self.requests += 1
+        if self.requests == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.sampler.sample(*arguments)
 
