@@ -30,9 +30,9 @@ from opd.cli import main, say
 from opd.commands import COMMANDS
 from opd.config import Config, StudentSection, TeacherSection, load_config
 from opd.data import Prompt, Rollout
+from opd.device import pick_device
 from opd.errors import InputError
 from opd.files import check, lock, read_object, read_rows, sha256, write_whole
-from opd.launch import pick_device
 from opd.models import LanguageModel
 from opd.progress import Progress
 from opd.responses import PARTIAL, Place, Subject, sampled
