@@ -76,18 +76,18 @@ def test_differences_are_over_the_problems_that_all_seeds_have(tmp_path):
         0: responses(tmp_path / "arm0", {"p": True, "q": False, "r": False, "only 0": True}),
         1: responses(tmp_path / "arm1", {"p": True, "q": True, "r": None}),
     }
-    found = paired_difference(arm, base, 60, "bench", greedy=True)
+    found = paired_difference(arm, base, 60, "bench", "greedy")
     assert found.by_seed == pytest.approx([1 / 3, 2 / 3]) and found.mean == pytest.approx(0.5)
     assert (found.wins, found.covers) == (2, "new seeds and new problems")
     assert found.low < 1 / 3 and found.high > 2 / 3
-    alone = paired_difference({0: arm[0]}, {0: base[0]}, 60, "bench", greedy=True)
+    alone = paired_difference({0: arm[0]}, {0: base[0]}, 60, "bench", "greedy")
     assert (alone.mean, len(alone.by_seed), alone.covers) == (0.5, 1, "problems only")
-    assert paired_difference(arm, base, 60, "bench", greedy=False) is None
+    assert paired_difference(arm, base, 60, "bench", "mean_at_k") is None
     other = responses(tmp_path / "other", {"only 0": True})
     with pytest.raises(
         InputError, match=r"bench at step_000060: got seeds of \[1, 3\] problems and none in all of them"
     ):
-        paired_difference({0: other, 1: arm[1]}, base, 60, "bench", greedy=True)
+        paired_difference({0: other, 1: arm[1]}, base, 60, "bench", "greedy")
 
 
 def test_the_text_says_what_the_intervals_cover():

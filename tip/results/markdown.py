@@ -3,26 +3,32 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, Interval
+from tip.results import turns
 from tip.results.grid import grid
 from tip.results.types import PHASES, Accuracy, ArmResult, Evaluation, Results, measured
 
 Table = tuple[tuple[str, ...], dict[str, list[tuple[str, ...]]]]  # header, and title of a group -> its rows
+CONVERSATIONS = (
+    " Of conversations, greedy and mean@k are the share in which everything holds that was asked. share@k, the paper's "
+    "Avg@k, is the mean share of what was asked. best@2 is the best share of two samples, as a mean over all pairs of "
+    "them, and best@k that of all samples. delivered is the share that ends in an answer."
+)
 
 
 def markdown(results: Results) -> str:
     """The tables, panel by panel; then what the runs cost, and how to read it."""
     comparison = results.comparison
     about = f"pair {comparison.pair}, seeds {', '.join(map(str, comparison.seeds))}, commit {results.commit}"
-    parts = [f"# {comparison.title}", comparison.command, f"{about}, {results.machine}"]
+    parts = [f"# {comparison.title}", comparison.command, f"{about}, {results.machine}", comparison.note]
     if not results.arms:
-        return "\n\n".join([*parts, "No run has finished.", missing(results)]) + "\n"
+        return "\n\n".join(filter(None, [*parts, "No run has finished.", missing(results)])) + "\n"
     for heading, (header, groups) in blocks(results):
         parts.append(f"## {heading}")
         models = groups.pop("")  # they stand in the first panel alone
         for title, rows in groups.items():
             parts += [title, grid(header, [*models, *rows])]
             models = []
-    parts += [legend(results), cost(results), missing(results), warnings(results)]
+    parts += [legend(results), turns.text(results.turns), cost(results), missing(results), warnings(results)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -112,7 +118,10 @@ def legend(results: Results) -> str:
         f"Accuracy in % over {', '.join(f'{count} problems of {name}' for name, count in sizes.items())}: mean over "
         'seeds +- standard error over seeds (standard error over samples). "-": not measured.'
     )
-    if any(evaluation.reverse_kl is not None for by_name in evaluations for evaluation in by_name.values()):
+    everything = [evaluation for by_name in evaluations for evaluation in by_name.values()]
+    if any("share_at_k" in evaluation.accuracies for evaluation in everything):
+        text += CONVERSATIONS
+    if any(evaluation.reverse_kl is not None for evaluation in everything):
         text += " Reverse KL to the teacher in nats per token of the sampled responses."
     intervals = list(results.differences)
     if intervals:
