@@ -33,6 +33,7 @@ from opd.data import Prompt, Rollout
 from opd.device import pick_device
 from opd.errors import InputError
 from opd.files import check, lock, read_object, read_rows, sha256, write_whole
+from opd.measures import CONVERSATIONS, MEASURES, by_problem
 from opd.models import LanguageModel
 from opd.progress import Progress
 from opd.responses import PARTIAL, Place, Subject, sampled
@@ -63,9 +64,14 @@ class Figures(_Timed):
     unformatted: float
     length_mean: float
     share_at_k: NotRequired[float | None]  # this and the next ones only where an environment scores
+    share_at_k_se: NotRequired[float | None]
+    share_best_at_2: NotRequired[float | None]
+    share_best_at_2_se: NotRequired[float | None]
     share_best_at_k: NotRequired[float | None]
+    share_best_at_k_se: NotRequired[float | None]
     share_greedy: NotRequired[float | None]
     delivered: NotRequired[float]
+    delivered_se: NotRequired[float | None]
     turns_mean: NotRequired[float]
     environment: NotRequired[str]  # its version
     benchmark: dict[str, Any]
@@ -394,32 +400,30 @@ def summarise(rows: Sequence[dict]) -> dict[str, Any]:
         "truncated": fmean(row["finish_reason"] in ("length", "turns") for row in rows),
         "unformatted": fmean(row["extracted"] is None for row in rows),
         "length_mean": fmean(row["tokens"] for row in rows),
-        **(_conversation_figures(rows, groups) if "share" in rows[0] else {}),
+        **(_conversation_figures(rows) if "share" in rows[0] else {}),
     }
 
 
-def _conversation_figures(rows: Sequence[dict], groups: Sequence[Sequence[dict]]) -> dict[str, Any]:
-    """The figures that only an environment gives; `groups` holds the sampled rows of each problem.
+def _conversation_figures(rows: Sequence[dict]) -> dict[str, Any]:
+    """The figures that only an environment gives, each as a mean over problems with its standard error.
 
-    share_at_k is the mean over problems of the mean share of what was asked, and share_best_at_k that of the best
-    sample's share. A conversation without a verdict has the share 0. Nobody votes on conversations.
+    share_at_k is of the mean share of what was asked, share_best_at_2 of the unbiased best share of two samples, and
+    share_best_at_k of the best sample's share. A conversation without a verdict has the share 0. Nobody votes on
+    conversations.
     """
-    shares = [[row["share"] or 0.0 for row in group] for group in groups]
+    problems = by_problem(rows)
     greedy = [row["share"] or 0.0 for row in rows if row["sample"] == GREEDY]
-    return {
-        "maj_at_k": None,
-        "share_at_k": fmean(map(fmean, shares)) if shares else None,
-        "share_best_at_k": fmean(map(max, shares)) if shares else None,
-        "share_greedy": fmean(greedy) if greedy else None,
-        "delivered": fmean(row["extracted"] is not None for row in rows),
-        "turns_mean": fmean(len(row["turns"]) for row in rows),
-    }
+    figures: dict[str, Any] = {"maj_at_k": None, "share_greedy": fmean(greedy) if greedy else None}
+    for name in CONVERSATIONS:
+        numbers = [number for group in problems.values() if (number := MEASURES[name].of(group)) is not None]
+        figures |= {name: fmean(numbers) if numbers else None, f"{name}_se": standard_error(numbers)}
+    return figures | {"turns_mean": fmean(len(row["turns"]) for row in rows)}
 
 
 def scalars(summary: dict[str, dict], prefix: str) -> dict[str, float]:
     """The figures under TensorBoard names, <prefix>/<benchmark>/<figure>."""
     names = ("greedy", "mean_at_k", "maj_at_k", "reverse_kl", "ungraded", "truncated", "unformatted", "length_mean")
-    names += ("share_at_k", "share_best_at_k", "share_greedy", "delivered", "turns_mean")
+    names += (*CONVERSATIONS, "share_greedy", "turns_mean")
     return {
         f"{prefix}/{benchmark}/{name}": figures[name]
         for benchmark, figures in summary.items()

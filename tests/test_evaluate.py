@@ -64,6 +64,21 @@ def benchmark(k, greedy=False, tokens=12):
     )
 
 
+def test_best_at_j_is_the_mean_over_all_draws_and_unbiased():
+    """Of five shares with ties; for shares of 0 and 1 it is pass@j. Over all samples of a coin with three sides it is
+    the best of two on average, however many were drawn."""
+    shares = [0.25, 1.0, 0.5, 0.25, 0.0]
+    for j in range(1, 6):
+        draws = list(itertools.combinations(shares, j))
+        assert accuracy.best_at(shares, j) == pytest.approx(sum(map(max, draws)) / len(draws), rel=1e-12)
+        assert accuracy.best_at([1.0, 0.0, 0.0, 1.0, 0.0], j) == pytest.approx(accuracy.pass_at(5, 2, j))
+    sides = (0.0, 0.5, 1.0)
+    expected = sum(max(pair) for pair in itertools.product(sides, repeat=2)) / 9
+    for n in (2, 3, 5):
+        worlds = list(itertools.product(sides, repeat=n))
+        assert sum(accuracy.best_at(world, 2) for world in worlds) / len(worlds) == pytest.approx(expected, rel=1e-12)
+
+
 def test_pass_at_k_equals_brute_force():
     for n, right in ((1, 0), (1, 1), (4, 1), (6, 3), (7, 7), (8, 2)):
         samples = [True] * right + [False] * (n - right)

@@ -30,36 +30,15 @@ from opd.progress import Progress
 from tip.commands import COMMANDS
 from tip.config import SECTIONS
 from tip.jobs import Job, run_jobs
-from tip.results.grid import grid, show
+from tip.results.grid import show
 from tip.tables import Table, folder_of, only, read_table
 from tip.weighter import TipWeighter
-
-DEEPPLANNING = {"table7", "figure4"}
-
-
-def deepplanning() -> str:
-    """The paper's values of Table 7 and Figure 4, and why there are none of ours."""
-    from tip.results import comparison  # slow to import, and not needed to start a table's runs
-
-    facts = comparison.paper()["deepplanning"]
-    rows = [
-        (name.replace("_", " "), *(f"{mean:.1f} +- {pm:.2f}" for mean, pm in facts[name]))
-        for name in ("teacher_qwen3_14b", "teacher_qwen3_32b")
-    ]
-    return (
-        "Table 7 and Figure 4 of the paper need the DeepPlanning benchmark, whose databases are not part of this "
-        "project: nothing is run, and no other task's numbers are shown under this name. The paper's values "
-        f"({facts['metric']}):\n\n{grid(('', *facts['columns']), rows)}"
-    )
 
 
 def command(arguments: list[str]) -> None:
     options = COMMANDS["reproduce"].parser().parse_args(arguments)
     name = f"figure{options.figure}" if options.figure else options.table
     name = f"table{name}" if name.isdigit() else name
-    if name in DEEPPLANNING:
-        print(deepplanning())
-        return
     table = read_table(name)
     if options.arms:
         table = only(table, options.arms.split(","))
@@ -94,6 +73,15 @@ def _checked(table: Table, path: str, overrides: Sequence[str]) -> Config:
     """The configuration that the arms share. Raises InputError for wrong settings of any arm, before anything runs."""
     fixed = {"seed", "run_name"}.union(*(arm.settings for arm in table.arms))
     base, _ = load_config(path, overrides, SECTIONS)
+    if table.conversations and base.data.environment is None:
+        raise InputError(
+            f"{table.name} compares conversations, and {path} has no data.environment. Give a pair with one: "
+            "configs/tiny_planning.json, or configs/qwen3_14b_to_1.7b_deepplanning.json."
+        )
+    if base.data.environment is not None:
+        from opd.rollout import environment  # slow to import, and most pairs have none
+
+        environment.load(base.data.environment)  # where its data are missing, no arm need start
     for text in overrides:
         if (key := text.partition("=")[0]) in fixed:
             raise InputError(f"--set {text[:80]}: the arms and seeds of a table set {key}. Leave it out.")

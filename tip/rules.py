@@ -118,6 +118,18 @@ def earliest(stats: TokenStats, axes: Axes) -> Tensor:
     return -stats.position.float()
 
 
+def last_turn(stats: TokenStats, axes: Axes) -> Tensor:
+    """1 in the last turn of each rollout, else 0. A response without an environment is one turn."""
+    first_R, rollout_N = rows_of(stats.sequence_id)
+    last_R = torch.zeros(len(first_R), dtype=torch.int64).scatter_reduce(0, rollout_N, stats.turn, "amax")
+    return (stats.turn == last_R[rollout_N]).float()
+
+
+def first_turns(stats: TokenStats, axes: Axes) -> Tensor:
+    """1 in every turn but the last of each rollout, else 0. In an agent's rollouts these are the turns with calls."""
+    return 1 - last_turn(stats, axes)
+
+
 def early_disagreement(stats: TokenStats, axes: Axes) -> Tensor:
     """IW-OPD: 1 + g (1 - the share of the response's sum of |log q/p| that lies up to this token)."""
     first_R, rollout_N = rows_of(stats.sequence_id)
@@ -157,6 +169,8 @@ RULES = {  # name: Rule(fields that it reads, mechanic, score, share of forward 
     "eopd": Rule(frozenset({"teacher_entropy"}), "weights", eopd_weight, eopd_share),
     "aopd": Rule(SAMPLED, "weights", equal, aopd_share),
     "first_k": Rule(frozenset(), "top", earliest),
+    "first_turns": Rule(frozenset(), "weights", first_turns),
+    "last_turn": Rule(frozenset(), "weights", last_turn),
     "iw_opd": Rule(SAMPLED, "weights", early_disagreement),
     "tropd": Rule(SAMPLED, "weights", trust),
     "total_variation": Rule(frozenset({"total_variation"}), "top", total_variation, total_variation, "per_update"),

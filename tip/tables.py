@@ -55,6 +55,8 @@ class Table:
     baselines: tuple[str, ...]  # labels of the arms that others are compared with
     every_evaluation: bool  # a block for each evaluated step, else for the last alone
     panels: tuple[tuple[str, tuple[Arm, ...]], ...]
+    conversations: bool = False  # its arms need an environment that answers the student between its turns
+    note: str = ""  # shown where the paper's values are not, because the pair is another
 
     @property
     def arms(self) -> list[Arm]:

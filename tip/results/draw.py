@@ -10,13 +10,15 @@ import numpy as np
 from opd.record import dump
 from tip.results import figures
 from tip.results.collect import curve
-from tip.results.figures import Album, Curves, ShownToken, Whisker
+from tip.results.figures import Album, Bar, Curves, ShownToken, Whisker
 from tip.results.token_map import dumped_updates
 from tip.results.types import Results
 from tip.tables import other_settings
 
 MANY = 9  # lines in one plot
 QUADRANTS = (1, 2, 3, 4)
+MAIN = ("share_at_k", "mean_at_k", "greedy")  # what curves show: as the paper, the first that was measured
+BARS = ("share_at_k", "share_best_at_2", "share_best_at_k")
 
 
 def draw(results: Results, out: Path) -> dict[str, str]:
@@ -25,9 +27,10 @@ def draw(results: Results, out: Path) -> dict[str, str]:
     benchmarks = next(iter(results.arms.values())).last
     if not benchmarks:
         return album.captions
-    metric = "mean_at_k" if all("mean_at_k" in e.accuracies for e in benchmarks.values()) else "greedy"  # as the paper
+    metric = next(m for m in MAIN if all(m in e.accuracies for e in benchmarks.values()) or m == MAIN[-1])
     sampled = next(iter(benchmarks.values())).title(metric)
     _draw_differences(results, album)
+    _draw_bars(results, list(benchmarks), album)
     text = f"Accuracy ({sampled}, %) at the evaluated updates; loss and divergence while training. Means over seeds."
     album.add(figures.lines(_training(results, list(benchmarks), metric), "update"), "training", text)
     _draw_tokens(results, album)
@@ -56,6 +59,29 @@ def _draw_differences(results: Results, album: Album) -> None:
             text = f"How much better each arm is than {base} on {name} after the last update. Whiskers: 95 % intervals."
             drawn = figures.whiskers(series, f"accuracy on {name}, difference to {base}, points")
             album.add(drawn, "differences" if len(by_benchmark) == 1 else f"differences_{name}", text)
+
+
+def _draw_bars(results: Results, benchmarks: Sequence[str], album: Album) -> None:
+    """The paper's Figure 4, for each benchmark of conversations: the share of what was asked, and the best share."""
+    in_paper, of = results.comparison.paper, results.comparison.paper_metric
+    for name in benchmarks:
+        models = {"step-0 student": results.step_0_student, "teacher": results.teacher}
+        shown = models | {label: arm.last for label, arm in results.arms.items()}
+        evaluations = {label: by_name[name] for label, by_name in shown.items() if name in by_name}
+        panels: dict[str, list[Bar]] = {}
+        for metric in BARS:
+            for label, evaluation in evaluations.items():
+                if (accuracy := evaluation.accuracies.get(metric)) is not None:
+                    paper = in_paper.get(name, {}).get(label, [None])[0] if metric == of else None
+                    bar = (label, 100 * accuracy.mean, 100 * (accuracy.se_seeds or accuracy.se_samples or 0.0), paper)
+                    panels.setdefault(f"{evaluation.title(metric)}, {name}, %", []).append(bar)
+        if panels:
+            marks = " Crosses: the paper's values." if in_paper else ""
+            text = (
+                "The share of what was asked that conversations meet after the last update: the mean of a sample, and "
+                f"the best of several. Lines: standard errors over seeds, or over problems with one seed.{marks}"
+            )
+            album.add(figures.bars(panels), "shares" if len(benchmarks) == 1 else f"shares_{name}", text)
 
 
 def families(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

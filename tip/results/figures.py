@@ -35,6 +35,7 @@ MARKERS = "osD^vPX*<>hpd"
 WIDTH = 4.8  # inches
 Curves = dict[str, dict[float, float]]  # label -> x -> y
 Whisker = tuple[str, float, float, float]  # label, mean, and the ends of its interval, which may be infinite
+Bar = tuple[str, float, float, float | None]  # label, height, its standard error, and a height to compare with
 ShownToken = tuple[
     str, list[tuple[str, float]], list[tuple[str, float]]
 ]  # text; the student's likeliest, the teacher's
@@ -94,11 +95,13 @@ def whiskers(series: Mapping[str, Sequence[Whisker]], x_label: str) -> Figure:
     """A row per label with a dot and its interval for each series; the line at 0 is no difference."""
     labels = list(dict.fromkeys(label for rows in series.values() for label, *_ in rows))
     names = [fill(label, 26) for label in labels]
-    size = (WIDTH, 1.0 + sum(0.22 + 0.16 * (1 + name.count("\n")) for name in names))
+    step = 0.26 if len(series) < 4 else 0.78 / len(series)  # between the dots of a row, in rows
+    height = 0.22 + 0.06 * max(0, len(series) - 3)
+    size = (WIDTH, 1.0 + sum(height + 0.16 * (1 + name.count("\n")) for name in names))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.axvline(0, color=COLOURS[0], linewidth=0.8)
     for number, (title, rows) in enumerate(series.items()):
-        places = [labels.index(label) + 0.26 * (number - (len(series) - 1) / 2) for label, *_ in rows]
+        places = [labels.index(label) + step * (number - (len(series) - 1) / 2) for label, *_ in rows]
         means = [mean for _, mean, *_ in rows]
         lengths = [[m - low if math.isfinite(low) else 0.0 for _, m, low, _ in rows]]
         lengths += [[high - m if math.isfinite(high) else 0.0 for _, m, _, high in rows]]
@@ -108,6 +111,27 @@ def whiskers(series: Mapping[str, Sequence[Whisker]], x_label: str) -> Figure:
     axis.grid(False, axis="y")
     axis.set_xlabel(x_label)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def bars(panels: Mapping[str, Sequence[Bar]]) -> Figure:
+    """A panel per title, one above the other; in it one lying bar per label, with its standard error."""
+    size = (WIDTH, 0.4 + sum(0.5 + 0.2 * len(rows) for rows in panels.values()))
+    ratios = [2.5 + len(rows) for rows in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=size, squeeze=False, layout="constrained", gridspec_kw={"height_ratios": ratios}
+    )
+    for axis, (title, rows) in zip(axes.flat, panels.items(), strict=True):
+        labels, heights, errors, others = zip(*rows, strict=True)
+        places = range(len(rows))
+        axis.barh(places, heights, xerr=errors, color=COLOURS[2], alpha=0.75, capsize=2, height=0.7)
+        known = [(other, place) for other, place in zip(others, places, strict=True) if other is not None]
+        axis.plot([other for other, _ in known], [place for _, place in known], "x", color=COLOURS[1])
+        axis.set_yticks(places, labels, fontsize=8)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xlim(0, None)
+        axis.grid(False, axis="y")
+        axis.set_title(title)
     return figure
 
 

@@ -7,7 +7,13 @@ from tip.results.markdown import what_is_covered
 from tip.results.types import Results
 from tip.tables import other_settings
 
-NAMES = {"all": "all tokens", "random": "a random choice", "entropy_topk": "the top of entropy"}
+NAMES = {
+    "all": "all tokens",
+    "random": "a random choice",
+    "entropy_topk": "the top of entropy",
+    "first_turns": "every turn but the last",
+    "last_turn": "the last turn alone",
+}
 VERDICTS = ("better than", "worse than", "not distinguishable from")
 
 
