@@ -1,11 +1,12 @@
 """All rules compared on the same tokens, without training.
 
-    python -m tip.analyze --config configs/tiny.json [--prompts 64] [--oracle-tokens N] [--out DIR]
+    python -m tip.analyze --config configs/tiny.json [--prompts 64] [--oracle-tokens N] [--teacher-topk 8,32]
 
 The student answers prompts once, both models score the answers once, and every rule selects from these statistics. The
 table says which quadrants a rule takes, what it shares with the other rules, and how much of the divergence and of the
 gradient it covers at each retention. For a small student every rule is also compared with the oracle weight of a token,
-which takes the gradient of every single token (tip.oracle).
+which takes the gradient of every single token (tip.oracle). With --teacher-topk it also says what would be left of
+scores and selections if the teacher showed its likeliest ids alone (tip.partial).
 
 Shapes: N scored tokens.
 """
@@ -13,6 +14,7 @@ Shapes: N scored tokens.
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,7 +39,7 @@ from opd.rollout.turns import converse, open_dialogue
 from opd.seeds import generator
 from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
-from tip import oracle, taxonomy
+from tip import oracle, partial, taxonomy
 from tip.commands import COMMANDS, SMALL_STUDENT
 from tip.config import SECTIONS, TipConfig
 from tip.diagnostics import (
@@ -158,6 +160,8 @@ def table(result: dict[str, Any]) -> str:
         parts.append(f"{title}\n\n{grid(header, rows)}")
     if result["oracle"]:
         parts.append(_oracle_table(result))
+    if result["partial_teacher"]:
+        parts.append(partial.table(result["partial_teacher"], result["tip"]["axis"]))
     return "\n\n".join(parts)
 
 
@@ -268,11 +272,19 @@ def _load(config: Config) -> tuple[Pair, list[Prompt]]:
     return pair, prompts
 
 
-def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int | None, out: Path, command: str) -> str:
+def run(
+    config: Config,
+    tip: TipConfig,
+    prompts_wanted: int,
+    oracle_tokens: int | None,
+    topk: Sequence[int],
+    out: Path,
+    command: str,
+) -> str:
     """Samples, scores and compares, and writes the page, analysis.json, table.md and the plots into `out`.
 
-    The oracle takes the gradients of `oracle_tokens` tokens; None means 1,024 for a small student, else none. Returns
-    the table.
+    The oracle takes the gradients of `oracle_tokens` tokens; None means 1,024 for a small student, else none. `topk`
+    holds how many ids a partial teacher shows; empty: nothing is asked of one. Returns the table.
     """
     pair, prompts = _load(config)
     TipWeighter(tip)  # refuses settings that do not go together
@@ -295,11 +307,15 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
         raise InputError(
             f"no response token counts with rollout.truncated = {config.rollout.truncated!r}. Set it to 'keep'."
         )
-    needs = needs_of_every_rule(tip.axis) | sums_of(tip.axis).keys() | speculative.NEEDS
+    needs = needs_of_every_rule(tip.axis) | DIVERGENCES.keys() | sums_of(tip.axis).keys() | speculative.NEEDS
     with Progress("scoring", len(batches), "micro-batches") as progress:
         stats = score_update(pair, batches, needs, 1, progress.advance)
     result = {"command": command, "config": dataclasses.asdict(config), "tip": dataclasses.asdict(tip)}
-    result |= analyse(stats, tip, config.seed) | {"oracle": None}
+    result |= analyse(stats, tip, config.seed) | {"oracle": None, "partial_teacher": None}
+    if topk:
+        views = partial.topk_views(pair, batches, stats, topk)
+        views[partial.SAMPLED] = partial.sampled_view(stats, config.loss.jsd_beta)
+        result["partial_teacher"] = partial.survival(stats, views, tip, config.seed, SHOWN)
     if oracle_tokens:
         measured = oracle.token_gradients(pair, batches, fresh_batches, oracle_tokens, config.seed)
         if len(measured[0]):
@@ -320,7 +336,8 @@ def command(arguments: list[str]) -> None:
     out = options.out or config.run_dir.with_name(f"{config.run_name}-analysis")
     from_user = " ".join(["python -m tip.analyze", *arguments])
     with lock(out, "--out"), Progress("analysis"):
-        text = run(config, sections["tip"], options.prompts, options.oracle_tokens, out, from_user)
+        tip, topk = sections["tip"], options.teacher_topk
+        text = run(config, tip, options.prompts, options.oracle_tokens, topk, out, from_user)
     print(text)
 
 

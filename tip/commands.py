@@ -18,7 +18,19 @@ def _take_analysis(cli: Parser) -> None:
         metavar="N",
         help=f"tokens whose own gradient is taken (1024 up to {SMALL_STUDENT:,} student parameters, else 0)",
     )
+    cli.add_argument(
+        "--teacher-topk",
+        type=_numbers,
+        default=(),
+        metavar="8,32",
+        help="also: what is left if the teacher shows so many of its likeliest ids, or only the sampled token",
+    )
     cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: output_dir/<run_name>-analysis")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them, each once, the smallest first."""
+    return tuple(sorted(set(map(number_argument(1), text.split(",")))))
 
 
 def _take_table(cli: Parser) -> None:

@@ -143,6 +143,11 @@ def correlation(a_N: Tensor, b_N: Tensor) -> float:
     return (a_N @ b_N).item() / scale if scale > 0 else 0.0
 
 
+def rank_correlation(a_N: Tensor, b_N: Tensor) -> float:
+    """Spearman's correlation; 0 when a column is constant."""
+    return correlation(Spread.of(a_N).place(a_N), Spread.of(b_N).place(b_N))
+
+
 def max_over_p99(d_N: Tensor) -> float:
     """The largest divergence divided by the 99th percentile, at most 1e9; 1 when there is no divergence at all."""
     largest, p99 = d_N.max().item(), Spread.of(d_N).quantile(0.99)
