@@ -46,6 +46,9 @@ def _take_table(cli: Parser) -> None:
         metavar="N",
         help="seeds (or arms) at a time, in processes of their own",
     )
+    cli.add_argument(
+        "--rates", metavar="A,B,C", help="every arm at each of these learning rates, for example 1e-4,3e-4,1e-3"
+    )
     cli.add_argument("--arms", metavar="A,B", help="only these arms, by the labels of --dry-run, and the baselines")
     cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")
     cli.add_argument("--verbose", action="store_true", help="print the resolved configuration of each run before it")

@@ -8,10 +8,12 @@ left alone, stopped ones continue, a failed one is reported and the others go on
 evaluations of step-0 student and teacher. With `--jobs` several processes work at a time: each takes a seed with all of
 its arms, or one arm where there are fewer seeds than jobs (with engine.kind deepspeed each arm runs on all GPUs). On an
 embedded pair a seed is a new student and a new stream of prompts; on others it is a new stream. The results are made by
-tip.results from the run folders.
+tip.results from the run folders. With `--rates` every arm is trained at each of these learning rates
+(tip.results.rates).
 """
 
 import json
+import math
 import os
 import traceback
 from argparse import ArgumentTypeError, Namespace
@@ -37,11 +39,12 @@ from tip.commands import COMMANDS
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
 from tip.jobs import Job, run_jobs
-from tip.results import comparison, files
+from tip.results import comparison, files, rates
 from tip.results.collect import collect
 from tip.results.grid import grid, show
 from tip.results.markdown import markdown
-from tip.tables import Arm, Table, only, read_table
+from tip.results.types import Results
+from tip.tables import Arm, Table, at_rate, only, read_table
 from tip.weighter import TipWeighter
 
 DEEPPLANNING = {"table7", "figure4"}
@@ -130,7 +133,11 @@ def command(arguments: list[str]) -> None:
     if options.arms:
         table = only(table, options.arms.split(","))
     seeds = _read_seeds(options.seeds)
-    base = _checked(table, options.config, options.overrides)
+    by_rate = _by_rate(table, options) if options.rates is not None else {}
+    base = _checked([table, *by_rate.values()], options.config, options.overrides)
+    if by_rate:
+        title = f"{table.title}, at {len(by_rate)} learning rates"
+        table = replace(table, title=title, panels=tuple(panel for t in by_rate.values() for panel in t.panels))
     if options.dry_run:
         say(f"{table.title}: {len(table.arms)} arms x {len(seeds)} seeds: {', '.join(a.label for a in table.arms)}")
         config, sections = load_config(options.config, [*options.overrides, *_settings(table.arms[0])], SECTIONS)
@@ -141,7 +148,7 @@ def command(arguments: list[str]) -> None:
         raise InputError("a table starts its own processes on all GPUs. Start it plainly: python -m tip.reproduce ...")
     else:
         with lock(_root(base), "output_dir") if launch.machine() == 0 else nullcontext():
-            _run_table(table, base, seeds, options, arguments)
+            _run_table(table, by_rate, base, seeds, options, arguments)
 
 
 def _read_seeds(text: str) -> list[int]:
@@ -154,18 +161,38 @@ def _read_seeds(text: str) -> list[int]:
     return seeds
 
 
+def _by_rate(table: Table, options: Namespace) -> dict[float, Table]:
+    """Learning rate -> the table with it, the lowest first."""
+    try:
+        rates = sorted({_rate(text) for text in options.rates.split(",")})
+    except ValueError:
+        raise InputError(
+            f"--rates {options.rates[:80]!r}: expected learning rates above 0 with commas between them, for example "
+            "1e-4,3e-4,1e-3."
+        ) from None
+    own = load_config(options.config, options.overrides, SECTIONS)[0].optim.lr
+    return {rate: at_rate(table, rate, own) for rate in rates}
+
+
+def _rate(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def _settings(arm: Arm) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in arm.settings.items()]
 
 
-def _checked(table: Table, path: str, overrides: Sequence[str]) -> Config:
+def _checked(tables: Sequence[Table], path: str, overrides: Sequence[str]) -> Config:
     """The configuration that the arms share. Raises InputError for wrong settings of any arm, before anything runs."""
-    fixed = {"seed", "run_name"}.union(*(arm.settings for arm in table.arms))
+    arms = [arm for table in tables for arm in table.arms]
+    fixed = {"seed", "run_name"}.union(*(arm.settings for arm in arms))
     base, _ = load_config(path, overrides, SECTIONS)
     for text in overrides:
         if (key := text.partition("=")[0]) in fixed:
             raise InputError(f"--set {text[:80]}: the arms and seeds of a table set {key}. Leave it out.")
-    for arm in table.arms:
+    for arm in arms:
         TipWeighter(load_config(path, [*overrides, *_settings(arm)], SECTIONS)[1]["tip"])
     return base
 
@@ -184,19 +211,41 @@ def _run_job(table: Table, options: Namespace) -> None:
         raise RunError("not every arm finished")
 
 
-def _run_table(table: Table, base: Config, seeds: list[int], options: Namespace, arguments: list[str]) -> None:
-    """Runs what has not run, then writes the table, as the only writer of its folder."""
+def _run_table(
+    table: Table,
+    by_rate: dict[float, Table],
+    base: Config,
+    seeds: list[int],
+    options: Namespace,
+    arguments: list[str],
+) -> None:
+    """Runs what has not run, then writes the table, as the only writer of its folder.
+
+    With `by_rate`, `table` holds the arms of all rates; then the matrix of rates is written, and a table for each rate.
+    """
     failed = _run_seeds(table, base, seeds, options, arguments)
     if launch.machine() > 0:
         return  # the first machine writes the table
-    out = _root(base) / table.name
     line, models = " ".join(["python -m tip.reproduce", *arguments]), (base.student.path, base.teacher.path)
-    with Progress("table and figures"):
+
+    def write_table(table: Table, out: Path) -> tuple[Results, str]:
         results = collect(comparison.of_table(table, _root(base), seeds, Path(options.config).stem, models, line))
         text = markdown(results)
         files.write(results, text, out)
+        return results, text
+
+    with Progress("table and figures"):
+        if by_rate:
+            out = _root(base) / f"{table.name}-rates"
+            what = "rates.md, .json, a figure, and a table of each rate"
+            results = {rate: write_table(of_rate, out / f"lr_{rate:g}")[0] for rate, of_rate in by_rate.items()}
+            text = rates.write(results, table.title, line, out)
+        else:
+            out = _root(base) / table.name
+            what = "table.md, .csv, .json, figures and report.html"
+            text = write_table(table, out)[1]
     show(text)
-    say(f"{out}: table.md, .csv, .json, figures and report.html")
+    say(f"{out}: {what}")
     if failed:
         raise RunError(f"{failed} of the runs failed; the table says which. Give the same command to try them again.")
 

@@ -64,7 +64,7 @@ def _table(results: Results, name: str, evaluated: Mapping[str, Evaluation]) -> 
             if comparison.paper:
                 cells.append("{:.1f} +- {:.1f}".format(*arm.paper[name]) if name in arm.paper else "-")
             for base in comparison.baselines:
-                cells += [_difference_cell(evaluation.differences.get(base, {}).get(metric)) for metric in metrics]
+                cells += [difference_cell(evaluation.differences.get(base, {}).get(metric)) for metric in metrics]
             cells += [*_kept_cells(arm), f"{arm.peak_memory_gb:.2f}", f"{arm.seconds:.1f}"]
         return (*cells, *[""] * (len(header) - len(cells)))
 
@@ -89,7 +89,7 @@ def _accuracy_cell(accuracy: Accuracy | None) -> str:
     return f"{100 * accuracy.mean:.1f}{seeds}{samples}"
 
 
-def _difference_cell(interval: Interval | None) -> str:
+def difference_cell(interval: Interval | None) -> str:
     if interval is None:
         return ""
     mean, low, high = interval.points
