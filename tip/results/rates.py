@@ -16,8 +16,8 @@ from opd.accuracy import Interval, paired_interval
 from opd.compare import finished_evaluations, per_problem
 from opd.files import write_whole
 from tip.results import figures
-from tip.results.grid import grid
-from tip.results.markdown import difference_cell, what_is_covered
+from tip.results.grid import difference_cell, grid
+from tip.results.markdown import what_is_covered
 from tip.results.sentences import VERDICTS, verdict
 from tip.results.types import Results, measured
 
