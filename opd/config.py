@@ -288,7 +288,8 @@ class EvalSection:
     every: int = doc("Evaluate every so many updates as well; 0: only before and after.", ge=0)
     reverse_kl: bool = doc(
         "Also measure KL(student || teacher) on the sampled responses, or on the greedy ones where there are no "
-        "samples, in nats per token. Costs a pass of each model."
+        "samples, in nats per token, and how often the teacher would accept the student's tokens as drafts in "
+        "speculative decoding. Costs a pass of each model."
     )
     reverse_kl_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = doc(
         "On how many of the k samples of a problem eval.reverse_kl is measured; null: on all.", default=None

@@ -291,6 +291,34 @@ def test_the_divergence_is_measured_on_as_many_samples_as_asked_for(k, most, exp
     assert found["reverse_kl"] == pytest.approx(total / sum(r["tokens"] for r in scored))
 
 
+def test_acceptance_is_that_of_the_scored_tokens(tmp_path, monkeypatch):
+    """What a response and the benchmark say of drafts, against the statistics of their tokens, one by one."""
+    lm, teacher = random_lm(0), random_lm(1, name="teacher")
+    one = benchmark(2, greedy=False)
+    loaded = benchmarks.LoadedBenchmark("one", one, [Prompt(f"p{i}", (5 + i, 9), "7") for i in range(4)])
+    subject = Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), pair_of(lm, teacher, LOSS, len(lm.tokenizer)))
+    seen, scoring = [], evaluate.score_update
+    monkeypatch.setattr(evaluate, "score_update", lambda *a: seen.append(scoring(*a)) or seen[-1])
+    config = tiny_config("eval.reverse_kl_samples=null")
+    found = evaluate.evaluate(subject, [loaded], config, tmp_path, Decided())["one"]
+    rows, (stats,) = evaluate.read_responses(tmp_path / "one.jsonl"), seen
+    lengths, accepted = [], []
+    for i, line in enumerate(rows):
+        own = stats.rows(stats.sequence_id == i)
+        kept = [1 - tv for tv in own.total_variation.tolist()]
+        ratio = [min(1.0, math.exp(t - s)) for t, s in zip(own.teacher_logprob, own.student_logprob, strict=True)]
+        of_blocks = [
+            sum(math.prod(ratio[b : b + j]) * kept[b + j] for j in range(min(4, len(kept) - b)))
+            for b in range(len(kept))
+        ]
+        assert line["tokens"] == len(kept) and line["acceptance"] == pytest.approx(statistics.fmean(kept), abs=1e-6)
+        assert line[evaluate.ACCEPTED] == pytest.approx(statistics.fmean(of_blocks), abs=1e-6)
+        lengths, accepted = lengths + of_blocks, accepted + kept
+    assert found["acceptance"] == pytest.approx(statistics.fmean(accepted)) and 0 < found["acceptance"] < 1
+    assert found["accepted_of_4"] == pytest.approx(statistics.fmean(lengths)) and evaluate.ACCEPTED == "accepted_of_4"
+    assert "accepted as drafts" in evaluate.line({"one": found})
+
+
 def test_greedy_alone_and_samples_alone():
     greedy = evaluate.summarise([row("a", -1, True), row("b", -1, False)])
     assert greedy["mean_at_k"] is None and greedy["pass_at"] == {} and greedy["greedy_se"] == pytest.approx(0.5)

@@ -162,19 +162,20 @@ def of_recipe(name, tmp_path, processes=1):
 GPU = {24: 22.0, 80: 74.0}  # GiB that a card of so many GB leaves to a program
 
 
-@pytest.mark.parametrize(("name", "card"), [("qwen3_1.7b_to_0.6b", 24), ("qwen3_8b_to_1.7b", 80)])
+@pytest.mark.parametrize(
+    ("name", "card"), [("qwen3_1.7b_to_0.6b", 24), ("qwen3_8b_to_1.7b", 80), ("qwen3_8b_to_0.6b_drafter", 80)]
+)
 def test_a_recipe_for_one_gpu_fits_by_hand_arithmetic(name, card, tmp_path):
     config, p, q, found = of_recipe(name, tmp_path)
-    hidden, intermediate, layers, _, kv, dim, vocabulary, _ = MODELS[
-        "Qwen/Qwen3-0.6B" if card == 24 else "Qwen/Qwen3-1.7B"
-    ]
+    small = "0.6b" in name
+    hidden, intermediate, layers, _, kv, dim, vocabulary, _ = MODELS[f"Qwen/Qwen3-{'0.6B' if small else '1.7B'}"]
     held = 4 * p + 2 * p + 8 * p + 2 * q  # float32 weights, bfloat16 copy, moments; bfloat16 teacher
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     cache = config.rollout.batch_size * longest * layers * 2 * kv * dim * 2 * 5 // 4
     logits = config.rollout.batch_size * vocabulary * 16
     assert found.peaks["rollout"] == held + cache + logits
     one_layer = longest * (8 * hidden + 3 * intermediate) * 2  # one response to a micro-batch
-    row = 3840 if card == 24 else longest  # what sequences may share; for the 1.7B model it is 12,288
+    row = 3840 if small else longest  # what sequences may share; for the 1.7B model it is 12,288
     masks = longest * row * 2  # of one layer, in bfloat16
     backward = one_layer + layers * longest * hidden * 2 + masks + config.loss.chunk_bytes + 4 * vocabulary * hidden
     assert found.peaks["update"] == held + 4 * p + backward

@@ -14,7 +14,8 @@ from opd import speculative
 from opd.hooks import Diagnosis, TokenStats, TokenWeights
 from tip import select, taxonomy
 from tip.config import TipConfig
-from tip.rules import BOTH_AXES, RULES
+from tip.divergences import divergence_of, fields_of
+from tip.rules import RULES
 from tip.scores import Axes, Spread
 from tip.weighter import TipWeighter
 
@@ -26,19 +27,16 @@ SQUEEZED = 10.0  # from this ratio on, 99 % of the tokens share the lowest tenth
 class TipObserver:
     """Implements opd.hooks.Observer for a TipWeighter."""
 
-    needs = BOTH_AXES | speculative.NEEDS
-
     def __init__(self, weighter: TipWeighter):
         self.weighter = weighter
-
-    @property
-    def column_needs(self) -> frozenset[str]:
-        return BOTH_AXES.union(*(rule.needs for rule in RULES.values()))
+        self.needs = weighter.both_axes | speculative.NEEDS
+        self.column_needs = weighter.both_axes | needs_of_every_rule(weighter.config.axis)
 
     def diagnose(self, stats: TokenStats, weights: TokenWeights) -> Diagnosis:
         """Compares the kept tokens with what Soft-OR and entropy would keep, and with the axes. N is at least 1."""
-        kept_N, h_N, d_N = weights.weights > 0, normalised_entropy(stats), stats.reverse_kl.double()
         config, mechanic = self.weighter.config, self.weighter.rule.mechanic
+        kept_N, h_N = weights.weights > 0, normalised_entropy(stats)
+        d_N = divergence_of(stats, config.axis).double()
         retention = kept_N.double().mean().item() if mechanic == "weights" else config.retention_at(stats.step)
         axes = Axes(stats, config)
         scalars = {
@@ -63,7 +61,8 @@ class TipObserver:
         )
 
     def columns(self, stats: TokenStats, weights: TokenWeights, generator: torch.Generator) -> dict[str, Tensor]:
-        """Quadrant and score as the update was weighed, and `keep/<rule>@<retention>` for every rule; each (N,).
+        """The divergence of tip.axis by its name, quadrant and score as the update was weighed, and
+        `keep/<rule>@<retention>` for every rule; each (N,).
 
         The column of the run's rule and retention shows what the run kept. The other columns normalise by the update
         itself, and show one draw where a rule samples.
@@ -74,11 +73,13 @@ class TipObserver:
         for label in {config.rule, f"{config.rule}@{config.retention_at(stats.step):g}"} & kept.keys():
             kept[label] = weights.weights > 0
         keep_columns = {f"keep/{label}": kept_N for label, kept_N in kept.items()}
-        return {"quadrant": quadrants.quadrant, "score": score_N.double(), **keep_columns}
+        d_N = divergence_of(stats, config.axis)
+        return {config.axis: d_N, "quadrant": quadrants.quadrant, "score": score_N.double(), **keep_columns}
 
     def _warnings(self, kept_N: Tensor, axes: Axes, ratio: float, threshold: float) -> dict[str, str]:
         """Kind -> message, for a largest divergence of `ratio` times its 99th percentile and a threshold of h."""
-        d_N, config, warnings = axes.stats.reverse_kl.double(), self.weighter.config, {}
+        config, warnings = self.weighter.config, {}
+        d_N = divergence_of(axes.stats, config.axis).double()
         covered = taxonomy.covered(d_N, kept_N)
         if covered < LITTLE_MASS:
             warnings["little_mass"] = (
@@ -87,7 +88,7 @@ class TipObserver:
                 "divergence."
             )
         squeezable = config.normalization == "minmax" and config.divergence_clip_quantile is None
-        if ratio > SQUEEZED and squeezable and self.weighter.needs >= BOTH_AXES:
+        if ratio > SQUEEZED and squeezable and self.weighter.needs >= self.weighter.both_axes:
             warnings["squeezed"] = (
                 f"the largest divergence is {ratio:.0f} times its 99th percentile, so min-max normalisation squeezes "
                 "nearly all tokens to 0 on that axis and entropy decides. Set tip.normalization=quantile."
@@ -100,6 +101,11 @@ class TipObserver:
                 "tip.quadrant_entropy at 0.75 or so."
             )
         return warnings
+
+
+def needs_of_every_rule(axis: str) -> frozenset[str]:
+    """The fields of TokenStats that the rules read with this divergence as their axis."""
+    return fields_of(frozenset().union(*(rule.needs for rule in RULES.values())), axis)
 
 
 def keep_by_every_rule(
@@ -135,6 +141,11 @@ def correlation(a_N: Tensor, b_N: Tensor) -> float:
     a_N, b_N = (column.double() - column.double().mean() for column in (a_N, b_N))
     scale = (a_N.norm() * b_N.norm()).item()
     return (a_N @ b_N).item() / scale if scale > 0 else 0.0
+
+
+def rank_correlation(a_N: Tensor, b_N: Tensor) -> float:
+    """Spearman's correlation; 0 when a column is constant."""
+    return correlation(Spread.of(a_N).place(a_N), Spread.of(b_N).place(b_N))
 
 
 def max_over_p99(d_N: Tensor) -> float:

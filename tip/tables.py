@@ -88,6 +88,22 @@ def read_table(name: str) -> Table:
     return table
 
 
+def at_rate(table: Table, rate: float, rate_of_pair: float) -> Table:
+    """The table with this learning rate in every arm.
+
+    An arm does not set the rate that the pair file has anyway, so that its runs serve the plain table as well.
+    """
+    if rate == rate_of_pair:
+        return table
+    arm_of = {arm.label: Arm(arm.settings | {"optim.lr": rate}) for arm in table.arms}
+    return replace(
+        table,
+        title=f"{table.title}, learning rate {rate:g}",
+        baselines=tuple(arm_of[label].label for label in table.baselines),
+        panels=tuple((title, tuple(arm_of[arm.label] for arm in arms)) for title, arms in table.panels),
+    )
+
+
 def only(table: Table, labels: list[str]) -> Table:
     """The table with these arms and its baselines alone. Raises InputError for a label that it does not have."""
     known = [arm.label for arm in table.arms]

@@ -8,6 +8,7 @@ from torch import Tensor
 from opd.hooks import TokenStats, TokenWeights
 from tip import rollouts, select, taxonomy
 from tip.config import TipConfig, check_combinations
+from tip.divergences import divergence_of, fields_of
 from tip.rules import BOTH_AXES, RULES, total_variation
 from tip.scores import Axes, Spread
 
@@ -25,7 +26,8 @@ class TipWeighter:
     def __init__(self, config: TipConfig):
         check_combinations(config)
         self.config = config
-        self.rule = RULES[config.rule]
+        rule = RULES[config.rule]
+        self.rule = replace(rule, needs=fields_of(rule.needs, config.axis))
         if config.mixture == "none":
             self.rule = replace(self.rule, forward_share=None)
         elif config.mixture == "total_variation":
@@ -35,6 +37,11 @@ class TipWeighter:
         self.budget = config.budget or self.rule.budget
         self.memory: dict[str, Spread] | None = None  # column -> average of its quantiles over earlier updates
         self.memory_before: dict[str, Spread] | None = None  # the memory that weighed the latest update
+
+    @property
+    def both_axes(self) -> frozenset[str]:
+        """The fields of TokenStats that are the two axes."""
+        return fields_of(BOTH_AXES, self.config.axis)
 
     def __str__(self) -> str:
         """Rule and retention, and a share of forward KL that is set: what decides the tokens and their loss."""
@@ -77,12 +84,12 @@ class TipWeighter:
     def look_back(self, stats: TokenStats) -> tuple[Tensor, taxonomy.Quadrants]:
         """Scores and quadrants of the latest update, by the memory that weighed it.
 
-        It needs student_entropy and reverse_kl. A rule that remembers only one of them cannot place the thresholds of
-        quadrants, so these come from the update itself.
+        It needs student_entropy and the divergence of tip.axis. A rule that remembers only one of them cannot place the
+        thresholds of quadrants, so these come from the update itself.
         """
         memory = self.memory_before
         score_N = self.rule.score(stats, Axes(stats, self.config, memory))
-        remembers_both = memory is not None and memory.keys() >= BOTH_AXES
+        remembers_both = memory is not None and memory.keys() >= self.both_axes
         return score_N, taxonomy.of(Axes(stats, self.config, memory if remembers_both else None))
 
     def state(self) -> dict[str, Tensor]:
@@ -106,8 +113,9 @@ class TipWeighter:
         metrics = {"tip/retained": kept_N.double().mean().item() if len(kept_N) else 0.0}
         if forward_share_N is not None and kept_N.any():
             metrics["tip/forward_share"] = forward_share_N[kept_N].double().mean().item()
-        if stats.student_entropy is not None and stats.reverse_kl is not None and len(kept_N):
-            metrics |= taxonomy.describe(self.look_back(stats)[1], stats.reverse_kl, kept_N)
+        d_N = divergence_of(stats, self.config.axis)
+        if stats.student_entropy is not None and d_N is not None and len(kept_N):
+            metrics |= taxonomy.describe(self.look_back(stats)[1], d_N, kept_N)
         return metrics
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from opd.record import dump
+from tip.divergences import DIVERGENCES
 from tip.results import figures
 from tip.results.collect import curve
 from tip.results.figures import Album, Bar, Curves, ShownToken, Whisker
+from tip.results.runs import axis_of
 from tip.results.token_map import dumped_updates
 from tip.results.types import Results
 from tip.tables import other_settings
@@ -159,6 +161,7 @@ def _draw_tokens(results: Results, album: Album) -> None:
         text = f"The quadrants (explained below) while {label} trains, and what it keeps of each. Means over seeds."
         album.add(figures.lines(panels, "update"), "quadrants_while_training", text)
     first_run = next(iter(runs.values()))
+    axis = axis_of(first_run)
     dumps = [row for path in dumped_updates(first_run)[:1] for row in dump.rows(path)]
     if not dumps or "quadrant" not in dumps[0]:
         return
@@ -168,13 +171,13 @@ def _draw_tokens(results: Results, album: Album) -> None:
     def column(name: str) -> np.ndarray:
         return np.array([number for rollout in dumps for number in rollout[name]])
 
-    logged = (curve({0: first_run}, f"tip/threshold_{axis}") for axis in ("entropy", "divergence"))
+    logged = (curve({0: first_run}, f"tip/threshold_{of}") for of in ("entropy", "divergence"))
     thresholds = [points.get(dumps[0]["step"]) for points in logged]
     if None not in thresholds:
         entropy = column("student_entropy") / math.log(dumps[0]["vocab_size"])
-        drawn = figures.quadrant_map(entropy, column("reverse_kl"), thresholds, title)
+        drawn = figures.quadrant_map(entropy, column(axis), thresholds, title, DIVERGENCES[axis])
         album.add(drawn, "quadrants", f"Where the tokens lie. {about}")
-    chosen = [_token_of(dumps, quadrant) for quadrant in QUADRANTS]
+    chosen = [_token_of(dumps, quadrant, axis) for quadrant in QUADRANTS]
     drawn = figures.qualitative([token for token in chosen if token is not None], title)
     album.add(drawn, "tokens", f"The token of highest divergence in each quadrant. {about}")
     keeps = {name[5:-4]: column(name).astype(bool) for name in dumps[0] if name.endswith("@0.2")}  # keep/<rule>@0.2
@@ -185,12 +188,12 @@ def _draw_tokens(results: Results, album: Album) -> None:
         album.add(drawn, "overlap", f"{text} {about}")
 
 
-def _token_of(dumps: Sequence[dict[str, Any]], quadrant: int) -> ShownToken | None:
-    """The token of highest divergence in a quadrant; None where the quadrant is empty."""
+def _token_of(dumps: Sequence[dict[str, Any]], quadrant: int, axis: str) -> ShownToken | None:
+    """The token of highest divergence, which is the column `axis`, in a quadrant; None where the quadrant is empty."""
     places = [(n, i) for n, rollout in enumerate(dumps) for i, at in enumerate(rollout["quadrant"]) if at == quadrant]
     if not places:
         return None
-    n, i = max(places, key=lambda place: (dumps[place[0]]["reverse_kl"][place[1]], place))
+    n, i = max(places, key=lambda place: (dumps[place[0]][axis][place[1]], place))
     rollout = dumps[n]
     before = "".join(rollout["tokens"][max(0, i - 7) : i])[-40:]
     entropy, forward_kl, score = (rollout[name][i] for name in ("student_entropy", "forward_kl", "score"))

@@ -28,6 +28,8 @@ from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
+from tip.divergences import Divergence  # noqa: E402
+
 COLOURS = ("#000000", "#CC6677", "#332288", "#999933", "#882255", "#117733", "#AA4499")  # of arms, by Paul Tol
 QUADRANT_COLOURS = {1: "#CC79A7", 2: "#0072B2", 3: "#D55E00", 4: "#009E73"}  # Okabe and Ito; the same everywhere
 DASHES = ("-", "--", "-.", ":")
@@ -150,8 +152,10 @@ def heat_map(matrix: np.ndarray, labels: Sequence[str], title: str) -> Figure:
     return figure
 
 
-def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: Sequence[float], title: str) -> Figure:
-    """Token density over divergence and entropy, with the borders of the quadrants.
+def quadrant_map(
+    h: np.ndarray, d: np.ndarray, thresholds: Sequence[float], title: str, divergence: Divergence
+) -> Figure:
+    """Token density over divergence and entropy, with the borders of the quadrants; `divergence` is what d is.
 
     It is TIP's Figure 2 from real tokens, turned so that it lies like the picture that explains the quadrants.
     """
@@ -182,7 +186,8 @@ def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: Sequence[float], titl
             bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
             zorder=3,
         )
-    axis.set(xlabel="divergence d = KL(student || teacher), nats (log)", ylabel="student entropy h = H / ln V")
+    unit = f", {divergence.unit}" if divergence.unit else ""
+    axis.set(xlabel=f"divergence d = {divergence.formula}{unit} (log)", ylabel="student entropy h = H / ln V")
     axis.set_title(title)
     figure.colorbar(drawn, ax=axis, label="tokens", location="bottom", shrink=0.6, aspect=40)
     return figure

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, Interval
-from tip.results import turns
-from tip.results.grid import grid
+from tip.results import drafting, turns
+from tip.results.grid import difference_cell, grid
 from tip.results.types import PHASES, Accuracy, ArmResult, Evaluation, Results, measured
 
 Table = tuple[tuple[str, ...], dict[str, list[tuple[str, ...]]]]  # header, and title of a group -> its rows
@@ -29,7 +29,8 @@ def markdown(results: Results) -> str:
         for title, rows in groups.items():
             parts += [title, grid(header, [*models, *rows])]
             models = []
-    parts += [legend(results), turns.text(results.turns), cost(results), missing(results), warnings(results)]
+    parts += [legend(results), drafting.markdown(results), turns.text(results.turns)]
+    parts += [cost(results), missing(results), warnings(results)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -113,7 +114,7 @@ def _differences(results: Results, evaluated: Mapping[str, Evaluation]) -> Table
 
 
 def _difference_cells(evaluation: Evaluation, base: str, metrics: Iterable[str]) -> list[str]:
-    return [_difference_cell(evaluation.differences.get(base, {}).get(metric)) for metric in metrics]
+    return [difference_cell(evaluation.differences.get(base, {}).get(metric)) for metric in metrics]
 
 
 def _accuracy_cells(evaluation: Evaluation, metrics: Iterable[str], with_kl: bool) -> list[str]:
@@ -129,13 +130,6 @@ def _accuracy_cell(accuracy: Accuracy | None) -> str:
     seeds = "" if accuracy.se_seeds is None else f" +- {100 * accuracy.se_seeds:.1f}"
     samples = "" if accuracy.se_samples is None else f" ({100 * accuracy.se_samples:.1f})"
     return f"{100 * accuracy.mean:.1f}{seeds}{samples}"
-
-
-def _difference_cell(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    mean, low, high = interval.points
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {interval.wins}/{len(interval.by_seed)}"
 
 
 def _kept_cells(arm: ArmResult) -> tuple[str, str]:

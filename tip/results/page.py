@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from opd.files import write_whole
-from tip.results import sentences, turns
+from tip.results import drafting, sentences, turns
 from tip.results.draw import draw
 from tip.results.frame import as_json, figures_of, fold, frame, html_of, quadrants_in_words, table
 from tip.results.markdown import are_apart, blocks, cost, legend, missing, warnings
@@ -42,6 +42,7 @@ def page(results: Results, captions: dict[str, str], example: str, out: Path) ->
     }
     folds = {
         "More figures": figures_of(captions, out),
+        "As drafters in speculative decoding": html_of(drafting.markdown(results)),
         "Cost": html_of(cost(results)),
         "The table after earlier updates": "".join(tables[:-count]),
         "Arms": as_json(comparison.settings),
