@@ -7,8 +7,8 @@ A table is data (configs/tables/): its arms are settings of a pair file. A run l
 left alone, stopped ones continue, a failed one is reported and the others go on. The arms of a seed share the
 evaluations of step-0 student and teacher. With `--jobs` several processes work at a time: each takes a seed with all of
 its arms, or one arm where there are fewer seeds than jobs (with engine.kind deepspeed each arm runs on all GPUs). On an
-embedded pair a seed is a new student and a new stream of prompts; on others it is a new stream. The results are made by
-tip.results from the run folders.
+embedded pair and on that of SmolLM2 a seed is a new student and a new stream of prompts; on others it is a new stream.
+The results are made by tip.results from the run folders.
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from data.tiny import build
+from data import students
 from opd import distributed, launch
 from opd.arguments import seed_argument
 from opd.cli import main, say
@@ -56,11 +56,11 @@ def arm_config(path: str, overrides: list[str], arm: Arm, seed: int) -> tuple[Co
 
 
 def student_of(config: Config, seed: int) -> str | Path:
-    """An embedded pair has a student for every seed."""
+    """An embedded pair, and that of SmolLM2, has a student for every seed."""
     pair = Path(config.student.path).parent
     if not (pair / "recipe.json").exists():
         return config.student.path
-    return build.student(pair, seed, Path(config.output_dir) / "students")
+    return students.student(pair, seed, Path(config.output_dir) / "students")
 
 
 def run_seed(
@@ -85,7 +85,8 @@ def run_seed(
         try:
             weighter = TipWeighter(sections["tip"])
             shared = config.run_dir.parent
-            train(config, weighter, sections, "auto", TipObserver(weighter), shared)
+            observer = TipObserver(weighter, config.loss.divergence)
+            train(config, weighter, sections, "auto", observer, shared)
             tell(f"seed {seed}: {arm.label} is done")
         except (Interrupted, KeyboardInterrupt):
             raise
