@@ -66,8 +66,9 @@ def _take_pair(cli: Parser) -> None:
 
 
 def _take_smollm2(cli: Parser) -> None:
-    cli.add_argument("--gsm8k", default="hub", metavar="FOLDER|hub", help="folder with train.jsonl and test.jsonl")
-    cli.add_argument("--out", type=path_argument, default=Path("outputs/smollm2"), metavar="DIR")
+    cli.add_argument(
+        "--out", type=path_argument, default=Path("outputs/smollm2"), metavar="DIR", help="default: outputs/smollm2"
+    )
 
 
 def _rate(text: str) -> float:
@@ -131,7 +132,7 @@ COMMANDS = {
     ),
     "smollm2": Command(
         "data.smollm2",
-        "Makes a teacher and a student from SmolLM2, for the demonstration.",
+        "Makes a teacher and a misled student from SmolLM2, on word problems.",
         "python -m data.smollm2 --out outputs/smollm2",
         _take_smollm2,
     ),

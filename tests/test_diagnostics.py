@@ -33,6 +33,8 @@ def stats(h, d):
         student_logprob=torch.zeros(n),
         teacher_logprob=torch.full((n,), math.log(0.5)),
         total_variation=torch.full((n,), 0.25),
+        reverse_kl_energy=torch.ones(n),
+        forward_kl_energy=torch.ones(n),
     )
 
 
@@ -136,7 +138,7 @@ def test_a_run_logs_every_diagnostic_in_both_places(run_folder):
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     names = {"tip/jaccard_soft_or", "tip/jaccard_entropy", "tip/corr_entropy_divergence", "tip/divergence_max_over_p99"}
     names |= {f"tip/kept_by_entropy_decile_{i}" for i in range(10)}
-    names |= {f"tip/{what}_q{q}" for what in ("share", "mass", "kept") for q in (1, 2, 3, 4)}
+    names |= {f"tip/{what}_q{q}" for what in ("share", "mass", "kept", "energy") for q in (1, 2, 3, 4)}
     names |= {"tip/retained", "tip/mass_covered", "tip/threshold_entropy", "tip/threshold_divergence"}
     board = EventAccumulator(str(run_folder / "tensorboard"), {"histograms": 0, "scalars": 0})
     board.Reload()

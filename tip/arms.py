@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.tiny import build
+from data import students
 from opd import distributed
 from opd.cli import say
 from opd.config import Config, load_config
@@ -29,11 +29,11 @@ def arm_config(path: str, overrides: list[str], arm: Arm, seed: int) -> tuple[Co
 
 
 def student_of(config: Config, seed: int) -> str | Path:
-    """An embedded pair has a student for every seed."""
+    """An embedded pair, and that of SmolLM2, has a student for every seed."""
     pair = Path(config.student.path).parent
     if not (pair / "recipe.json").exists():
         return config.student.path
-    return build.student(pair, seed, Path(config.output_dir) / "students")
+    return students.student(pair, seed, Path(config.output_dir) / "students")
 
 
 def run_seed(
@@ -58,7 +58,8 @@ def run_seed(
         try:
             weighter = TipWeighter(sections["tip"])
             shared = config.run_dir.parent
-            train(config, weighter, sections, "auto", TipObserver(weighter), shared)
+            observer = TipObserver(weighter, config.loss.divergence)
+            train(config, weighter, sections, "auto", observer, shared)
             tell(f"seed {seed}: {arm.label} is done")
         except (Interrupted, KeyboardInterrupt):
             raise

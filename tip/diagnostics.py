@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opd import speculative
 from opd.hooks import Diagnosis, TokenStats, TokenWeights
-from tip import select, taxonomy
+from tip import energy, select, taxonomy
 from tip.config import TipConfig
 from tip.divergences import divergence_of, fields_of
 from tip.rules import RULES
@@ -25,11 +25,15 @@ SQUEEZED = 10.0  # from this ratio on, 99 % of the tokens share the lowest tenth
 
 
 class TipObserver:
-    """Implements opd.hooks.Observer for a TipWeighter."""
+    """Implements opd.hooks.Observer for a TipWeighter.
 
-    def __init__(self, weighter: TipWeighter):
-        self.weighter = weighter
-        self.needs = weighter.both_axes | speculative.NEEDS
+    Args:
+        divergence: loss.divergence of the run. The energy of its gradient is told where tip.energy knows it.
+    """
+
+    def __init__(self, weighter: TipWeighter, divergence: str = "reverse_kl"):
+        self.weighter, self.divergence = weighter, divergence
+        self.needs = weighter.both_axes | speculative.NEEDS | energy.needs(divergence)
         self.column_needs = weighter.both_axes | needs_of_every_rule(weighter.config.axis)
 
     def diagnose(self, stats: TokenStats, weights: TokenWeights) -> Diagnosis:
@@ -56,9 +60,12 @@ class TipObserver:
         if kept_N.any():
             histograms["tip/divergence_kept"] = d_N[kept_N]
         ratio, threshold = scalars["tip/divergence_max_over_p99"], quadrants.threshold_entropy
-        return Diagnosis(
-            scalars=scalars, histograms=histograms, warnings=self._warnings(kept_N, axes, ratio, threshold)
-        )
+        warnings = self._warnings(kept_N, axes, ratio, threshold)
+        if self.divergence in energy.FIELDS:
+            energy_N = energy.of_loss(stats, weights.forward_share, self.divergence)
+            scalars |= energy.describe(energy_N, quadrants)
+            warnings |= energy.warnings(energy_N, d_N, quadrants)
+        return Diagnosis(scalars=scalars, histograms=histograms, warnings=warnings)
 
     def columns(self, stats: TokenStats, weights: TokenWeights, generator: torch.Generator) -> dict[str, Tensor]:
         """The divergence of tip.axis by its name, quadrant and score as the update was weighed, and

@@ -7,9 +7,9 @@ A table is data (configs/tables/): its arms are settings of a pair file. A run l
 left alone, stopped ones continue, a failed one is reported and the others go on. The arms of a seed share the
 evaluations of step-0 student and teacher. With `--jobs` several processes work at a time: each takes a seed with all of
 its arms, or one arm where there are fewer seeds than jobs (with engine.kind deepspeed each arm runs on all GPUs). On an
-embedded pair a seed is a new student and a new stream of prompts; on others it is a new stream. The results are made by
-tip.results from the run folders. With `--rates` every arm is trained at each of these learning rates
-(tip.results.rates).
+embedded pair and on that of SmolLM2 a seed is a new student and a new stream of prompts; on others it is a new stream.
+The results are made by tip.results from the run folders. With `--rates` every arm is trained at each of these learning
+rates (tip.results.rates).
 """
 
 import math

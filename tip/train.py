@@ -17,7 +17,7 @@ def command(arguments: list[str]) -> None:
     config, sections = load_config(options.config, options.overrides, SECTIONS)
     check_rollouts(sections["tip"], config)
     weighter = TipWeighter(sections["tip"])
-    start(config, weighter, sections, options, TipObserver(weighter))
+    start(config, weighter, sections, options, TipObserver(weighter, config.loss.divergence))
 
 
 if __name__ == "__main__":
