@@ -35,12 +35,14 @@ from opd.errors import InputError
 from opd.files import check, lock, read_object, read_rows, sha256, write_whole
 from opd.measures import CONVERSATIONS, MEASURES, by_problem
 from opd.models import LanguageModel
+from opd.privileged import for_benchmark
 from opd.progress import Progress
 from opd.responses import PARTIAL, Place, Subject, sampled
 from opd.rollout.choose import fixed_sampler
 from opd.rollout.turns import Dialogue
 from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
+from opd.teacher.self import open_teacher
 
 ACCEPTED = f"accepted_of_{speculative.GAMMA}"
 UNGRADED_PERCENT = 1  # share of all answers above which the evaluation warns
@@ -517,7 +519,8 @@ def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) 
         _same_or_clear(out, model, config, benchmarks)
     pair, vocab_size = None, len(lm.tokenizer)
     if config.eval.reverse_kl:
-        teacher = load_teacher(config, lm.device)
+        teacher = _teacher_of(lm, config)
+        benchmarks = [for_benchmark(loaded, config, lm, teacher) for loaded in benchmarks]
         pair = Pair(lm, LocalTeacher(teacher), models.shared_vocabulary(lm, teacher), config.loss)
         vocab_size = models.sampled_vocabulary(lm, teacher)
     prompts = [prompt for loaded in benchmarks for prompt in loaded.prompts]
@@ -527,6 +530,16 @@ def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) 
         with grading.Grader() as grader, fixed_sampler(lm, section, config, prompts, longest) as sampler:
             summary = evaluate(Subject(lm, sampler, vocab_size, pair), benchmarks, config, out, grader)
     return summary
+
+
+def _teacher_of(lm: LanguageModel, config: Config) -> LanguageModel:
+    """The teacher of an evaluated model. Raises InputError for an average, which its run alone has."""
+    if config.teacher.weights == "ema":
+        raise InputError(
+            "eval.reverse_kl is true and teacher.weights is 'ema': the average of the student's weights is known to "
+            "its run alone. Set eval.reverse_kl=false."
+        )
+    return open_teacher(config, lm, lm.device)
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
@@ -544,13 +557,14 @@ def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[L
         "model": model,
         "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameter_files],
         "benchmarks": {b.name: [described(b.benchmark), _digest(b.prompts)] for b in benchmarks},
-        "data": asdict(config.data),
+        "data": {key: value for key, value in asdict(config.data).items() if value or key != "teacher_prompt"},
         "dtype": config.student.dtype,
         "seed": config.seed,
         "grader": grading.VERSION,
         "environments": {b.name: b.dialogue.environment.version for b in benchmarks if b.dialogue},
         "batch_size": config.evaluation_batch,
-        "reverse_kl": config.eval.reverse_kl and [config.teacher.path, config.eval.reverse_kl_samples],
+        "reverse_kl": config.eval.reverse_kl
+        and [config.teacher.path or [config.student.path, config.teacher.weights], config.eval.reverse_kl_samples],
     }
     path, text = out / "evaluation.json", json.dumps(about, indent=1) + "\n"
     try:

@@ -32,13 +32,15 @@ from opd.device import pick_device
 from opd.errors import InputError
 from opd.files import filled, lock, write_whole
 from opd.hooks import TokenStats
+from opd.privileged import for_training
 from opd.progress import Progress
 from opd.rollout import Decoding, Sampler
 from opd.rollout.choose import fixed_sampler
 from opd.rollout.turns import converse, open_dialogue
 from opd.seeds import generator
 from opd.step import Pair, score_update
-from opd.teacher.local import LocalTeacher, load_teacher
+from opd.teacher.local import LocalTeacher
+from opd.teacher.self import open_teacher
 from tip import oracle, partial, taxonomy
 from tip.commands import COMMANDS, SMALL_STUDENT
 from tip.config import SECTIONS, TipConfig
@@ -261,11 +263,13 @@ def _load(config: Config) -> tuple[Pair, list[Prompt]]:
         raise InputError("an analysis runs in one process, and WORLD_SIZE says there are more. Start it plainly.")
     if config.engine.kind == "deepspeed":
         distributed.start(device)  # for a teacher in host memory
-    student, teacher = models.load(config.student, device, "student"), load_teacher(config, device)
+    student = models.load(config.student, device, "student")
+    teacher = open_teacher(config, student, device)
     pair = Pair(student, LocalTeacher(teacher), models.shared_vocabulary(student, teacher), config.loss)
     dialogue = open_dialogue(config.data.environment, student, config.data)
     data = dialogue.data if dialogue else config.data
     prompts, _ = read_training_prompts(data, student.tokenizer, config.seed)
+    prompts = for_training(prompts, config, data, student, teacher)
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
     models.check_prompt_ids(prompts, teacher)

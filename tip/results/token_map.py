@@ -48,6 +48,7 @@ class Rollout:
     id: str
     tokens: int
     prompt: int  # string number
+    teacher_prompt: int | None  # string number; None: the teacher reads the same
     answer: str | None
     replies: tuple[tuple[int, int], ...]  # place of a token, and string number of what an environment said before it
 
@@ -119,8 +120,7 @@ class Packer:
                 mistakes += _mistakes(row, len(updates), len(listed))
                 self.blobs["top5-{}-{}-{}".format(*place, len(listed))] = self._likeliest(row)
                 columns.append(self._columns(row, axis, marks))
-                prompt = self.number_of[row["prompt"]]
-                listed.append(Rollout(str(row["id"]), len(row["tokens"]), prompt, row["answer"], self._replies(row)))
+                listed.append(self._rollout(row))
             joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
             self.blobs["columns-{}-{}".format(*place)] = packed(b"".join(column.tobytes() for column in joined))
             counts = np.bincount(joined[-2], minlength=5)[1:]
@@ -129,6 +129,17 @@ class Packer:
             mistakes = nlargest(MISTAKES, mistakes, key=lambda mistake: mistake.size)
         run = MappedRun(name, DIVERGENCES[axis], vocab_size, marks, tuple(updates), tuple(mistakes))
         self.runs.append(run)
+
+    def _rollout(self, row: Mapping[str, Any]) -> Rollout:
+        privileged = row.get("teacher_prompt")
+        return Rollout(
+            id=str(row["id"]),
+            tokens=len(row["tokens"]),
+            prompt=self.number_of[row["prompt"]],
+            teacher_prompt=None if privileged is None else self.number_of[privileged],
+            answer=row["answer"],
+            replies=self._replies(row),
+        )
 
     def _replies(self, row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
         """As Rollout.replies. Dumps of runs without environments may lack them."""
@@ -193,6 +204,7 @@ class Marked(TypedDict):
     quadrant: list[int]
     score: list[float]
     turn: NotRequired[list[int]]
+    teacher_prompt: NotRequired[str | None]
     replies: NotRequired[dict[str, str]]
 
 
