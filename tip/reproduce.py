@@ -191,9 +191,8 @@ def _run_seeds(table: Table, base: Config, seeds: list[int], options: Namespace,
     at_once, logs = min(options.jobs, torch.cuda.device_count() or options.jobs), folder_of(base) / "logs"
     sharded = base.engine.kind == "deepspeed"  # an arm is then a group of processes on all GPUs: one runs at a time
     runs = len(table.arms) * len(seeds)
-    say(
-        f"{table.title}: {runs} runs\n  {base.student.path} learns from {base.teacher.path or 'itself'}\n  into {folder_of(base)}"
-    )
+    models = f"{base.student.path} learns from {base.teacher.path or 'itself'}"
+    say(f"{table.title}: {runs} runs\n  {models}\n  into {folder_of(base)}")
     if at_once == 1 and not sharded:
         from tip.arms import run_seed, student_of  # slow to import: not where other processes do the work
 
