@@ -36,7 +36,11 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _take_table(cli: Parser) -> None:
     take_config(cli)
     which = cli.add_mutually_exclusive_group(required=True)
-    which.add_argument("--table", metavar="N", help="3, 4, 5, 6, 7, 8, main, axis or rules (a file of configs/tables)")
+    which.add_argument(
+        "--table",
+        metavar="N",
+        help="3, 4, 5, 6, 7, 8, main, axis, drift, rules or speculative (a file of configs/tables)",
+    )
     which.add_argument("--figure", metavar="N", help="1, 3 or 4")
     cli.add_argument("--seeds", default="0", metavar="0,1,2", help="default 0")
     cli.add_argument(

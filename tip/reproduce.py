@@ -38,6 +38,7 @@ from opd.train import run as train
 from tip.commands import COMMANDS
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
+from tip.frozen import with_frozen_pair
 from tip.jobs import Job, run_jobs
 from tip.results import comparison, files, rates
 from tip.results.collect import collect
@@ -55,7 +56,8 @@ def arm_config(path: str, overrides: list[str], arm: Arm, seed: int) -> tuple[Co
     base, _ = load_config(path, overrides, SECTIONS)
     folder, student = _root(base) / f"seed_{seed}", student_of(base, seed)
     of_seed = [f"seed={seed}", f"output_dir={folder}", f"run_name={arm.slug}", f"student.path={student}"]
-    return load_config(path, [*overrides, *_settings(arm), *of_seed], SECTIONS)
+    config, sections = load_config(path, [*overrides, *_settings(arm), *of_seed], SECTIONS)
+    return with_frozen_pair(config, sections["tip"]), sections
 
 
 def student_of(config: Config, seed: int) -> str | Path:
