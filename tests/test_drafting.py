@@ -1,9 +1,8 @@
 """Drafters of tables: acceptance before and after training, with paired intervals, from typed responses."""
 
-import json
-
 import pytest
-from helpers import evaluation_figures, response
+from helpers import response
+from runs import write_finished
 
 from tip import reproduce
 from tip.results import comparison, drafting
@@ -12,17 +11,14 @@ from tip.results.collect import collect
 PROBLEMS = ("a", "b", "c")
 
 
-def evaluated(folder, by_sample):
-    """Writes an evaluation whose samples accept these shares of the drafts, one per problem; None: not measured."""
-    folder.mkdir(parents=True)
+def drafted(by_sample):
+    """Responses whose samples accept these shares of the drafts, one per problem; None: it was not measured."""
     rows = []
     for sample, shares in enumerate(by_sample):
         for problem, share in zip(PROBLEMS, shares, strict=True):
             more = {} if share is None else {"acceptance": share, "accepted_of_4": 4 * share}
             rows.append(response(problem, sample, True, **more))
-    (folder / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = evaluation_figures(problems=3, k=len(by_sample), mean_at_k=1.0, mean_at_k_se=0.0)
-    (folder / "summary.json").write_text(json.dumps({"tiny": figures}))
+    return rows
 
 
 def results_of(root, after, seeds=(0, 1)):
@@ -30,19 +26,8 @@ def results_of(root, after, seeds=(0, 1)):
     table = reproduce.only(reproduce.read_table("main"), ["soft_or 0.5"])
     for arm in table.arms:
         for seed in seeds:
-            run = root / f"seed_{seed}" / arm.slug
-            evaluated(run / "eval" / "step_000000", [[0.5] * 3])
-            evaluated(run / "eval" / "step_000060", after[arm.label][seed])
-            phases = dict.fromkeys(("step", "rollout", "teacher", "score", "update"), 1.0)
-            tokens = {"kept": 1, "response": 2}
-            evaluations = {key: {} for key in ("step_0", "teacher", "final")}
-            summary = {"steps": 60, "eval": evaluations, "tokens": tokens, "seconds": phases}
-            summary |= {"seconds_evaluating": 0.0, "peak_memory_gb": 1.0}
-            (run / "summary.json").write_text(json.dumps(summary))
-            (run / "metrics.jsonl").write_text("")
-            recorded = {name: {} for name in ("student", "teacher", "data")} | {"seed": seed, "run_name": "run"}
-            record = {"config": recorded, "versions": {}, "git_commit": None}
-            (run / "config.json").write_text(json.dumps(record))
+            evaluations = {0: drafted([[0.5] * 3]), 60: drafted(after[arm.label][seed])}
+            write_finished(root / f"seed_{seed}" / arm.slug, seed, evaluations)
     return collect(comparison.of_table(table, root, list(seeds), "tiny", ("s", "t")))
 
 

@@ -3,22 +3,15 @@
 import json
 
 import pytest
+from helpers import response
+from runs import write_finished
 
 from opd.accuracy import PROBLEMS_ONLY, Interval
 from opd.errors import InputError
-from tip import reproduce
+from tip import arms, reproduce
 from tip.results import page, rates
 from tip.results.rates import Matrix, Row
 from tip.tables import at_rate, read_table
-
-SMALL = (
-    "optim.steps=2",
-    "optim.warmup_steps=0",
-    "eval.limit=6",
-    "eval.k=1",
-    "log.token_dump_every=0",
-    "eval.reverse_kl=false",
-)
 
 
 def between(low, high):
@@ -90,24 +83,41 @@ def test_bad_rates_are_refused(words, message, tmp_path):
 
 
 def test_a_small_table_at_two_rates(tmp_path, capsys, monkeypatch):
+    """The command with a training that writes down what would have come out of it."""
+    right = {("all", 3e-4): "abc", ("all", 1e-3): "abcd", ("soft_or", 3e-4): "abcdef", ("soft_or", 1e-3): "ef"}
+    trained = []
+
+    def train(config, weighter, *_):
+        if (config.run_dir / "summary.json").exists():
+            return  # as a finished run is left alone
+        trained.append((config.run_name, config.optim.lr))
+        rows = [response(problem, 0, problem in right[weighter.config.rule, config.optim.lr]) for problem in "abcdef"]
+        write_finished(config.run_dir, config.seed, {0: rows, 60: rows})
+
+    monkeypatch.setattr(arms, "train", train)
     monkeypatch.setattr(page, "draw", lambda *_: {})  # figures of a table take most of the time
-    settings = [word for setting in (*SMALL, f"output_dir={tmp_path}") for word in ("--set", setting)]
-    command = ["--table", "main", "--config", "configs/tiny.json", "--arms", "soft_or 0.5", *settings]
+    command = ["--table", "main", "--config", "configs/tiny.json", "--arms", "soft_or 0.5"]
+    command += ["--set", f"output_dir={tmp_path}"]
     reproduce.command([*command, "--rates", "1e-3,3e-4"])
     root = tmp_path / "tiny-reproduce"
+    assert trained == [
+        ("all-1.0", 3e-4),
+        ("soft_or-0.5", 3e-4),
+        ("all-1.0-lr-0.001", 1e-3),
+        ("soft_or-0.5-lr-0.001", 1e-3),
+    ]
     text = (root / "main-rates" / "rates.md").read_text()
     assert text.removesuffix("\n") in capsys.readouterr().out and (root / "main-rates" / "rates.png").exists()
-    found = json.loads((root / "main-rates" / "rates.json").read_text())
-    assert [matrix["metric"] for matrix in found] == ["greedy", "mean@1"]
-    for matrix in found:
-        assert [row["arm"] for row in matrix["rows"]] == ["all 1.0", "soft_or 0.5"] and matrix["rates"] == [3e-4, 1e-3]
-        assert all(len(row["accuracies"]) == 2 and len(row["chosen"]) == 2 for row in matrix["rows"])
-        assert matrix["rows"][0]["difference"] is None and matrix["rows"][1]["difference"]["problems"] == 6
-    runs = sorted(path.name for path in (root / "seed_0").iterdir() if (path / "summary.json").exists())
-    assert runs == ["all-1.0", "all-1.0-lr-0.001", "soft_or-0.5", "soft_or-0.5-lr-0.001"]
-    for name, rate in (("all-1.0", 3e-4), ("all-1.0-lr-0.001", 1e-3)):
-        assert json.loads((root / "seed_0" / name / "config.json").read_text())["config"]["optim"]["lr"] == rate
+    (matrix,) = json.loads((root / "main-rates" / "rates.json").read_text())
+    assert matrix["metric"] == "mean@1" and matrix["rates"] == [3e-4, 1e-3] and matrix["base"] == "all 1.0"
+    base, arm = matrix["rows"]
+    assert base["accuracies"] == pytest.approx({"0.0003": 0.5, "0.001": 4 / 6}) and base["difference"] is None
+    # b, d and f choose the higher rate for all tokens, and a, c and e the lower one, because the two are equally good
+    assert base["chosen"] == [1e-3, 3e-4] and base["accuracy"] == pytest.approx((2 + 1) / 6)
+    assert arm["chosen"] == [3e-4, 3e-4] and arm["accuracy"] == 1 and arm["difference"]["mean"] == pytest.approx(0.5)
+    assert arm["swing"] == pytest.approx(4 / 6) and [arm["differences"][r]["mean"] for r in ("0.0003", "0.001")] == (
+        pytest.approx([0.5, -2 / 6])
+    )
     assert "soft_or 0.5 lr=0.001" in (root / "main-rates" / "lr_0.001" / "table.md").read_text()
-    before = (root / "seed_0" / "soft_or-0.5" / "summary.json").stat().st_mtime_ns
     reproduce.command(command)  # the plain table needs no new run
-    assert (root / "seed_0" / "soft_or-0.5" / "summary.json").stat().st_mtime_ns == before
+    assert len(trained) == 4

@@ -117,6 +117,15 @@ class TipConfig:
     iw_gain: Annotated[
         float, doc("The g in the weight 1 + g (1 - share of the response's disagreement so far) of iw_opd.", ge=0)
     ] = 1.0
+    frozen: Annotated[
+        Literal["none", "measure", "select"],
+        doc(
+            "Whether the step-0 student and the teacher score the rollouts of every update too. measure: the metric "
+            "tip/drift is 1 - the Jaccard overlap of the kept tokens with those that the rule would keep by these "
+            "scores. select: the rule keeps those, as a control. Each process then holds both models twice. A rule "
+            "that reads no statistic has no drift."
+        ),
+    ] = "none"
     rollout_weight: Annotated[
         Literal["none", "reward", "pass_rate", "right", "wrong"],
         doc(
@@ -170,6 +179,11 @@ def check_combinations(config: TipConfig) -> None:
         raise InputError(f"tip: quadrant_divergence is {config.quadrant_divergence}, expected a quantile in [0, 1].")
     if config.normalization == "absolute":
         _check_absolute(config)
+    if config.frozen != "none" and config.scope == "running":
+        raise InputError(
+            f"tip: frozen is {config.frozen!r} and scope is 'running', which remembers the student's own scores. Set "
+            "tip.scope=update."
+        )
     if not config.quadrants:
         raise InputError("tip: quadrants is empty, expected some of 1, 2, 3, 4.")
 

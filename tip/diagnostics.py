@@ -17,6 +17,7 @@ from tip.config import TipConfig
 from tip.divergences import divergence_of, fields_of
 from tip.rules import RULES
 from tip.scores import Axes, Spread
+from tip.select import jaccard
 from tip.weighter import TipWeighter
 
 RETENTIONS = (0.5, 0.2, 0.1)  # those of the paper
@@ -124,10 +125,12 @@ def keep_by_every_rule(
 ) -> dict[str, Tensor]:
     """What each named rule keeps with the other settings of `config`, as `<rule>@<retention>` -> (N,) bool.
 
-    The label is `<rule>` alone where the retention changes nothing. tip.rollout_weight is left out.
+    The label is `<rule>` alone where the retention changes nothing. tip.rollout_weight and tip.frozen are left out.
     """
     kept = {}
-    plain = dataclasses.replace(config, retention_end=None, retention_steps=None, scope="update", rollout_weight="none")
+    plain = dataclasses.replace(
+        config, retention_end=None, retention_steps=None, scope="update", rollout_weight="none", frozen="none"
+    )
     for name in names:
         ignores_retention = RULES[name].mechanic == "weights"
         for retention in (1.0,) if ignores_retention else retentions:
@@ -135,12 +138,6 @@ def keep_by_every_rule(
             label = name if ignores_retention else f"{name}@{retention:g}"
             kept[label] = weighter(stats, generator).weights > 0
     return kept
-
-
-def jaccard(a_N: Tensor, b_N: Tensor) -> float:
-    """Intersection over union of two sets of tokens, (N,) bool; 1 when both are empty."""
-    union = (a_N | b_N).sum().item()
-    return (a_N & b_N).sum().item() / union if union else 1.0
 
 
 def correlation(a_N: Tensor, b_N: Tensor) -> float:

@@ -147,6 +147,7 @@ def _training(results: Results, benchmarks: Sequence[str], metric: str) -> dict[
     for title, key in (
         ("loss of the kept tokens, nats", "loss/divergence"),
         ("reverse KL of all tokens, nats", "divergence/reverse_kl"),
+        ("drift of the selection from that of the frozen pair", "tip/drift"),
     ):
         curves = {label: curve(results.folders[label], key) for label in shown}
         panels |= {title: curves} if any(len(points) > 1 for points in curves.values()) else {}
