@@ -206,7 +206,8 @@ def _run_seeds(table: Table, base: Config, seeds: list[int], options: Namespace,
     at_once, logs = min(options.jobs, torch.cuda.device_count() or options.jobs), _root(base) / "logs"
     sharded = base.engine.kind == "deepspeed"  # an arm is then a group of processes on all GPUs: one runs at a time
     runs = len(table.arms) * len(seeds)
-    say(f"{table.title}: {runs} runs\n  {base.student.path} learns from {base.teacher.path or 'itself'}\n  into {_root(base)}")
+    teacher = base.teacher.path or "itself"
+    say(f"{table.title}: {runs} runs\n  {base.student.path} learns from {teacher}\n  into {_root(base)}")
     if at_once == 1 and not sharded:
         for seed in seeds:
             student_of(base, seed)  # before the bars, because its training shows a bar of its own
