@@ -127,21 +127,19 @@ def make_plan(
     work = _Work.of(config, processes)
     held, host = _student_memory(student, s_bytes, zero, processes)  # on the device, in host memory
     gradients = held.pop("gradients")
-    scoring = {}
-    if config.teacher.weights != "live":  # that is the student, which is there
-        kept = 4 if config.teacher.weights == "ema" else t_bytes  # an average is float32, as the student's weights are
-        scoring = _teacher_memory(teacher, kept, config.teacher.placement, processes, host)
+    kept = {"live": 0, "ema": 4}.get(config.teacher.weights, t_bytes)  # the student is there; an average is float32
+    scoring = _teacher_memory(teacher, kept, config.teacher.placement, processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
     teacher_states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
     limit = teacher_states if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
     host["teacher states"] = min(teacher_states, limit)
     beside_student = beside_teacher = learning = held | scoring
     if config.engine.phases == 2:
-        waiting = {"student": held["weights"], "moments": held["optimizer"], "teacher": scoring.get("teacher", 0)}
+        waiting = {"student": held["weights"], "moments": held["optimizer"], "teacher": scoring["teacher"]}
         host |= {f"{name} waiting": size for name, size in waiting.items() if size}
         beside_student = {name: size for name, size in held.items() if name != "optimizer"}
-        beside_teacher, head = scoring or beside_student, {"teacher head": teacher.head * kept} if scoring else {}
-        learning = held | head
+        beside_teacher = scoring if kept else beside_student
+        learning = held | {"teacher head": teacher.head * kept}
     loads_float32 = zero is not None and zero["stage"] in (1, 2) and s_bytes == 2  # and DeepSpeed rounds it to bfloat16
     phases = {
         "loading": scoring | {"float32 weights": 4 * student.parameters} if loads_float32 else {},

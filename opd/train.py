@@ -99,7 +99,8 @@ def loop(run: Run) -> None:
     """All updates of a run. Evaluation comes first, so that a resumed run finishes an evaluation that was stopped."""
     if difference := send_weights(run):
         say(f"vLLM has the student's weights: probe within {difference['rollout/parity']:.1e} nats")
-    if not is_evaluated_elsewhere(run):
+    moves = run.config.teacher.weights in ("live", "ema")  # then its weights of now are needed now
+    if moves or not is_evaluated_elsewhere(run):
         evaluate_teacher(run)
     while True:
         if run.evaluates_after(run.step):
@@ -216,7 +217,7 @@ def evaluate_teacher(run: Run) -> None:
     names = [loaded.name for loaded in run.benchmarks]
     if run.step > 0 and evaluate.known_figures(run.config.run_dir / "eval" / "teacher", names) is not None:
         return
-    if run.step > 0 and run.config.teacher.weights in ("live", "ema"):
+    if run.step > 0 and run.benchmarks and run.config.teacher.weights in ("live", "ema"):
         say("warning: the evaluation of the teacher is damaged, and its weights of then are gone: it is left out")
         return
     _evaluate(run, "teacher", _teacher_as_subject(run), "teacher", shared=True)

@@ -6,7 +6,18 @@ from dataclasses import replace
 import pytest
 import runs
 import torch
-from helpers import LOSS, engine_for, flat_gradient, naive_loss, one_each, pair_of, random_lm, random_rollouts, relative
+from helpers import (
+    LOSS,
+    engine_for,
+    flat_gradient,
+    naive_loss,
+    one_each,
+    pair_of,
+    random_lm,
+    random_rollouts,
+    relative,
+    with_privileged,
+)
 from safetensors.torch import load_file
 
 from opd import models
@@ -32,15 +43,6 @@ WEIGHTS = {
     "ema": ("teacher.weights=ema", "teacher.decay=0.9"),
 }
 SHORT = ("optim.steps=4", "optim.warmup_steps=0", "eval.limit=4", "eval.k=1", "eval.every=2", "checkpoint.every=2")
-
-
-def privileged(rollouts, seed=5):
-    """The rollouts with a prompt of the teacher for all but the second, some shorter than the student's."""
-    others = random_rollouts(random_lm(1), len(rollouts), seed, prompt=(2, 20))
-    return [
-        replace(r, prompt=replace(r.prompt, privileged_ids=None if i == 1 else o.prompt.token_ids))
-        for i, (r, o) in enumerate(zip(rollouts, others, strict=True))
-    ]
 
 
 def step(batches, weighter=None, *, teacher=None, loss=LOSS, measure=frozenset()):
@@ -90,7 +92,7 @@ def test_without_a_privileged_prompt_loss_and_gradient_are_exactly_0(divergence,
 @pytest.mark.parametrize("teacher", [None, "live"])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "total_variation"])
 def test_the_update_equals_a_naive_formula_that_runs_the_two_contexts_separately(divergence, teacher):
-    rollouts = privileged(random_rollouts(random_lm(1)))
+    rollouts = with_privileged(random_rollouts(random_lm(1)))
     loss = LossSection(divergence=divergence, jsd_beta=0.3, chunk_bytes=2**16)
     result, gradient = step(one_each(rollouts), teacher=teacher, loss=loss, measure=STATISTICS)
     value, expected, columns = naive(rollouts, divergence, 0.3)
@@ -101,7 +103,7 @@ def test_the_update_equals_a_naive_formula_that_runs_the_two_contexts_separately
 
 @pytest.mark.parametrize("weighter", [UniformWeighter(), TipWeighter(TipConfig())])
 def test_the_gradient_does_not_depend_on_micro_batches_padding_shared_rows_or_order(weighter):
-    rollouts = privileged(random_rollouts(random_lm(1), count=14, response=(1, 60)))
+    rollouts = with_privileged(random_rollouts(random_lm(1), count=14, response=(1, 60)))
     base = step(one_each(rollouts), weighter)[1]
     longest = max(max(len(r.prompt.token_ids), len(r.prompt.teacher_ids)) + len(r.response_ids) for r in rollouts)
     for budget, pad_id, packed in ((3 * longest, 0, 0), (10**6, 31, 0), (4 * longest, 0, longest), (10**6, 31, 10**6)):
@@ -112,7 +114,8 @@ def test_the_gradient_does_not_depend_on_micro_batches_padding_shared_rows_or_or
 
 
 def test_rows_are_shared_by_the_longer_of_the_two_prompts():
-    rollouts = privileged(random_rollouts(random_lm(1), count=7))
+    rollouts = with_privileged(random_rollouts(random_lm(1), count=7, response=(8, 12)))
+    rollouts[3] = replace(rollouts[3], turns=((0, 2), (5, 8)))  # an environment spoke in between, the same to both
     batches = make_micro_batches(rollouts, 10**6, 0, "keep", 10**6)
     (batch,) = batches
     seen = batch.for_teacher
@@ -135,7 +138,7 @@ def test_the_average_by_hand():
     engine = engine_for(student, "optim.lr=1e-2", "optim.warmup_steps=0")
     average = Average(teacher, engine, 0.7)
     expected = {name: p.detach().double().clone() for name, p in student.model.named_parameters()}
-    pair, rollouts = Pair(student, LocalTeacher(teacher), 35, LOSS), privileged(random_rollouts(student))
+    pair, rollouts = Pair(student, LocalTeacher(teacher), 35, LOSS), with_privileged(random_rollouts(student))
     for number in (1, 2, 3):
         train_step(pair, engine, one_each(rollouts), UniformWeighter(), step=number, seed=0)
         average.follow()
@@ -224,7 +227,7 @@ def test_the_student_never_reads_a_privileged_text(whole):
 
 def test_spilled_states_of_a_self_teacher_are_those_in_memory(tmp_path):
     student = random_lm(1)
-    batches = one_each(privileged(random_rollouts(student)))
+    batches = one_each(with_privileged(random_rollouts(student)))
     kept, spilled = (
         LocalTeacher(live(student), cache).hidden_states(batches) for cache in (Cache(), Cache(0, tmp_path / "states"))
     )

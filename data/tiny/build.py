@@ -113,7 +113,7 @@ PAIRS = {
     "hinted": Pair(
         hinted,
         None,
-        Recipe(hinted.STUDENT, layers=2, hidden=64, steps=320, lr=2e-2, batch=32, warmup=10),
+        Recipe(hinted.STUDENT, layers=2, hidden=64, steps=500, lr=2e-2, warmup=10),
         ("task.py", "trip.py", "recipe.py", "planning.py", "hinted.py"),
         train=hinted.train_model,
         train_problems=4096,  # rows with a solution are long

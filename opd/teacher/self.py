@@ -49,7 +49,7 @@ class Average:
     """The exponential moving average of a student's weights, which are those of its teacher.
 
     Args:
-        teacher: takes the average; it begins with the student's weights before update 1.
+        teacher: takes the average, which begins as the student is in float32. DeepSpeed rounds a bfloat16 student once.
         decay: a = decay a + (1 - decay) student, after every update.
         content: reads a tensor that may wait in host memory while another phase runs (opd.phases).
     """
@@ -61,15 +61,20 @@ class Average:
         decay: float,
         content: Callable[[Tensor], Tensor] = Tensor.detach,
     ):
+        self.teacher = teacher
         self.parameters = dict(teacher.model.named_parameters())  # tied ones once
         self.engine, self.decay, self.content = engine, decay, content
+        self._take(1.0)
 
-    @torch.no_grad()
     def follow(self) -> None:
         """Takes the student's weights in, once after an update. Every process calls it."""
+        self._take(1 - self.decay)
+
+    @torch.no_grad()
+    def _take(self, share: float) -> None:
         for name, weight in self.engine.float32_weights():
             average = self.content(self.parameters[name])
-            average.lerp_(weight.to(average.device), 1 - self.decay)
+            average.lerp_(weight.to(average.device), share)
 
     def state(self) -> dict[str, Tensor]:
         """The average by parameter name, as CPU tensors."""
