@@ -44,7 +44,8 @@ WEIGHTS = {
     "live": ("teacher.weights=live",),
     "ema": ("teacher.weights=ema", "teacher.decay=0.9"),
 }
-SHORT = ("optim.steps=4", "optim.warmup_steps=0", "eval.limit=4", "eval.k=1", "eval.every=2", "checkpoint.every=2")
+SHORT = ("optim.steps=3", "optim.warmup_steps=0", "rollout.prompts_per_step=8", "eval.limit=4", "eval.k=0")
+SHORT += ("eval.every=0", "checkpoint.every=2")
 
 
 def step(batches, weighter=None, *, teacher=None, loss=LOSS, measure=frozenset()):
@@ -212,7 +213,7 @@ def test_a_run_that_continues_in_two_phases_with_states_on_disk_is_the_unbroken_
 ):
     settings = (*SETTINGS, *WEIGHTS[weights])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        runs.interrupted_before(4, patch)  # the checkpoint is that of update 2
+        runs.interrupted_before(3, patch)  # behind the checkpoint of update 2
         runs.train(tmp_path, *settings)
     again = runs.train(tmp_path, *settings, "engine.phases=2", "teacher.cache_gb=0")
     assert results(again) == results(whole[weights])
