@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -24,6 +25,7 @@ from opd import models
 from opd.batch import make_micro_batches
 from opd.config import LossSection
 from opd.hooks import UniformWeighter
+from opd.rollout import Decoding, vllm
 from opd.rollout.local import TransformersSampler
 from opd.step import Pair, train_step
 from opd.teacher.cache import Cache
@@ -42,7 +44,8 @@ WEIGHTS = {
     "live": ("teacher.weights=live",),
     "ema": ("teacher.weights=ema", "teacher.decay=0.9"),
 }
-SHORT = ("optim.steps=4", "optim.warmup_steps=0", "eval.limit=4", "eval.k=1", "eval.every=2", "checkpoint.every=2")
+SHORT = ("optim.steps=3", "optim.warmup_steps=0", "rollout.prompts_per_step=8", "eval.limit=4", "eval.k=0")
+SHORT += ("eval.every=0", "checkpoint.every=2")
 
 
 def step(batches, weighter=None, *, teacher=None, loss=LOSS, measure=frozenset()):
@@ -210,7 +213,7 @@ def test_a_run_that_continues_in_two_phases_with_states_on_disk_is_the_unbroken_
 ):
     settings = (*SETTINGS, *WEIGHTS[weights])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        runs.interrupted_before(4, patch)  # the checkpoint is that of update 2
+        runs.interrupted_before(3, patch)  # behind the checkpoint of update 2
         runs.train(tmp_path, *settings)
     again = runs.train(tmp_path, *settings, "engine.phases=2", "teacher.cache_gb=0")
     assert results(again) == results(whole[weights])
@@ -223,6 +226,26 @@ def test_the_student_never_reads_a_privileged_text(whole):
     rows = [json.loads(line) for line in (whole["initial"] / "tokens/step_000002.jsonl").read_text().splitlines()]
     assert rows and all(MARK in row["teacher_prompt"] for row in rows)
     assert not any(MARK in row["prompt"] + row["response"] for row in rows)
+
+
+def test_vllm_is_asked_with_the_students_prompt_alone(monkeypatch):
+    asked = []
+
+    class Generation:
+        def __init__(self, fleet, requests, *_):
+            asked.extend(requests)
+
+        def generate(self):
+            return {request["id"]: (5,) for request in asked}
+
+    monkeypatch.setattr(vllm, "_Generation", Generation)
+    lm = random_lm(1)
+    sampler = object.__new__(vllm.VllmSampler)
+    sampler.lm, sampler.fleet = lm, SimpleNamespace(wake=lambda: None)
+    prompts = [r.prompt for r in with_privileged(random_rollouts(lm))]
+    rollouts = sampler.sample(prompts, Decoding(1.0, 1.0, 4), 35, [(0, i) for i in range(len(prompts))])
+    assert [request["prompt"] for request in asked] == [prompt.token_ids for prompt in prompts]
+    assert [rollout.prompt for rollout in rollouts] == prompts  # with what the teacher reads
 
 
 def test_spilled_states_of_a_self_teacher_are_those_in_memory(tmp_path):
