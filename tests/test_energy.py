@@ -101,8 +101,8 @@ def test_thresholds_count_from_where_they_say():
         columns = (torch.tensor(column, dtype=torch.float64) for column in (energies, divergences))
         return set(energy.warnings(*columns, quadrants))
 
-    assert kinds([1.0, 99.0], [1.0, 1.0]) == {"unseen_mistakes"}  # 1 % of the energy, half of the divergence
-    assert not kinds([2.0, 98.0], [1.0, 1.0]) and not kinds([1.0, 99.0], [0.99, 1.0])
+    assert kinds([0.9, 99.1], [1.0, 1.0]) == {"unseen_mistakes"}  # 0.9 % of the energy, half of the divergence
+    assert not kinds([1.0, 99.0], [1.0, 1.0]) and not kinds([0.9, 99.1], [0.99, 1.0])
 
 
 def test_a_run_asks_for_what_its_observer_reads():
