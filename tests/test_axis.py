@@ -45,6 +45,7 @@ def update():
     columns |= {"student_entropy": -(log_p.exp() * log_p).sum(-1).float()}
     for name in ("teacher_entropy", "overlap_kl", "teacher_topk_mass", "student_logprob", "teacher_logprob"):
         columns[name] = -torch.rand(N, generator=make)
+    columns |= {name: torch.rand(N, generator=make) for name in ("reverse_kl_energy", "forward_kl_energy")}
     place = torch.arange(N)
     return (
         student,

@@ -138,7 +138,7 @@ def _at_best(
 
     def shares(run: Path) -> dict[str, float]:
         evaluations = finished_evaluations(run)
-        return per_problem(evaluations[max(evaluations)] / f"{name}.jsonl", metric == "greedy")
+        return per_problem(evaluations[max(evaluations)] / f"{name}.jsonl")[metric]
 
     return chosen_on_the_other_half(
         {rate: [shares(r.folders[labels[rate]][seed]) for seed in seeds] for rate, r in results.items()}
