@@ -3,7 +3,7 @@
 A problem is `Tom has 18 balls, throws away 5, and throws away 9. How many balls does Tom have?`. A rationale is `Start:
 18. Then throws away: 18-5=13. Now throws away: 13-9=4.` and, on a line of its own, `Answer: 4`. Its first words vary
 and change nothing. The misled speaker adds what is given away or sold, and adds two where a number doubles. It does so
-always and reckons rightly with it, so that each mistake is one operator, said with confidence.
+always and reckons rightly with it, so that each mistake is one operator.
 """
 
 import random
