@@ -149,7 +149,8 @@ def load_scorers(config: Config, weighter: TokenWeighter) -> tuple[Scorer, ...]:
             f"the weighter {weighter} needs {unknown[0]!r}, which is no statistic and no column of rollout.scorer. "
             f"Expected some of {', '.join(sorted(known))}."
         )
-    if "verdict" in weighter.needs and config.data.answer_field is None:
+    data = config.data
+    if "verdict" in weighter.needs and data.answer_field is None and data.environment is None:
         raise InputError(
             f"the weighter {weighter} needs verdicts, and data.answer_field is null, so nothing can be graded. Name "
             "the field with the reference answer."

@@ -25,6 +25,7 @@ from opd.cli import command_line, main
 from opd.commands import COMMANDS
 from opd.config import Config, load_config
 from opd.data import Prompt, count_steps, read_problems, read_training_prompts
+from opd.device import pick_device
 from opd.engine.zero_file import read_deepspeed
 from opd.errors import InputError
 from opd.files import amount
@@ -51,7 +52,7 @@ def dry_run(config: Config, sections: Mapping[str, Any], weighter: TokenWeighter
 
     Raises InputError for whatever the run would find before its first update, except for what the weights alone show.
     """
-    device = launch.pick_device(config.engine)
+    device = pick_device(config.engine)
     begin = folder.open_run(config.run_dir, identity_of(config, sections, read_benchmarks(config), weighter), resume)
     if config.rollout.engine == "vllm" and not config.rollout.servers:
         check_installed()
@@ -104,7 +105,7 @@ def _tell(text: str) -> None:
 def examine(config: Config) -> list[str]:
     """Makes all checks that are possible, and returns the names of those that found something to mend."""
     report = Report()
-    device = report.check("device", lambda: launch.pick_device(config.engine), str)
+    device = report.check("device", lambda: pick_device(config.engine), str)
     if device is None:
         return report.faults
     if config.engine.kind == "deepspeed":

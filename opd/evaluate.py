@@ -30,9 +30,9 @@ from opd.cli import main, say
 from opd.commands import COMMANDS
 from opd.config import Config, StudentSection, TeacherSection, load_config
 from opd.data import Prompt, Rollout
+from opd.device import pick_device
 from opd.errors import InputError
 from opd.files import check, lock, read_object, read_rows, sha256, write_whole
-from opd.launch import pick_device
 from opd.models import LanguageModel
 from opd.progress import Progress
 from opd.responses import PARTIAL, Place, Subject, sampled
@@ -126,7 +126,7 @@ def evaluate(
 
     enter(subject.phase)
     rollouts = sampled(subject, benchmarks, config, out / PARTIAL, stop, finished)
-    sampling, tokens = time.perf_counter() - begin, sum(len(rollout.response_ids) for rollout in rollouts.values())
+    sampling, tokens = time.perf_counter() - begin, sum(rollout.model_tokens for rollout in rollouts.values())
     summary = {}
     for loaded in benchmarks:
         begin = time.perf_counter()
@@ -253,7 +253,7 @@ def graded(
             "correct": verdict.correct,
             "vote": None,
             "finish_reason": rollout.finish_reason,
-            "tokens": len(rollout.response_ids),
+            "tokens": rollout.model_tokens,
         }
         for verdict, (number, rollout, started) in zip(verdicts, numbered, strict=True)
     ]

@@ -110,6 +110,22 @@ def lock(folder: Path, setting: str, wait: Callable[[], object] | None = None) -
                 parent.rmdir()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether another process writes the folder at the moment, as far as its file system knows locks."""
+    path = Path(os.path.realpath(folder))
+    try:
+        handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR)
+    except OSError:
+        return False  # nobody has made the lock's file, or it cannot be read: whoever writes there will say why
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that two who ask do not meet
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    finally:
+        os.close(handle)
+    return False
+
+
 def _acquire(path: Path, folder: Path, setting: str, wait: Callable[[], object] | None) -> int | None:
     """The descriptor that holds the lock; None where the file system knows no locks."""
     waiting, attempts = False, 0

@@ -10,30 +10,27 @@ line which process failed.
 """
 
 import os
-import signal
 import sys
 from argparse import ArgumentTypeError
-
-import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from opd.arguments import number_argument
 from opd.cli import main
 from opd.commands import COMMANDS
 from opd.config import EngineSection, load_config
-from opd.errors import InputError, Interrupted, RunError
+from opd.errors import InputError
 
 MASTER_PORT = 29500
-PATIENCE = 3600  # seconds that processes have after a signal to finish their update and write a checkpoint
 
 
 def processes(engine: EngineSection) -> tuple[int, int]:
     """(processes on this machine, machines) of a run. Raises InputError for a variable that is no number."""
     if engine.kind == "torch":
         return 1, 1
-    gpus = torch.cuda.device_count() if engine.device != "cpu" else 0
+    gpus = 0
+    if engine.device != "cpu":
+        import torch  # slow to import, and a run of one process does not need it here
+
+        gpus = torch.cuda.device_count()
     here, machines = _number("NUM_GPUS", gpus or 1), _number("NNODES", 1)
     if gpus and here > gpus:
         raise InputError(f"NUM_GPUS is {here} and torch sees {gpus} GPUs. Lower NUM_GPUS, or unset it to use all.")
@@ -49,36 +46,6 @@ def machine() -> int:
             f"NNODES is {machines} and NODE_RANK is {got}: give every machine its number, 0 to {machines - 1}."
         )
     return number
-
-
-def pick_device(engine: EngineSection) -> torch.device:
-    """The device of this process, as the config section `engine` says. It also sets the number of CPU threads.
-
-    Raises InputError when the configured GPU is missing, or when the processes do not fit the GPUs.
-    """
-    if engine.kind == "torch" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "engine.kind 'torch' trains in one process, and WORLD_SIZE says there are more. Start it plainly, or set "
-            "engine.kind=deepspeed and engine.deepspeed=zero2."
-        )
-    if engine.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("engine.device is 'cuda' and torch sees no GPU. Set engine.device to 'auto' or 'cpu'.")
-    if engine.cpu_threads is not None:
-        torch.set_num_threads(engine.cpu_threads)
-    if engine.device == "cpu" or not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on import that it guesses the device
-        return torch.device("cpu")
-    if engine.kind == "torch":
-        return torch.device("cuda")
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if here > gpus:
-        raise InputError(
-            f"{here} processes on this machine, and torch sees {gpus} GPUs. Start as many processes as there are GPUs "
-            "(NUM_GPUS)."
-        )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _number(name: str, default: int, least: int = 1) -> int:
@@ -114,38 +81,9 @@ def command(arguments: list[str]) -> None:
             "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{port}",
             "rdzv_configs": {"rank": machine(), "timeout": 900},
         }
-    settings = LaunchConfig(
-        min_nodes=machines,
-        max_nodes=machines,
-        nproc_per_node=here,
-        run_id="opd",
-        max_restarts=0,
-        shutdown_timeout=PATIENCE,
-        **meeting,
-    )
-    try:
-        elastic_launch(settings, sys.executable)("-u", "-m", module, *rest)
-    except SignalException as stop:
-        raise Interrupted(int(stop.sigval)) from None
-    except ChildFailedError as error:
-        raise _explained(error) from None
+    from opd import group  # slow to import, and a run of one process does not need it
 
-
-def _explained(error: ChildFailedError) -> RunError | SystemExit:
-    """The error that ends this process after one of its children failed."""
-    # A process that was killed explains why the others lost their connections, so it goes first.
-    killed = [
-        r for r, failure in error.failures.items() if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-    ]
-    rank = killed[0] if killed else error.get_first_failure()[0]
-    pid, code = error.failures[rank].pid, error.failures[rank].exitcode
-    if code == 2:
-        return SystemExit(2)  # the process itself has said what is wrong with the input
-    end = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    return RunError(
-        f"process {rank} (pid {pid}) {end}, so the others were stopped. Checkpoints are intact; the same command "
-        "continues from the newest."
-    )
+    group.run([module, *rest], machines, here, meeting)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from opd.commands import COMMANDS
 from opd.config import Config, load_config
 from opd.console import CONSOLE
 from opd.data import Rollout, prompts_of_step
+from opd.device import pick_device
 from opd.doctor import dry_run, resolved
 from opd.errors import InputError, Interrupted, RunError
 from opd.hooks import Observer, StatefulWeighter, TokenWeighter, UniformWeighter
-from opd.launch import pick_device
 from opd.progress import Progress, Watch, due, duration, peak_memory_gb, reset_peak_memory
 from opd.record import checkpoint, folder
 from opd.record.boards import check_boards
@@ -99,11 +99,13 @@ def loop(run: Run) -> None:
     """All updates of a run. Evaluation comes first, so that a resumed run finishes an evaluation that was stopped."""
     if difference := send_weights(run):
         say(f"vLLM has the student's weights: probe within {difference['rollout/parity']:.1e} nats")
-    evaluate_teacher(run)
+    if not is_evaluated_elsewhere(run):
+        evaluate_teacher(run)
     while True:
         if run.evaluates_after(run.step):
             evaluate_student(run)
         if run.step == run.total_steps:
+            evaluate_teacher(run)  # the run that was at it may have failed
             return
         update(run)
         if run.step == run.total_steps or due(run.step, run.config.checkpoint.every):
@@ -198,8 +200,14 @@ def evaluate_student(run: Run) -> None:
     _evaluate(run, f"step_{run.step:06d}", nullcontext(subject), "eval", shared=run.step == 0)
 
 
+def is_evaluated_elsewhere(run: Run) -> bool:
+    """Whether another run that shares the teacher's evaluation makes it at the moment. Nobody has to wait for it."""
+    busy = run.shared is not None and files.is_locked(start_folder(run.shared, run.identity) / "teacher")
+    return distributed.from_first(str(busy)) == "True"
+
+
 def evaluate_teacher(run: Run) -> None:
-    """Evaluates the teacher, unless a resumed run has evaluated it already."""
+    """Evaluates the teacher, unless this run has evaluated it already."""
     names = [loaded.name for loaded in run.benchmarks]
     if run.step > 0 and evaluate.known_figures(run.config.run_dir / "eval" / "teacher", names) is not None:
         return

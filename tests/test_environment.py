@@ -194,6 +194,13 @@ def test_overlapping_texts_of_added_tokens_are_all_broken():
     assert not re.search("<ab|b>c", text) and count == 2 and text.endswith("  x")  # spaces and single letters stay
 
 
+def test_an_added_token_that_begins_with_a_space_is_broken_behind_it():
+    tokenizer = trip.tokenizer()
+    tokenizer.add_tokens([" <ab", "\n<call>"])
+    text, count = Replies(tokenizer, [tokenizer.eos_token_id], {}).neutral("x <ab\n<call>y")
+    assert (text, count) == ("x < ab\n< call>y", 2)
+
+
 def test_templates_without_a_place_for_replies_are_refused():
     lm = planner()
     faults = {

@@ -37,6 +37,7 @@ def test_the_second_is_refused_and_nothing_is_left(tmp_path):
             message = OWNER + r".*choose another folder \(output_dir\)"
             with pytest.raises(InputError, match=message), files.lock(same, "output_dir"):
                 pass
+        assert files.is_locked(folder) and not files.is_locked(folder.with_name("other"))
         with files.lock(folder.with_name("other"), "output_dir"):
             pass
     assert not list(tmp_path.iterdir())
@@ -199,10 +200,13 @@ def test_arms_side_by_side_share_the_evaluation_of_their_start(tiny_pair, tmp_pa
         assert copies[0] == copies[1] == (start / name / "summary.json").read_bytes()  # its seconds were measured once
 
 
-def test_a_second_arm_waits_for_the_evaluation(tiny_pair, tmp_path, capfd):
+@pytest.mark.parametrize(("name", "updates"), [("step_000000", 0), ("teacher", 4)])
+def test_a_second_arm_waits_for_an_evaluation_when_nothing_else_is_left_to_do(
+    name, updates, tiny_pair, tmp_path, capfd
+):
     run(small(tmp_path, "run_name=first"), shared=tmp_path / "shared")
     (start,) = (tmp_path / "shared").iterdir()
-    with files.lock(start / "teacher", "output_dir"):
+    with files.lock(start / name, "output_dir"):
         child = forked(lambda: run(small(tmp_path, "run_name=second"), shared=tmp_path / "shared"))
         said = ""
 
@@ -212,5 +216,6 @@ def test_a_second_arm_waits_for_the_evaluation(tiny_pair, tmp_path, capfd):
             return f"waiting for process {os.getpid()}" in said
 
         until(waits)
-        assert not (tmp_path / "second" / "eval" / "teacher").exists()
+        assert not (tmp_path / "second" / "eval" / name).exists()
+        assert (tmp_path / "second" / "metrics.jsonl").read_text().count("\n") == updates
     assert status(child) == 0 and (Path(tmp_path) / "second" / "summary.json").exists()

@@ -246,6 +246,15 @@ def test_master_weights_in_float32_under_bfloat16_states():
     assert gradient.dtype == torch.float32 and relative(gradient, naive) < 1e-5
 
 
+def test_a_head_of_a_higher_dtype_is_that_head_cast():
+    """On a GPU this is a float32 head under bfloat16 states; a CPU multiplies in float32, so it is a float64 head."""
+    hs, student, ht, teacher, weights = case(40, 301)
+    higher = Head(student.weight.detach().double().requires_grad_())
+    totals = [divergence_sum(hs, head, ht, teacher, weights, None, Objective(), 2**14) for head in (student, higher)]
+    (a, of_a), (b, of_b) = (gradients(t, hs, h.weight) for t, h in zip(totals, (student, higher), strict=True))
+    assert of_b.dtype == torch.float64 and relative(a, b) < 1e-6 and relative(of_a, of_b) < 1e-6
+
+
 def test_chunk_bytes_bounds_the_transient_memory():
     """Peak of what is allocated beyond inputs and gradients, counted by the profiler of torch, within the budget."""
     hs, student, ht, teacher, weights = case(256, 20_000, 8, 8)

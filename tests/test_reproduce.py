@@ -17,7 +17,7 @@ from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, Interval
 from opd.config import load_config
 from opd.errors import InputError, RunError
 from opd.grading import extract
-from tip import jobs, reproduce
+from tip import arms, jobs, reproduce
 from tip.results import comparison
 from tip.results.collect import paired_difference
 from tip.results.draw import families
@@ -233,14 +233,14 @@ def test_the_papers_values_stand_beside_the_papers_pair_alone(tmp_path):
 
 
 def test_a_failed_arm_is_reported_and_the_others_go_on(tiny_pair, tmp_path, monkeypatch, capsys):
-    real = reproduce.train
+    real = arms.train
 
     def failing(config, *rest):
         if "soft_or" in config.run_name:
             raise OSError("the disk is gone")
         return real(config, *rest)
 
-    monkeypatch.setattr(reproduce, "train", failing)
+    monkeypatch.setattr(arms, "train", failing)
     with pytest.raises(reproduce.RunError, match="1 of the runs failed"):
         reproduce.command(
             ["--table", "main", "--config", "configs/tiny.json", *SMALL, "--set", f"output_dir={tmp_path}"]

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from environments import section
 from helpers import engine_for, flat_gradient, one_each, pair_of, random_lm, random_rollouts, relative, token_stats_of
 from runs import configured, words
 
 from opd.batch import make_micro_batches
+from opd.build import load_scorers
 from opd.errors import InputError
 from opd.hooks import TokenStats, TokenWeights
 from opd.step import train_step
@@ -158,6 +160,12 @@ def test_the_reward_weight_does_not_cancel_where_that_of_a_micro_batch_does():
     ours = gradient(batches, Judged(TipWeighter(TipConfig(rule="all", rollout_weight="reward", reward_beta=0.2))))
     assert relative(gradient(batches, PerMicroBatch(1)), plain) < 3e-6 < 0.1 < relative(ours, plain)
     assert relative(gradient(batches, PerMicroBatch(6)), ours) < 3e-6  # the same formula over the whole update
+
+
+def test_an_environment_gives_verdicts_where_no_field_has_an_answer(tmp_path):
+    config, sections = configured(tmp_path, "tip.rule=all", "tip.rollout_weight=right", "data.answer_field=null")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, environment=section()))
+    assert load_scorers(config, TipWeighter(sections["tip"])) == ()
 
 
 def test_what_cannot_work_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from opd.benchmarks import read_benchmarks, takes_answer_lines
 from opd.cli import InputError
 from opd.config import load_config
 from opd.grading import Grader
-from tip.reproduce import student_of
+from tip.arms import student_of
 
 GIVES = next(verb for verb in words.LOSSES if verb.named == "gives")
 THROWS = next(verb for verb in words.LOSSES if verb.named == "throws away")

@@ -16,7 +16,7 @@ from opd import evaluate, models
 from opd import train as training
 from opd.benchmarks import load_benchmarks
 from opd.config import load_config
-from opd.launch import pick_device
+from opd.device import pick_device
 from opd.record import dump
 from opd.responses import Subject
 from opd.rollout.local import TransformersSampler

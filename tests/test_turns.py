@@ -230,6 +230,16 @@ def test_an_exception_ends_the_conversation_as_an_error(capsys):
     assert "ValueError: no database?" in err  # a control character cannot reach a terminal
 
 
+def test_a_reply_that_the_template_refuses_ends_the_conversation_as_an_error(capsys):
+    lm, limits = planner(), section("environments:Returns", {"said": [{"role": "tool", "content": "p 5"}]})
+    refusal = "{% for m in messages %}{% if m.content == 'p 5' %}{{ raise_exception('no p 5') }}{% endif %}{% endfor %}"
+    lm.tokenizer.chat_template = refusal + lm.tokenizer.chat_template
+    rollouts, dialogue, _ = talk(limits, lm=lm)
+    err = capsys.readouterr().err
+    check_errors(rollouts, dialogue, err, "reply")
+    assert "the chat template refuses what an environment says (no p 5)" in err
+
+
 class Raises(Echo):
     def reply(self, problem, turns):
         raise ValueError("no database\u009b")

@@ -26,10 +26,10 @@ from opd.benchmarks import check_context
 from opd.cli import main, say
 from opd.config import Config, load_config
 from opd.data import Prompt, prompts_of_step, read_training_prompts
+from opd.device import pick_device
 from opd.errors import InputError
 from opd.files import filled, lock, write_whole
 from opd.hooks import TokenStats
-from opd.launch import pick_device
 from opd.progress import Progress
 from opd.rollout import Decoding, Sampler
 from opd.rollout.choose import fixed_sampler

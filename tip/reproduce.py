@@ -11,103 +11,36 @@ embedded pair and on that of SmolLM2 a seed is a new student and a new stream of
 The results are made by tip.results from the run folders.
 """
 
-import json
 import os
-import traceback
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from data import students
-from opd import distributed, launch
+from opd import launch
 from opd.arguments import seed_argument
 from opd.cli import main, say
 from opd.config import Config, load_config
-from opd.doctor import dry_run, resolved
-from opd.errors import InputError, Interrupted, RunError
+from opd.errors import InputError, RunError
 from opd.files import lock
 from opd.progress import Progress
-from opd.train import run as train
 from tip.commands import COMMANDS
 from tip.config import SECTIONS
-from tip.diagnostics import TipObserver
 from tip.jobs import Job, run_jobs
-from tip.results import comparison, files
-from tip.results.collect import collect
 from tip.results.grid import grid, show
-from tip.results.markdown import markdown
-from tip.tables import Arm, Table, only, read_table
+from tip.tables import Table, folder_of, only, read_table
 from tip.weighter import TipWeighter
 
 DEEPPLANNING = {"table7", "figure4"}
 
 
-def arm_config(path: str, overrides: list[str], arm: Arm, seed: int) -> tuple[Config, dict[str, Any]]:
-    """The configuration of one run."""
-    base, _ = load_config(path, overrides, SECTIONS)
-    folder, student = _root(base) / f"seed_{seed}", student_of(base, seed)
-    of_seed = [f"seed={seed}", f"output_dir={folder}", f"run_name={arm.slug}", f"student.path={student}"]
-    return load_config(path, [*overrides, *_settings(arm), *of_seed], SECTIONS)
-
-
-def student_of(config: Config, seed: int) -> str | Path:
-    """An embedded pair, and that of SmolLM2, has a student for every seed."""
-    pair = Path(config.student.path).parent
-    if not (pair / "recipe.json").exists():
-        return config.student.path
-    return students.student(pair, seed, Path(config.output_dir) / "students")
-
-
-def run_seed(
-    table: Table,
-    options: Namespace,
-    seed: int,
-    tell: Callable[[str], None] = say,
-    advance: Callable[[int], None] = lambda runs: None,
-) -> int:
-    """Runs the arms of one seed one after another; returns how many failed (their traceback lies beside the run).
-
-    `tell` gets a message when an arm has ended, and `advance` is called with 1 then.
-    """
-    failed = 0
-    for arm in table.arms:
-        with Progress(f"student of seed {seed}"):
-            config, sections = arm_config(options.config, options.overrides, arm, seed)
-        if options.verbose:
-            say(resolved(config, sections))
-        report = config.run_dir.with_name(f"{arm.slug}.failed.txt")
-        report.unlink(missing_ok=True)
-        try:
-            weighter = TipWeighter(sections["tip"])
-            shared = config.run_dir.parent
-            observer = TipObserver(weighter, config.loss.divergence)
-            train(config, weighter, sections, "auto", observer, shared)
-            tell(f"seed {seed}: {arm.label} is done")
-        except (Interrupted, KeyboardInterrupt):
-            raise
-        except Exception as error:  # whatever it is, the other arms go on
-            failed += 1
-            if distributed.is_first():
-                report.parent.mkdir(parents=True, exist_ok=True)
-                report.write_text(traceback.format_exc())
-                tell(f"seed {seed}: {arm.label} FAILED ({error}); see {report}")
-            if distributed.world_size() > 1:
-                raise  # the other processes may be waiting in the middle of this arm
-        advance(1)
-    return failed
-
-
-def _root(config: Config) -> Path:
-    return Path(config.output_dir) / f"{config.run_name}-reproduce"
-
-
 def deepplanning() -> str:
     """The paper's values of Table 7 and Figure 4, and why there are none of ours."""
+    from tip.results import comparison  # slow to import, and not needed to start a table's runs
+
     facts = comparison.paper()["deepplanning"]
     rows = [
         (name.replace("_", " "), *(f"{mean:.1f} +- {pm:.2f}" for mean, pm in facts[name]))
@@ -134,14 +67,16 @@ def command(arguments: list[str]) -> None:
     base = _checked(table, options.config, options.overrides)
     if options.dry_run:
         say(f"{table.title}: {len(table.arms)} arms x {len(seeds)} seeds: {', '.join(a.label for a in table.arms)}")
-        config, sections = load_config(options.config, [*options.overrides, *_settings(table.arms[0])], SECTIONS)
+        config, sections = load_config(options.config, [*options.overrides, *table.arms[0].overrides], SECTIONS)
+        from opd.doctor import dry_run  # slow to import, as all that works with models is
+
         dry_run(config, sections, TipWeighter(sections["tip"]), "auto")
     elif options.only_seed is not None:
         _run_job(table, options)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a table starts its own processes on all GPUs. Start it plainly: python -m tip.reproduce ...")
     else:
-        with lock(_root(base), "output_dir") if launch.machine() == 0 else nullcontext():
+        with lock(folder_of(base), "output_dir") if launch.machine() == 0 else nullcontext():
             _run_table(table, base, seeds, options, arguments)
 
 
@@ -155,10 +90,6 @@ def _read_seeds(text: str) -> list[int]:
     return seeds
 
 
-def _settings(arm: Arm) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in arm.settings.items()]
-
-
 def _checked(table: Table, path: str, overrides: Sequence[str]) -> Config:
     """The configuration that the arms share. Raises InputError for wrong settings of any arm, before anything runs."""
     fixed = {"seed", "run_name"}.union(*(arm.settings for arm in table.arms))
@@ -167,12 +98,13 @@ def _checked(table: Table, path: str, overrides: Sequence[str]) -> Config:
         if (key := text.partition("=")[0]) in fixed:
             raise InputError(f"--set {text[:80]}: the arms and seeds of a table set {key}. Leave it out.")
     for arm in table.arms:
-        TipWeighter(load_config(path, [*overrides, *_settings(arm)], SECTIONS)[1]["tip"])
+        TipWeighter(load_config(path, [*overrides, *arm.overrides], SECTIONS)[1]["tip"])
     return base
 
 
 def _run_job(table: Table, options: Namespace) -> None:
     """Runs the arms of one seed, or one of them, as the process that `run_jobs` has started."""
+    from tip.arms import run_seed  # slow to import: the process that only starts others does without it
 
     def tell(text: str) -> None:
         if os.environ.get("RANK", "0") == "0":
@@ -190,10 +122,14 @@ def _run_table(table: Table, base: Config, seeds: list[int], options: Namespace,
     failed = _run_seeds(table, base, seeds, options, arguments)
     if launch.machine() > 0:
         return  # the first machine writes the table
-    out = _root(base) / table.name
+    from tip.results import comparison, files  # it draws, which no process needs that trains
+    from tip.results.collect import collect
+    from tip.results.markdown import markdown
+
+    out = folder_of(base) / table.name
     line, models = " ".join(["python -m tip.reproduce", *arguments]), (base.student.path, base.teacher.path)
     with Progress("table and figures"):
-        results = collect(comparison.of_table(table, _root(base), seeds, Path(options.config).stem, models, line))
+        results = collect(comparison.of_table(table, folder_of(base), seeds, Path(options.config).stem, models, line))
         text = markdown(results)
         files.write(results, text, out)
     show(text)
@@ -204,19 +140,19 @@ def _run_table(table: Table, base: Config, seeds: list[int], options: Namespace,
 
 def _run_seeds(table: Table, base: Config, seeds: list[int], options: Namespace, arguments: list[str]) -> int:
     """Runs every arm of every seed, here or in processes; returns how many failed."""
-    at_once, logs = min(options.jobs, torch.cuda.device_count() or options.jobs), _root(base) / "logs"
+    at_once, logs = min(options.jobs, torch.cuda.device_count() or options.jobs), folder_of(base) / "logs"
     sharded = base.engine.kind == "deepspeed"  # an arm is then a group of processes on all GPUs: one runs at a time
     runs = len(table.arms) * len(seeds)
-    say(f"{table.title}: {runs} runs\n  {base.student.path} learns from {base.teacher.path}\n  into {_root(base)}")
+    say(f"{table.title}: {runs} runs\n  {base.student.path} learns from {base.teacher.path}\n  into {folder_of(base)}")
     if at_once == 1 and not sharded:
+        from tip.arms import run_seed, student_of  # slow to import: not where other processes do the work
+
         for seed in seeds:
             student_of(base, seed)  # before the bars, because its training shows a bar of its own
         with Progress(table.name, runs, "runs") as progress:
             return sum(run_seed(table, options, seed, advance=progress.advance) for seed in seeds)
     if at_once <= len(seeds) and not sharded:
         return run_jobs(arguments, [Job(seed) for seed in seeds], at_once, logs)
-    for seed in seeds:
-        student_of(base, seed)  # made before several processes want it
     jobs = [Job(seed, arm.label) for seed in seeds for arm in table.arms]
     return run_jobs(arguments, jobs, 1 if sharded else at_once, logs)
 

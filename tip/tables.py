@@ -3,11 +3,13 @@
 A figure that is drawn from a table's runs is a view of it: a file with a title and the name of that table as `source`.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from opd.config import ROOT, read_json_object
+from opd.config import ROOT, Config, read_json_object
 from opd.errors import InputError
 from tip.rules import RULES
 
@@ -22,6 +24,11 @@ def other_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Arm:
     settings: dict[str, Any]  # KEY -> VALUE of --set
+
+    @property
+    def overrides(self) -> list[str]:
+        """The settings as arguments of --set."""
+        return [f"{key}={json.dumps(value)}" for key, value in self.settings.items()]
 
     @property
     def label(self) -> str:
@@ -52,6 +59,11 @@ class Table:
     @property
     def arms(self) -> list[Arm]:
         return [arm for _, arms in self.panels for arm in arms]
+
+
+def folder_of(config: Config) -> Path:
+    """Where the runs of all tables of a pair lie."""
+    return Path(config.output_dir) / f"{config.run_name}-reproduce"
 
 
 def read_table(name: str) -> Table:

@@ -55,7 +55,7 @@ class Replies:
         """The text with a space inside every text of an added token, and how many these are."""
         count = 0
         while self.added.search(text):  # a space can leave another one, which overlapped
-            text, broken = self.added.subn(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+            text, broken = self.added.subn(_broken, text)
             count += broken
         return text, count
 
@@ -93,3 +93,13 @@ class Replies:
             f"the student's EOS tokens {sorted(self.eos_ids)}. So an environment would never hear that a turn is over. "
             "Add that token to eos_token_id of the checkpoint's generation_config.json."
         )
+
+
+def _broken(match: re.Match[str]) -> str:
+    """The text of an added token with a space behind its first character that is not a space itself.
+
+    A space in front of the token would leave it whole.
+    """
+    text = match[0]
+    first = len(text) - len(text.lstrip()) + 1
+    return f"{text[:first]} {text[first:]}"

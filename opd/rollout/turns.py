@@ -171,7 +171,11 @@ class Dialogue:
 
     def _append(self, conversation: Conversation, messages: Sequence[Mapping[str, str]], most: int) -> None:
         """Appends a reply, where it fits and a whole turn fits behind it. So no conversation ends with a reply."""
-        ids, neutralised = self.replies.ids(messages)
+        try:
+            ids, neutralised = self.replies.ids(messages)
+        except InputError:  # the template takes other replies: it was tried with one before the run began
+            self._warn("reply", conversation.prompt, len(conversation.turns))
+            return conversation.end("error")
         if len(ids) > self.limits.max_reply_tokens:
             conversation.end("length", "max_reply_tokens")
         elif len(conversation.ids) + len(ids) + self.limits.max_turn_tokens > most:

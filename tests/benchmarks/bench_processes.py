@@ -51,10 +51,10 @@ def work(folder: Path, stage: str) -> None:
     from opd.build import load_student
     from opd.config import LossSection, load_config
     from opd.data import Prompt, Rollout
+    from opd.device import pick_device
     from opd.engine.deepspeed import DeepSpeedEngine
     from opd.engine.zero_file import read_deepspeed
     from opd.hooks import UniformWeighter
-    from opd.launch import pick_device
     from opd.step import Pair, train_step
     from opd.teacher.local import LocalTeacher, load_teacher
 

@@ -49,9 +49,11 @@ class Album:
 
     def add(self, figure: Figure, name: str, caption: str) -> None:
         self.captions[name] = caption
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # both files have the layout that has just been computed
         for kind in ("png", "svg"):
             temporary = self.out / f".{name}.tmp.{kind}"
-            figure.savefig(temporary, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else {})
+            figure.savefig(temporary, metadata={"Date": None} if kind == "svg" else {})
             os.replace(temporary, self.out / f"{name}.{kind}")
         plt.close(figure)
 
