@@ -114,7 +114,7 @@ def settings(config: Config, options: argparse.Namespace, processes: int) -> dic
 
 def revision_of(config: Config, model: str | None) -> str | None:
     """The revision of the model to start from, which is the pair file's teacher unless another one is named."""
-    return config.teacher.revision if model is None else None
+    return config.teacher_model.revision if model is None else None
 
 
 def train(config: Config, options: argparse.Namespace) -> None:
@@ -122,7 +122,7 @@ def train(config: Config, options: argparse.Namespace) -> None:
     from datasets import Dataset  # both are imported here, because trl is in no other environment than .venv-trl
     from trl import GRPOConfig, GRPOTrainer
 
-    model = options.model or config.teacher.path
+    model = options.model or config.teacher_model.path
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision_of(config, options.model), padding_side="left")
     set_chat_template(tokenizer, config.student, f"model {model!r}")
     arguments = settings(config, options, int(os.environ.get("WORLD_SIZE", "1")))

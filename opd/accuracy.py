@@ -1,4 +1,4 @@
-"""Accuracies: pass@j and maj@k of one problem, the standard error of a mean, and the interval of a difference."""
+"""Accuracies: pass@j, best@j and maj@k of a problem, the standard error of a mean, the interval of a difference."""
 
 import math
 import statistics
@@ -17,6 +17,15 @@ SMALLEST_SEED_PART = 0.02  # of the residual mean square; by noise alone 2 % of 
 def pass_at(n: int, right: int, j: int) -> float:
     """Probability that j of n samples, drawn without replacement, hold a right one: 1 - C(n - right, j) / C(n, j)."""
     return 1.0 - math.comb(n - right, j) / math.comb(n, j)
+
+
+def best_at(shares: Sequence[float], j: int) -> float:
+    """Expected largest of j of n numbers, drawn without replacement; it is unbiased for the best of j samples.
+
+    The i-th smallest one is the largest of C(i - 1, j - 1) of the C(n, j) draws. For numbers of 0 and 1 it is pass@j.
+    """
+    draws = math.comb(len(shares), j)
+    return sum(math.comb(i, j - 1) / draws * share for i, share in enumerate(sorted(shares)))
 
 
 def majority(votes: Iterable[tuple[str | None, bool | None]]) -> float:

@@ -9,19 +9,22 @@ A row of a micro-batch holds one sequence, or several one after the other. Each 
 begin at 0 again where a sequence begins, and by that a model knows them apart. What a row lacks at its end is padding.
 It needs no mask, because a causal model never looks ahead.
 
+Where the teacher reads other prompts, it has micro-batches of its own, with the same sequences in the same rows. Its
+hidden states line up with the student's token by token, wherever the two stand in their rows.
+
 Shapes: B rows of a micro-batch, T positions of the longest sequence, S sequences, N counted response tokens.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd import distributed
-from opd.data import Rollout
+from opd.data import Prompt, Rollout
 from opd.seeds import derive_seed
 
 FACTS = ("sequence_id", "position", "turn", "token_id", "prompt_id", "length", "truncated")
@@ -37,6 +40,12 @@ class MicroBatch:
     columns: Tensor  # (N,) int64, second index in (B, T) of that hidden state
     facts: dict[str, Tensor]  # (N,) int64 each: the columns of TokenStats that are known without a model
     rollouts: tuple[Rollout, ...]  # those that the tokens belong to
+    privileged: "MicroBatch | None" = None  # the same tokens behind the teacher's prompts; None: it reads the same ones
+
+    @property
+    def for_teacher(self) -> "MicroBatch":
+        """What the teacher reads. Its hidden states are those of this micro-batch's tokens, in their order."""
+        return self if self.privileged is None else self.privileged
 
     @property
     def token_ids(self) -> Tensor:
@@ -138,13 +147,18 @@ def make_micro_batches(
     """Cuts rollouts, longest first, into micro-batches whose B * T stays within `max_tokens`; a longer one goes alone.
 
     Rollouts without a counted token are left out. Where the longest sequence of a micro-batch has at most `packed_row`
-    tokens, shorter ones share rows. The layout changes neither loss nor gradient.
+    tokens, shorter ones share rows. A sequence is as long as the longer of what student and teacher read, so both stay
+    within these limits. The layout changes neither loss nor gradient.
     """
     counted = {rollout.sequence_id: counted_tokens(rollout, truncated) for rollout in rollouts}
     left = _longest_first([r for r in rollouts if counted[r.sequence_id]])
     batches = []
     while left:
-        batches.append(_collate(_take_rows(left, max_tokens, packed_row), counted, pad_id))
+        rows = _take_rows(left, max_tokens, packed_row)
+        batch = _collate(rows, counted, pad_id, _students_ids)
+        if any(rollout.prompt.privileged_ids is not None for rollout in batch.rollouts):
+            batch = replace(batch, privileged=_collate(rows, counted, pad_id, _teachers_ids))
+        batches.append(batch)
     return batches
 
 
@@ -198,33 +212,50 @@ def empty_micro_batch(pad_id: int) -> MicroBatch:
     return MicroBatch(torch.full((1, 1), pad_id), None, none, none, facts, ())
 
 
+def _students_ids(prompt: Prompt) -> tuple[int, ...]:
+    return prompt.token_ids
+
+
+def _teachers_ids(prompt: Prompt) -> tuple[int, ...]:
+    return prompt.teacher_ids
+
+
 def _length(rollout: Rollout) -> int:
-    """Tokens of prompt and response."""
-    return len(rollout.prompt.token_ids) + len(rollout.response_ids)
+    """Tokens of prompt and response, with the longer one of the two prompts."""
+    return max(len(rollout.prompt.token_ids), len(rollout.prompt.teacher_ids)) + len(rollout.response_ids)
 
 
 def _longest_first(rollouts: Sequence[Rollout]) -> list[Rollout]:
     return sorted(rollouts, key=lambda rollout: (-_length(rollout), rollout.sequence_id))
 
 
-def _collate(rows: Sequence[Sequence[Rollout]], counted: dict[int, int], pad_id: int) -> MicroBatch:
-    """One micro-batch of rows of rollouts; `counted` maps a sequence id to the number of its counted tokens."""
-    width = max(sum(map(_length, row)) for row in rows)
+def _collate(
+    rows: Sequence[Sequence[Rollout]],
+    counted: dict[int, int],
+    pad_id: int,
+    prompt_ids: Callable[[Prompt], tuple[int, ...]],
+) -> MicroBatch:
+    """One micro-batch of rows of rollouts; `counted` maps a sequence id to the number of its counted tokens.
+
+    `prompt_ids` gives the prompt that is read, of the student or of the teacher.
+    """
+    read = [[(rollout, prompt_ids(rollout.prompt)) for rollout in row] for row in rows]
+    width = max(sum(len(prompt) + len(rollout.response_ids) for rollout, prompt in row) for row in read)
     input_ids_BT = torch.full((len(rows), width), pad_id)
     position_ids_BT = torch.arange(width).repeat(len(rows), 1)  # padding goes on as the sequence before it
-    places: list[tuple[int, int, Rollout]] = []  # row, its column of the first token, and what begins there
-    for number, row in enumerate(rows):
+    places: list[tuple[int, int, Rollout]] = []  # row, its column that predicts the first response token, and whose
+    for number, row in enumerate(read):
         begin = 0
-        for rollout in row:
-            end = begin + _length(rollout)
-            input_ids_BT[number, begin:end] = torch.tensor(rollout.prompt.token_ids + rollout.response_ids)
+        for rollout, prompt in row:
+            end = begin + len(prompt) + len(rollout.response_ids)
+            input_ids_BT[number, begin:end] = torch.tensor(prompt + rollout.response_ids)
             position_ids_BT[number, begin:] = torch.arange(width - begin)
-            places.append((number, begin, rollout))
+            places.append((number, begin + len(prompt) - 1, rollout))
             begin = end
     counted_S = torch.tensor([counted[rollout.sequence_id] for _, _, rollout in places])
-    first_S = torch.tensor([begin + len(rollout.prompt.token_ids) - 1 for _, begin, rollout in places])
     facts = [facts_of(rollout, counted[rollout.sequence_id]) for _, _, rollout in places]
     facts_N = {name: torch.cat([columns[name] for columns in facts]) for name in FACTS}
+    first_S = torch.tensor([first for _, first, _ in places])
     return MicroBatch(
         input_ids=input_ids_BT,
         position_ids=position_ids_BT if len(places) > len(rows) else None,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opd import distributed, evaluate, models
+from opd import distributed, evaluate, models, privileged
 from opd.benchmarks import (
     LoadedBenchmark,
     check_benchmarks,
@@ -39,7 +39,8 @@ from opd.scorer import Scorer, load_scorer
 from opd.step import Pair
 from opd.stop import Stop
 from opd.teacher.cache import Cache, clear_folder
-from opd.teacher.local import LocalTeacher, load_teacher
+from opd.teacher.local import LocalTeacher
+from opd.teacher.self import Average, live, open_teacher
 from opd.verdicts import Verdicts
 
 SPILLED = "teacher_states"  # folder of a run for the hidden states that teacher.cache_gb has no room for
@@ -64,6 +65,7 @@ class Run:
     total_steps: int
     grader: Grader
     verdicts: Verdicts
+    average: Average | None = None  # of the student's weights, where they are the teacher's
     sampler: Sampler | None = None  # None while it is closed
     record: Record | None = None  # None on all processes but the first
     stop: Stop = field(default_factory=Stop)
@@ -81,6 +83,11 @@ class Run:
     @property
     def student(self) -> LanguageModel:
         return self.pair.student
+
+    @property
+    def teacher_benchmarks(self) -> list[LoadedBenchmark]:
+        """The benchmarks with the prompts that the teacher reads."""
+        return [privileged.as_the_teacher_reads(loaded) for loaded in self.benchmarks]
 
     @property
     def pair_outside_updates(self) -> Pair:
@@ -109,10 +116,12 @@ def build(
     Raises InputError for a setting, a file or a model that cannot be used. Nothing is written before these checks.
     """
     settings, scorers = identity["deepspeed"], load_scorers(config, weighter)
-    phases = Phases(device, config.engine.phases == 2, config.rollout.engine == "vllm")
+    weights, is_vllm = config.teacher.weights, config.rollout.engine == "vllm"
+    phases = Phases(device, config.engine.phases == 2, is_vllm, live=weights == "live")
     student, teacher = _load_models(config, continue_from, device, settings, phases)
     inputs = read_inputs(config, student, teacher)
     engine = _make_engine(student, config, inputs.total_steps, settings, phases)
+    teacher = live(engine.student) if weights == "live" else teacher
     limit = None if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
     scoring = LocalTeacher(teacher, Cache(limit, config.run_dir / SPILLED))
     grader = Grader()
@@ -133,6 +142,7 @@ def build(
         total_steps=inputs.total_steps,
         grader=grader,
         verdicts=verdicts,
+        average=Average(teacher, engine, config.teacher.decay, phases.content) if weights == "ema" else None,
     )
     _introduce(run, device)
     open_student_sampler(run)
@@ -180,10 +190,12 @@ def _load_models(
         section = replace(section, path=str(continue_from), revision=None)
     student = load_student(section, device, settings)
     phases.add("student", student.model.parameters)
-    teacher = load_teacher(config, device)
-    head = set(teacher.head_scope.parameters())
-    phases.add("teacher", lambda: [p for p in teacher.model.parameters() if p not in head])
-    phases.add("teacher head", lambda: head)
+    teacher, weights = open_teacher(config, student, device), config.teacher.weights
+    if weights != "live":  # the student, which is registered
+        head = set(teacher.head_scope.parameters())
+        body = [p for p in teacher.model.parameters() if p not in head]
+        phases.add("teacher", lambda: body, frozen=weights != "ema")
+        phases.add("teacher head", lambda: head, frozen=weights != "ema")
     return student, teacher
 
 
@@ -209,6 +221,8 @@ def read_inputs(config: Config, student: LanguageModel, teacher: LanguageModel) 
     answer_lines = takes_answer_lines(config, [loaded.benchmark for loaded in benchmarks])
     if validation:
         benchmarks.append(validation_benchmark(config, validation, answer_lines, dialogue))
+    prompts = privileged.for_training(prompts, config, data, student, teacher)
+    benchmarks = [privileged.for_benchmark(loaded, config, student, teacher) for loaded in benchmarks]
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
         check_benchmarks(lm, benchmarks)
@@ -236,7 +250,7 @@ def _introduce(run: Run, device: torch.device) -> None:
     weighter = str(run.weighter)
     facts = {
         "student": config.student.path,
-        "teacher": config.teacher.path,
+        "teacher": config.teacher.path or f"the student itself, {config.teacher.weights} weights",
         "tokens": type(run.weighter).__name__ if weighter.startswith("<") else weighter,  # "<": it has no own text
         "updates": f"{run.total_steps} of {config.rollout.prompts_per_step * config.rollout.n} rollouts, "
         f"learning rate {config.optim.lr:g}",
@@ -263,6 +277,8 @@ def _enter_folder(run: Run, continue_from: Path | None) -> None:
         checkpoint.load_optimizer(continue_from, run.engine)
         if isinstance(run.weighter, StatefulWeighter):
             run.weighter.load_state(checkpoint.load_weighter(continue_from))
+        if run.average:
+            run.average.load_state(checkpoint.load_average(continue_from))
         say(f"{run_dir}: continuing after step {run.step} of {run.total_steps}")
         if (before := checkpoint.processes_of(continue_from)) != distributed.world_size():
             say(

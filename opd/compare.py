@@ -1,22 +1,21 @@
 """Is one run better than another on the same problems? `python -m opd.compare RUN RUN` (B minus A)
 
-Every problem gives one pair: the two models' accuracies on it, over its samples or of its greedy response. A benchmark
-is a sample of problems, and the interval (opd.accuracy) is over problems only. So it says nothing about another
-training. Runs share the random numbers of their samples, which makes the differences of the pairs smaller.
+Every problem gives one pair for each measure (opd.measures), such as the two models' accuracies over its samples. A
+benchmark is a sample of problems, and the interval (opd.accuracy) is over problems only. So it says nothing about
+another training. Runs share the random numbers of their samples, which makes the differences of the pairs smaller.
 """
 
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from opd.accuracy import paired_interval
-from opd.benchmarks import GREEDY
 from opd.cli import main
 from opd.commands import COMMANDS
 from opd.errors import InputError
 from opd.evaluate import read_responses, read_summary
 from opd.files import step_number
+from opd.measures import MEASURES, by_problem
 
 SAME_WAY = (
     "benchmark",
@@ -24,7 +23,6 @@ SAME_WAY = (
     "environment",
     "seed",
 )  # the entries of a summary that say how a benchmark was measured
-METRICS = {"greedy": "greedy", "mean_at_k": "mean@k"}  # figure of a summary -> its name for people
 
 
 @dataclass(frozen=True)
@@ -40,28 +38,27 @@ class Difference:
     worse: int
 
 
-def per_problem(path: Path, greedy: bool) -> dict[str, float]:
-    """Problem id -> accuracy of its greedy response, or mean accuracy of its samples. An ungraded answer is not right.
+def per_problem(path: Path) -> dict[str, dict[str, float]]:
+    """Measure -> problem id -> its number, of an evaluation's responses; a measure that was not taken is empty.
 
     Raises InputError when the file cannot be read, or a line of it is not a graded response.
     """
-    accuracies = defaultdict(list)
-    for row in read_responses(path):
-        if (row["sample"] == GREEDY) == greedy:
-            accuracies[row["id"]].append(float(row["correct"] or 0))
-    return {problem: sum(numbers) / len(numbers) for problem, numbers in accuracies.items()}
+    problems = by_problem(read_responses(path))
+    return {
+        name: {problem: number for problem, rows in problems.items() if (number := measure.of(rows)) is not None}
+        for name, measure in MEASURES.items()
+    }
 
 
-def compare(a: Path, b: Path, name: str, greedy: bool = False) -> Difference:
-    """Compares two evaluation folders on one benchmark.
+def compare(a: Path, b: Path, name: str, measure: str = "mean_at_k") -> Difference:
+    """Compares two evaluation folders on one benchmark, by one of MEASURES.
 
     Raises InputError when they have no problem in common, or when their responses cannot be read.
     """
-    of_a, of_b = (per_problem(folder / f"{name}.jsonl", greedy) for folder in (a, b))
+    of_a, of_b = (per_problem(folder / f"{name}.jsonl")[measure] for folder in (a, b))
     common = sorted(of_a.keys() & of_b.keys())
     if not common:
-        kind = "greedy response" if greedy else "sampled response"
-        raise InputError(f"{a} and {b} have no problem of {name} with a {kind} in both.")
+        raise InputError(f"{a} and {b} have no problem of {name} with {MEASURES[measure].label} in both.")
     differences = {problem: of_b[problem] - of_a[problem] for problem in common}
     interval = paired_interval([differences])
     return Difference(
@@ -113,12 +110,12 @@ def command(arguments: list[str]) -> None:
         "B - A in points with a 95 % interval over problems only: it says nothing about another training\n"
     )
     for name in common:
-        for figure, label in METRICS.items():
-            if a[name][figure] is not None and b[name][figure] is not None:
-                d = compare(*folders, name, greedy=figure == "greedy")
+        for figure, measure in MEASURES.items():
+            if a[name].get(figure) is not None and b[name].get(figure) is not None:
+                d = compare(*folders, name, figure)
                 gap = f"{100 * (d.b - d.a):+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
                 wins = f"better on {d.better}, worse on {d.worse} of {d.problems}"
-                print(f"{name} {label}: A {100 * d.a:.1f}, B {100 * d.b:.1f}, difference {gap}; {wins}")
+                print(f"{name} {measure.label}: A {100 * d.a:.1f}, B {100 * d.b:.1f}, difference {gap}; {wins}")
 
 
 if __name__ == "__main__":

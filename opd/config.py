@@ -12,7 +12,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,12 +89,30 @@ class StudentSection:
 
 @strict
 class TeacherSection:
-    """The frozen model that scores the student's tokens."""
+    """The model that scores the student's tokens."""
 
-    mode: Literal["local"] = doc("Where the teacher runs. local: in this process.")
-    path: Source = doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")
-    revision: str | None = doc("Hub commit or tag; null for a folder or the default branch.")
-    dtype: Dtype = doc("Dtype of the teacher's weights and arithmetic.")
+    mode: Literal["local", "self"] = doc(
+        "Which model the teacher is. local: the model of `path`, in this process. self: the student itself, which as "
+        "its teacher reads data.teacher_prompt (opd/teacher/self.py)."
+    )
+    path: Source | None = doc(
+        "Folder of a Hugging Face checkpoint (safetensors), or a hub repository name. self: null."
+    )
+    revision: str | None = doc("Hub commit or tag; null for a folder or the default branch. self: null.")
+    weights: Literal["initial", "live", "ema"] | None = doc(
+        "Which weights of the student a self teacher has. initial: those before update 1, frozen; live: the present "
+        "ones, without a gradient; ema: their exponential moving average over the updates. local: null.",
+        default=None,
+    )
+    decay: float | None = doc(
+        "Share of itself that the average keeps in each update: a = decay a + (1 - decay) student. Without ema: null.",
+        default=None,
+        gt=0,
+        lt=1,
+    )
+    dtype: Dtype = doc(
+        "Dtype of the teacher's weights and arithmetic. live and ema: that of the student, whose weights are float32."
+    )
     attn_implementation: Attention = doc("Attention kernel of transformers.")
     placement: Literal["device", "sharded", "host"] = doc(
         "Where its parameters lie. device: whole on every process's device; sharded: split over the processes by "
@@ -126,6 +144,29 @@ class EnvironmentSection:
         "into max_response_tokens, which counts the tokens of both sides."
     )
     max_reply_tokens: Count = doc("A conversation is cut where a reply of the environment has more tokens.")
+
+
+@strict
+class TeacherPromptSection:
+    """What only the teacher reads of a problem, beside the prompt of the student (opd/privileged.py)."""
+
+    template: Text = doc(
+        'The text, with fields of the row in braces: "Reference solution: {solution}". {{ and }} stand for braces.'
+    )
+    role: Literal["user", "system"] = doc(
+        "user: the text is put behind the last message of the user. system: it is a system message, or is put behind "
+        "the one that there is. Blanks and line breaks between them belong to the template."
+    )
+    missing: Literal["error", "drop", "plain"] = doc(
+        "What happens to a row without one of the fields, or with an empty one. error: the run is refused, with file "
+        "and line; drop: the row is left out, and counted; plain: the teacher reads the student's prompt, and the row "
+        "is counted. Of a benchmark no row is left out: there drop is plain."
+    )
+    max_tokens: Count = doc(
+        "Longer prompts of the teacher, in tokens, are not cut: their rows are dropped and counted, and so are those "
+        "that do not fit into the teacher's context with a whole response. In a benchmark the teacher reads the "
+        "student's prompt there."
+    )
 
 
 @strict
@@ -162,6 +203,9 @@ class DataSection:
     )
     environment: EnvironmentSection | None = doc(
         "What answers the student between its turns, such as tools; null: a response is one turn.", default=None
+    )
+    teacher_prompt: TeacherPromptSection | None = doc(
+        "What only the teacher reads, such as a reference solution; null: it reads the student's prompt.", default=None
     )
 
 
@@ -288,7 +332,8 @@ class EvalSection:
     every: int = doc("Evaluate every so many updates as well; 0: only before and after.", ge=0)
     reverse_kl: bool = doc(
         "Also measure KL(student || teacher) on the sampled responses, or on the greedy ones where there are no "
-        "samples, in nats per token. Costs a pass of each model."
+        "samples, in nats per token, and how often the teacher would accept the student's tokens as drafts in "
+        "speculative decoding. Costs a pass of each model."
     )
     reverse_kl_samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = doc(
         "On how many of the k samples of a problem eval.reverse_kl is measured; null: on all.", default=None
@@ -356,6 +401,13 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.run_name
+
+    @property
+    def teacher_model(self) -> TeacherSection:
+        """The teacher's section with the model that it starts from, which in mode self is the student's."""
+        if self.teacher.mode == "local":
+            return self.teacher
+        return replace(self.teacher, path=self.student.path, revision=self.student.revision)
 
     @property
     def evaluation_batch(self) -> int:
@@ -517,6 +569,7 @@ def _faults(config: Config) -> Iterator[str]:
     yield from environment_faults(config.data.environment, config.rollout.max_response_tokens, "rollout")
     yield from _evaluation_faults(config)
     yield from _engine_faults(config)
+    yield from _teacher_faults(config) if config.teacher.mode == "local" else _self_faults(config)
 
 
 def _schedule_faults(config: Config) -> Iterator[str]:
@@ -591,6 +644,54 @@ def _engine_faults(config: Config) -> Iterator[str]:
         yield (
             "engine.phases is 2 and engine.kind is 'deepspeed': there the weights wait in host memory with "
             "engine.deepspeed=zero2_offload or zero3_offload, and teacher.placement=host. Set engine.phases=1."
+        )
+
+
+def _teacher_faults(config: Config) -> Iterator[str]:
+    teacher = config.teacher
+    if teacher.path is None:
+        yield 'teacher.path is null and teacher.mode is "local": name a model, or set teacher.mode=self.'
+    for key, value in (("weights", teacher.weights), ("decay", teacher.decay)):
+        if value is not None:
+            yield f'teacher.{key} is {json.dumps(value)}, and it belongs to teacher.mode "self". Set it to null.'
+
+
+def _self_faults(config: Config) -> Iterator[str]:
+    """Settings with which a student cannot teach itself."""
+    student, teacher = config.student, config.teacher
+    for key, value in (("path", teacher.path), ("revision", teacher.revision)):
+        if value is not None:
+            yield (
+                f'teacher.{key} is {value!r} and teacher.mode is "self": the teacher is the student of student.path. '
+                f"Set teacher.{key}=null, or teacher.mode=local."
+            )
+    if teacher.weights is None:
+        yield 'teacher.weights is null and teacher.mode is "self": expected "initial", "live" or "ema".'
+    if (teacher.weights == "ema") != (teacher.decay is not None):
+        yield (
+            f"teacher.weights is {json.dumps(teacher.weights)} and teacher.decay is {json.dumps(teacher.decay)}: the "
+            "decay belongs to ema and to it alone. For example --set teacher.weights=ema --set teacher.decay=0.98."
+        )
+    if config.data.teacher_prompt is None:
+        yield (
+            'teacher.mode is "self" and data.teacher_prompt is null: student and teacher would be one model that reads '
+            "one prompt, so the loss would be 0. Set data.teacher_prompt."
+        )
+    if teacher.weights not in ("live", "ema"):
+        return
+    for key, ours, theirs in (
+        ("dtype", teacher.dtype, student.dtype),
+        ("attn_implementation", teacher.attn_implementation, student.attn_implementation),
+    ):
+        if ours != theirs:
+            yield (
+                f"teacher.{key} is {ours!r} and student.{key} is {theirs!r}: with teacher.weights {teacher.weights!r} "
+                "the teacher computes as the student does. Set both alike."
+            )
+    if teacher.placement != "device":
+        yield (
+            f"teacher.placement is {teacher.placement!r}: with teacher.weights {teacher.weights!r} the teacher lies "
+            "where the student does. Set teacher.placement=device."
         )
 
 

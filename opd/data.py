@@ -32,6 +32,7 @@ class Problem:
     messages: tuple[Mapping[str, Any], ...]
     answer: str | None
     row: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all its fields
+    where: str = field(default="", compare=False)  # the file and the line, for messages
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,14 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str | None
     row: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the problem's fields, for an environment
+    where: str = field(default="", compare=False)  # the file and the line, for messages
+    messages: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)  # what the template made the prompt of
+    privileged_ids: tuple[int, ...] | None = None  # what the teacher reads instead; None: it reads the same
+
+    @property
+    def teacher_ids(self) -> tuple[int, ...]:
+        """The teacher's prompt."""
+        return self.token_ids if self.privileged_ids is None else self.privileged_ids
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def read_problems(source: str | Path, prompt_field: str, answer_field: str | Non
             answer = _answer(_field(row.fields, answer_field, row.where), answer_field, row.where)
         ids = (row.fields.get("id"), row.fields.get("unique_id"), row.name)
         name = str(next(name for name in ids if name is not None))
-        problems.append(Problem(name, messages, answer, row.fields))
+        problems.append(Problem(name, messages, answer, row.fields, row.where))
     if not problems:
         raise InputError(f"{source}: no problems in it. Expected {EXPECTED}.")
     return problems
@@ -126,12 +135,6 @@ def make_prompts(
     Raises:
         InputError: no prompt is short enough, or the chat template refuses the messages.
     """
-    reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents", "kwargs"}
-    if misused := sorted(reserved & data.chat_template_args.keys()):
-        raise InputError(
-            f"data.chat_template_args sets {misused[0]!r}, which is no variable of the chat template but decides "
-            "how it is applied. Remove it."
-        )
     prompts = []
     for problem in problems:
         messages = [dict(message) for message in problem.messages]
@@ -139,17 +142,9 @@ def make_prompts(
             messages[-1]["content"] = (messages[-1]["content"] or "") + instruction
         if data.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": data.system_prompt})
-        try:
-            ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **data.chat_template_args
-            )
-        except Exception as error:  # a template is a program of the checkpoint's author: it can raise anything
-            raise InputError(
-                f"{source}, problem {problem.id}: the chat template refuses it ({error}). Check "
-                "data.system_prompt, data.chat_template_args, the messages' roles, and the template itself."
-            ) from error
+        ids = apply_template(messages, tokenizer, data, f"{source}, problem {problem.id}")
         if len(ids) <= data.max_prompt_tokens:
-            prompts.append(Prompt(problem.id, tuple(ids), problem.answer, problem.row))
+            prompts.append(Prompt(problem.id, ids, problem.answer, problem.row, problem.where, tuple(messages)))
     dropped = len(problems) - len(prompts)
     if not prompts:
         tools = ", in which the descriptions of the tools count" if "tools" in data.chat_template_args else ""
@@ -160,6 +155,29 @@ def make_prompts(
     if dropped:
         say(f"{source}: {dropped} of {len(problems)} prompts dropped, longer than {data.max_prompt_tokens} tokens")
     return prompts
+
+
+def apply_template(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, data: DataSection, where: str
+) -> tuple[int, ...]:
+    """The ids of a prompt, by the chat template. Raises InputError that begins with `where` if it refuses them."""
+    reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"tools", "documents", "kwargs"}
+    if misused := sorted(reserved & data.chat_template_args.keys()):
+        raise InputError(
+            f"data.chat_template_args sets {misused[0]!r}, which is no variable of the chat template but decides "
+            "how it is applied. Remove it."
+        )
+    try:
+        return tuple(
+            tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **data.chat_template_args
+            )
+        )
+    except Exception as error:  # a template is a program of the checkpoint's author: it can raise anything
+        raise InputError(
+            f"{where}: the chat template refuses it ({error}). Check data.system_prompt, data.chat_template_args, the "
+            "messages' roles, and the template itself."
+        ) from error
 
 
 def read_training_prompts(

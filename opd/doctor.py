@@ -11,25 +11,25 @@ import os
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from opd import distributed, launch, models, plan
+from opd import distributed, launch, models, plan, privileged
 from opd.batch import make_micro_batches
 from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, read_benchmarks
 from opd.build import load_scorers, read_inputs
 from opd.cli import command_line, main
 from opd.commands import COMMANDS
 from opd.config import Config, load_config
-from opd.data import Prompt, count_steps, read_problems, read_training_prompts
+from opd.data import Prompt, Rollout, count_steps, read_problems, read_training_prompts
 from opd.device import pick_device
 from opd.engine.zero_file import read_deepspeed
 from opd.errors import InputError
 from opd.files import amount
-from opd.hooks import TokenWeighter
+from opd.hooks import TokenStats, TokenWeighter
 from opd.models import LanguageModel
 from opd.record import folder
 from opd.record.boards import check_boards
@@ -39,7 +39,8 @@ from opd.rollout.connection import check_installed
 from opd.rollout.local import TransformersSampler
 from opd.rollout.turns import Dialogue, open_dialogue
 from opd.step import Pair, score_update
-from opd.teacher.local import LocalTeacher, load_teacher
+from opd.teacher.local import LocalTeacher
+from opd.teacher.self import open_teacher
 
 SCORED = 8  # prompts that are answered and scored
 SCORED_TOKENS = 32  # the longest of these responses
@@ -58,13 +59,24 @@ def dry_run(config: Config, sections: Mapping[str, Any], weighter: TokenWeighter
         check_installed()
     check_boards(config)
     load_scorers(config, weighter)
-    student, teacher = models.outline(config.student, "student"), models.outline(config.teacher, "teacher")
+    student, teacher = models.outline(config.student, "student"), models.outline(config.teacher_model, "teacher")
     inputs = read_inputs(config, student, teacher)
     print(plan.describe(config, device, _plan(config, device, inputs.total_steps)))
     print(f"  data: {_lengths(inputs.prompts)}; {inputs.vocab_size} token ids are compared")
+    if config.data.teacher_prompt:
+        print(_both_prompts(inputs.prompts, student))
     where = {None: "a new run", folder.DONE: "the run in it is complete"}.get(begin, f"continues from {begin}")
     print(f"  folder: {config.run_dir}, {where}\n  command: {command_line()}\ndry run: nothing was started")
     print(resolved(config, sections))
+
+
+def _both_prompts(prompts: Sequence[Prompt], student: LanguageModel) -> str:
+    """A prompt as the student reads it, beside what the teacher reads; the first one that differs."""
+    shown = next(prompt for prompt in prompts if prompt.privileged_ids is not None)
+    texts = (
+        json.dumps(student.tokenizer.decode(ids), ensure_ascii=False) for ids in (shown.token_ids, shown.teacher_ids)
+    )
+    return f"  prompt {shown.id}:\n    the student reads {next(texts)}\n    the teacher reads {next(texts)}"
 
 
 def resolved(config: Config, sections: Mapping[str, Any]) -> str:
@@ -117,7 +129,8 @@ def examine(config: Config) -> list[str]:
         read = partial(read_problems, path, prompt_field, answer_field)
         report.check(f"file {path}", read, lambda problems: f"{len(problems)} problems")
     student = report.check("student", lambda: models.load(config.student, device, "student"), _about)
-    teacher = report.check("teacher", lambda: load_teacher(config, device), _about)
+    has_teacher = student is not None or config.teacher.weights != "live"
+    teacher = report.check("teacher", lambda: open_teacher(config, student, device), _about) if has_teacher else None
     prompts = benchmarks = vocab_size = None
     if student:
         section = config.data.environment
@@ -136,6 +149,9 @@ def examine(config: Config) -> list[str]:
         if lm and prompts and benchmarks is not None:
             check = partial(_check_lengths, lm, config, prompts, benchmarks)
             report.check(f"context of the {lm.name}", check, lambda _, lm=lm: f"{lm.context or 'unlimited'} tokens")
+    if prompts and teacher and config.data.teacher_prompt:
+        add = partial(privileged.for_training, prompts, config, data, student, teacher)
+        prompts = report.check("teacher prompts", add, lambda read: _both_prompts(read, student).strip())
     if prompts and teacher:
         report.check(
             "ids of the prompts", lambda: models.check_prompt_ids(prompts, teacher), lambda _: "in both models"
@@ -253,10 +269,15 @@ def _score(
     decoding = Decoding(rollout.temperature, rollout.top_p, min(rollout.max_response_tokens, SCORED_TOKENS))
     seeds = [(config.seed, "doctor", i) for i in range(len(chosen))]
     rollouts = TransformersSampler(student, SCORED).sample(chosen, decoding, vocab_size, seeds)
-    pairs = [Pair(student, LocalTeacher(lm), vocab_size, config.loss) for lm in (student, teacher)]
-    width = pairs[1].packed_row
-    batches = make_micro_batches(rollouts, config.optim.micro_batch_tokens, student.eos_ids[0], "keep", width)
-    itself, other = (score_update(pair, batches, frozenset({"reverse_kl"}), 0) for pair in pairs)
+    plain = [replace(rollout, prompt=replace(rollout.prompt, privileged_ids=None)) for rollout in rollouts]
+
+    def scores(lm: LanguageModel, rollouts: Sequence[Rollout]) -> TokenStats:
+        pair = Pair(student, LocalTeacher(lm), vocab_size, config.loss)
+        micro, pad_id = config.optim.micro_batch_tokens, student.eos_ids[0]
+        batches = make_micro_batches(rollouts, micro, pad_id, "keep", min(student.packed_row, teacher.packed_row))
+        return score_update(pair, batches, frozenset({"reverse_kl"}), 0)
+
+    itself, other = scores(student, plain), scores(teacher, rollouts)
     scored = _Scored(len(itself.position), itself.reverse_kl.max().item(), other.reverse_kl.mean().item())
     if not scored.from_itself <= SAME:
         raise InputError(

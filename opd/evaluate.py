@@ -22,7 +22,7 @@ from typing import Any, NotRequired
 import torch
 from typing_extensions import TypedDict
 
-from opd import distributed, grading, models
+from opd import distributed, grading, models, speculative
 from opd.accuracy import majority, pass_at, standard_error
 from opd.batch import counted_tokens, equally_many, make_micro_batches, share_of_rank
 from opd.benchmarks import GREEDY, LoadedBenchmark, check_benchmarks, described, load_benchmarks
@@ -33,14 +33,18 @@ from opd.data import Prompt, Rollout
 from opd.device import pick_device
 from opd.errors import InputError
 from opd.files import check, lock, read_object, read_rows, sha256, write_whole
+from opd.measures import CONVERSATIONS, MEASURES, by_problem
 from opd.models import LanguageModel
+from opd.privileged import for_benchmark
 from opd.progress import Progress
 from opd.responses import PARTIAL, Place, Subject, sampled
 from opd.rollout.choose import fixed_sampler
 from opd.rollout.turns import Dialogue
 from opd.step import Pair, score_update
 from opd.teacher.local import LocalTeacher, load_teacher
+from opd.teacher.self import open_teacher
 
+ACCEPTED = f"accepted_of_{speculative.GAMMA}"
 UNGRADED_PERCENT = 1  # share of all answers above which the evaluation warns
 _Timed = TypedDict("_Timed", {"time/evaluation": float})  # seconds
 
@@ -58,14 +62,21 @@ class Figures(_Timed):
     pass_at: dict[str, float]
     maj_at_k: float | None
     reverse_kl: float | None
+    acceptance: NotRequired[float | None]  # this and the next one are missing in evaluations by older versions
+    accepted_of_4: NotRequired[float | None]
     ungraded: int
     truncated: float
     unformatted: float
     length_mean: float
     share_at_k: NotRequired[float | None]  # this and the next ones only where an environment scores
+    share_at_k_se: NotRequired[float | None]
+    share_best_at_2: NotRequired[float | None]
+    share_best_at_2_se: NotRequired[float | None]
     share_best_at_k: NotRequired[float | None]
+    share_best_at_k_se: NotRequired[float | None]
     share_greedy: NotRequired[float | None]
     delivered: NotRequired[float]
+    delivered_se: NotRequired[float | None]
     turns_mean: NotRequired[float]
     environment: NotRequired[str]  # its version
     benchmark: dict[str, Any]
@@ -87,6 +98,9 @@ class Response(TypedDict):
     correct: bool | None  # None when the grader or the environment failed; such an answer counts as wrong
     finish_reason: str
     tokens: int  # that the model sampled
+    reverse_kl: NotRequired[float]  # this and the next two only where the response was compared with the teacher
+    acceptance: NotRequired[float]
+    accepted_of_4: NotRequired[float]
     share: NotRequired[float | None]  # of what was asked; this and the next ones only where an environment scores
     parts: NotRequired[dict[str, bool]]  # whether each part of what was asked holds
     turns: NotRequired[list[str]]  # what the model said in each of them
@@ -131,18 +145,18 @@ def evaluate(
     for loaded in benchmarks:
         begin = time.perf_counter()
         places = [(loaded.name, number, i) for number in loaded.numbers for i in range(len(loaded.prompts))]
-        divergences = {}
+        compared: dict[int, dict[str, float]] = {}
         if config.eval.reverse_kl and subject.pair is not None:
             scored = _scored(loaded.numbers, config.eval.reverse_kl_samples)
             chosen = {i: rollouts[place] for i, place in enumerate(places) if place[1] in scored}
-            divergences = _reverse_kl(subject.pair, chosen, config, stop, enter)
+            compared = _compared(subject.pair, chosen, config, stop, enter)
         if not first:
             continue
         with Progress(f"grading of {len(places)} responses"):
             numbered = [(place[1], rollouts[place], started.get(place)) for place in places]
             rows = _judged(subject.lm, numbered, loaded, grader)
-        for i, divergence in divergences.items():
-            rows[i]["reverse_kl"] = divergence
+        for i, numbers in compared.items():
+            rows[i] |= numbers
         share = sum(row["tokens"] for row in rows) / tokens  # of the sampling, which benchmarks do together
         figures = _written(rows, loaded, config, out / f"{loaded.name}.jsonl")
         summary[loaded.name] = figures | {"time/evaluation": share * sampling + time.perf_counter() - begin}
@@ -319,14 +333,14 @@ def _scored(numbers: Sequence[int], most: int | None) -> tuple[int, ...]:
     return tuple(samples[:most]) if samples else (GREEDY,)
 
 
-def _reverse_kl(
+def _compared(
     pair: Pair,
     rollouts: Mapping[int, Rollout],
     config: Config,
     stop: Callable[[bool], None],
     enter: Callable[[str], None],
-) -> dict[int, float]:
-    """Per response the mean of KL(student || teacher) over its tokens, in nats. The processes share the work.
+) -> dict[int, dict[str, float]]:
+    """Per response the means over its tokens of what `summarise` calls by the same names. The processes share the work.
 
     A conversation that an environment broke has none.
     """
@@ -336,18 +350,22 @@ def _reverse_kl(
     pad_id = pair.student.eos_ids[0]
     batches = make_micro_batches(share, config.optim.micro_batch_tokens, pad_id, "keep", pair.packed_row)
     batches = equally_many(batches, pad_id)
-    needs = frozenset({"reverse_kl"})
-    with Progress(f"reverse KL of the {pair.student.name}", len(batches), "micro-batches") as progress:
+    needs = speculative.NEEDS | {"reverse_kl"}
+    with Progress(f"comparison with the teacher of the {pair.student.name}", len(batches), "micro-batches") as progress:
 
         def advance(batches: int, tokens: int) -> None:
             progress.advance(batches, tokens)
             stop(True)
 
         stats = score_update(pair, batches, needs, 0, advance, enter)
-    sums = torch.zeros(len(rollouts), dtype=torch.float64)
-    sums.index_add_(0, stats.sequence_id, stats.reverse_kl.double())
-    pairs = zip(rollouts.items(), sums.tolist(), strict=True)
-    return {i: total / rollout.model_tokens for (i, rollout), total in pairs}
+    columns = {
+        "reverse_kl": stats.reverse_kl.double(),
+        "acceptance": (1 - stats.total_variation.double()).clamp(0, 1),
+        ACCEPTED: speculative.accepted_lengths(stats),
+    }
+    zeros, tokens = torch.zeros(len(rollouts), dtype=torch.float64), [r.model_tokens for r in rollouts.values()]
+    sums = {name: zeros.index_add(0, stats.sequence_id, column).tolist() for name, column in columns.items()}
+    return {i: {name: sums[name][n] / tokens[n] for name in sums} for n, i in enumerate(rollouts)}
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, Any]:
@@ -358,8 +376,12 @@ def summarise(rows: Sequence[dict]) -> dict[str, Any]:
 
     mean_at_k is the mean over problems of the share of right samples. mean_at_k_se is its standard error over problems,
     and mean_at_k_se_passes its standard error over the k passes. pass_at holds the unbiased pass@j for j = 1, 2, 4, ...
-    and k. maj_at_k is the share of problems whose most frequent answer is right, where ties count in parts. reverse_kl
-    is the mean over the tokens of the sampled responses, or of the greedy ones where there are no samples, in nats.
+    and k. maj_at_k is the share of problems whose most frequent answer is right, where ties count in parts.
+
+    The last three are means over the tokens of the sampled responses, or of the greedy ones where there are no samples.
+    reverse_kl is KL(student || teacher) in nats. acceptance is the probability that the teacher accepts a token that
+    the model drafts in speculative decoding at temperature 1, and accepted_of_4 is how many tokens of a block of 4 it
+    accepts. The block's is an unbiased estimate where the responses are sampled at temperature 1 and top-p 1.
     """
     greedy = [float(row["correct"] is True) for row in rows if row["sample"] == GREEDY]
     problems, passes = defaultdict(list), defaultdict(list)
@@ -372,8 +394,6 @@ def summarise(rows: Sequence[dict]) -> dict[str, Any]:
     means = [count / len(group) for count, group in zip(right, groups, strict=True)]
     k = max(map(len, groups), default=0)
     sizes = sorted({2**i for i in range(k.bit_length())} | {k} - {0})
-    scored = [row for row in rows if "reverse_kl" in row]
-    divergence_sum = sum(row["reverse_kl"] * row["tokens"] for row in scored)
     return {
         "problems": len({row["id"] for row in rows}),
         "greedy": fmean(greedy) if greedy else None,
@@ -389,37 +409,41 @@ def summarise(rows: Sequence[dict]) -> dict[str, Any]:
         "maj_at_k": fmean(majority((row["vote"], row["correct"]) for row in group) for group in groups)
         if groups
         else None,
-        "reverse_kl": divergence_sum / sum(row["tokens"] for row in scored) if scored else None,
+        **{name: _mean_over_tokens(rows, name) for name in ("reverse_kl", "acceptance", ACCEPTED)},
         "ungraded": sum(row["correct"] is None for row in rows),
         "truncated": fmean(row["finish_reason"] in ("length", "turns") for row in rows),
         "unformatted": fmean(row["extracted"] is None for row in rows),
         "length_mean": fmean(row["tokens"] for row in rows),
-        **(_conversation_figures(rows, groups) if "share" in rows[0] else {}),
+        **(_conversation_figures(rows) if "share" in rows[0] else {}),
     }
 
 
-def _conversation_figures(rows: Sequence[dict], groups: Sequence[Sequence[dict]]) -> dict[str, Any]:
-    """The figures that only an environment gives; `groups` holds the sampled rows of each problem.
+def _mean_over_tokens(rows: Sequence[dict], name: str) -> float | None:
+    """The mean of a number of responses, each weighed by its tokens; None where no response has it."""
+    known = [row for row in rows if name in row]
+    return sum(row[name] * row["tokens"] for row in known) / sum(row["tokens"] for row in known) if known else None
 
-    share_at_k is the mean over problems of the mean share of what was asked, and share_best_at_k that of the best
-    sample's share. A conversation without a verdict has the share 0. Nobody votes on conversations.
+
+def _conversation_figures(rows: Sequence[dict]) -> dict[str, Any]:
+    """The figures that only an environment gives, each as a mean over problems with its standard error.
+
+    share_at_k is of the mean share of what was asked, share_best_at_2 of the unbiased best share of two samples, and
+    share_best_at_k of the best sample's share. A conversation without a verdict has the share 0. Nobody votes on
+    conversations.
     """
-    shares = [[row["share"] or 0.0 for row in group] for group in groups]
+    problems = by_problem(rows)
     greedy = [row["share"] or 0.0 for row in rows if row["sample"] == GREEDY]
-    return {
-        "maj_at_k": None,
-        "share_at_k": fmean(map(fmean, shares)) if shares else None,
-        "share_best_at_k": fmean(map(max, shares)) if shares else None,
-        "share_greedy": fmean(greedy) if greedy else None,
-        "delivered": fmean(row["extracted"] is not None for row in rows),
-        "turns_mean": fmean(len(row["turns"]) for row in rows),
-    }
+    figures: dict[str, Any] = {"maj_at_k": None, "share_greedy": fmean(greedy) if greedy else None}
+    for name in CONVERSATIONS:
+        numbers = [number for group in problems.values() if (number := MEASURES[name].of(group)) is not None]
+        figures |= {name: fmean(numbers) if numbers else None, f"{name}_se": standard_error(numbers)}
+    return figures | {"turns_mean": fmean(len(row["turns"]) for row in rows)}
 
 
 def scalars(summary: dict[str, dict], prefix: str) -> dict[str, float]:
     """The figures under TensorBoard names, <prefix>/<benchmark>/<figure>."""
     names = ("greedy", "mean_at_k", "maj_at_k", "reverse_kl", "ungraded", "truncated", "unformatted", "length_mean")
-    names += ("share_at_k", "share_best_at_k", "share_greedy", "delivered", "turns_mean")
+    names += ("acceptance", ACCEPTED, *CONVERSATIONS, "share_greedy", "turns_mean")
     return {
         f"{prefix}/{benchmark}/{name}": figures[name]
         for benchmark, figures in summary.items()
@@ -447,6 +471,8 @@ def _parts(figures: dict) -> Iterator[str]:
         yield f"share@{figures['k']} {percent(figures['share_at_k'], None)}"
     if figures["reverse_kl"] is not None:
         yield f"reverse KL {figures['reverse_kl']:.4f}"
+    if figures.get("acceptance") is not None:
+        yield f"accepted as drafts {percent(figures['acceptance'], None)} %"
     if figures["ungraded"]:
         yield f"ungraded {figures['ungraded']}"
 
@@ -493,7 +519,8 @@ def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) 
         _same_or_clear(out, model, config, benchmarks)
     pair, vocab_size = None, len(lm.tokenizer)
     if config.eval.reverse_kl:
-        teacher = load_teacher(config, lm.device)
+        teacher = _teacher_of(lm, config)
+        benchmarks = [for_benchmark(loaded, config, lm, teacher) for loaded in benchmarks]
         pair = Pair(lm, LocalTeacher(teacher), models.shared_vocabulary(lm, teacher), config.loss)
         vocab_size = models.sampled_vocabulary(lm, teacher)
     prompts = [prompt for loaded in benchmarks for prompt in loaded.prompts]
@@ -503,6 +530,16 @@ def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) 
         with grading.Grader() as grader, fixed_sampler(lm, section, config, prompts, longest) as sampler:
             summary = evaluate(Subject(lm, sampler, vocab_size, pair), benchmarks, config, out, grader)
     return summary
+
+
+def _teacher_of(lm: LanguageModel, config: Config) -> LanguageModel:
+    """The teacher of an evaluated model. Raises InputError for an average, which its run alone has."""
+    if config.teacher.weights == "ema":
+        raise InputError(
+            "eval.reverse_kl is true and teacher.weights is 'ema': the average of the student's weights is known to "
+            "its run alone. Set eval.reverse_kl=false."
+        )
+    return open_teacher(config, lm, lm.device)
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
@@ -520,13 +557,14 @@ def _same_or_clear(out: Path, model: str, config: Config, benchmarks: Sequence[L
         "model": model,
         "weights": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameter_files],
         "benchmarks": {b.name: [described(b.benchmark), _digest(b.prompts)] for b in benchmarks},
-        "data": asdict(config.data),
+        "data": {key: value for key, value in asdict(config.data).items() if value or key != "teacher_prompt"},
         "dtype": config.student.dtype,
         "seed": config.seed,
         "grader": grading.VERSION,
         "environments": {b.name: b.dialogue.environment.version for b in benchmarks if b.dialogue},
         "batch_size": config.evaluation_batch,
-        "reverse_kl": config.eval.reverse_kl and [config.teacher.path, config.eval.reverse_kl_samples],
+        "reverse_kl": config.eval.reverse_kl
+        and [config.teacher.path or [config.student.path, config.teacher.weights], config.eval.reverse_kl_samples],
     }
     path, text = out / "evaluation.json", json.dumps(about, indent=1) + "\n"
     try:

@@ -493,7 +493,7 @@ def _check_head(lm: LanguageModel) -> None:
         with lm.precision():
             expected_TV = lm.model(input_ids=ids_1T, use_cache=False).logits[0, :, :vocab_size].float()
             hidden_TH = lm.model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0].float()
-        return expected_TV, lm.head_scope(hidden_TH, lambda hidden_TH: _logits(hidden_TH, lm.head(vocab_size)))
+        return expected_TV, lm.head_scope(hidden_TH, lambda hidden_TH: head_logits(hidden_TH, lm.head(vocab_size)))
 
     expected_TV, logits_TV = lm.run(both_logits)
     error = ((logits_TV - expected_TV).norm() / expected_TV.norm()).item()
@@ -524,7 +524,7 @@ def sequence_logprobs(lm: LanguageModel, sequences: Sequence[Sequence[int]]) -> 
     return torch.cat(parts)
 
 
-def _logits(hidden_NH: Tensor, head: Head) -> Tensor:
+def head_logits(hidden_NH: Tensor, head: Head) -> Tensor:
     """The (N, V) float32 logits of hidden states, written as in the docstring of opd.loss.Head."""
     logits_NV = hidden_NH @ head.weight[: head.size].float().T
     if head.bias is not None:

@@ -23,6 +23,7 @@ RESIDENTS = {  # phase -> whose tensors are on the device; vLLM has parameters o
     "rollout": {"student"},
     "rollout on vLLM": set(),
     "teacher": {"teacher", "teacher head"},
+    "teacher that is the student": {"student"},
     "update": {"student", "optimizer", "teacher head"},
 }
 
@@ -34,21 +35,24 @@ class Phases:
         device: the device that they compute on.
         two: whether engine.phases is 2; if not, tensors stay where they are.
         vllm: whether rollout.engine is "vllm".
+        live: whether the student, as it is, is the teacher too.
     """
 
-    def __init__(self, device: torch.device, two: bool, vllm: bool):
-        self.device, self.two, self.vllm = device, two, vllm
+    def __init__(self, device: torch.device, two: bool, vllm: bool, live: bool = False):
+        self.device, self.two, self.vllm, self.live = device, two, vllm, live
         self.tensors: dict[str, Callable[[], Iterable[Tensor]]] = {}  # resident -> its tensors
         self.host: dict[Tensor, Tensor] = {}  # tensor on the device -> its buffer in host memory, which is made once
         self.away: set[str] = set()  # residents in host memory
+        self.frozen: set[str] = set()  # residents whose buffers stay right
         self.sampler: Sampler | None = None  # it sleeps outside of the rollout phase
 
-    def add(self, resident: str, tensors: Callable[[], Iterable[Tensor]]) -> None:
+    def add(self, resident: str, tensors: Callable[[], Iterable[Tensor]], frozen: bool = False) -> None:
         """Takes charge of the tensors of "student", "optimizer", "teacher" or "teacher head".
 
-        With two phases they go to host memory at once.
+        With two phases they go to host memory at once. `frozen` ones never change, and are copied there once.
         """
         self.tensors[resident] = tensors
+        self.frozen |= {resident} if frozen else set()
         if self.two:
             self._put_away(resident)
 
@@ -57,7 +61,9 @@ class Phases:
 
         The sampler wakes by itself when it gets parameters or is asked for responses.
         """
-        wanted = RESIDENTS["rollout on vLLM" if phase == "rollout" and self.vllm else phase]
+        names = {"rollout": "rollout on vLLM"} if self.vllm else {}
+        names |= {"teacher": "teacher that is the student"} if self.live else {}
+        wanted = RESIDENTS[names.get(phase, phase)]
         if self.sampler is not None and phase != "rollout":
             self.sampler.sleep()
         if self.two:
@@ -73,7 +79,7 @@ class Phases:
             is_new = tensor not in self.host
             if is_new:
                 self.host[tensor] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            if is_new or not resident.startswith("teacher"):  # the teacher is frozen, so its buffer stays right
+            if is_new or resident not in self.frozen:
                 self.host[tensor].copy_(tensor, non_blocking=True)
             tensor.data = tensor.new_empty((0,) * tensor.ndim)
         if self.device.type == "cuda":

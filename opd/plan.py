@@ -127,7 +127,8 @@ def make_plan(
     work = _Work.of(config, processes)
     held, host = _student_memory(student, s_bytes, zero, processes)  # on the device, in host memory
     gradients = held.pop("gradients")
-    scoring = _teacher_memory(teacher, t_bytes, config.teacher.placement, processes, host)
+    kept = {"live": 0, "ema": 4}.get(config.teacher.weights, t_bytes)  # the student is there; an average is float32
+    scoring = _teacher_memory(teacher, kept, config.teacher.placement, processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
     teacher_states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
     limit = teacher_states if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
@@ -135,9 +136,10 @@ def make_plan(
     beside_student = beside_teacher = learning = held | scoring
     if config.engine.phases == 2:
         waiting = {"student": held["weights"], "moments": held["optimizer"], "teacher": scoring["teacher"]}
-        host |= {f"{name} waiting": size for name, size in waiting.items()}
+        host |= {f"{name} waiting": size for name, size in waiting.items() if size}
         beside_student = {name: size for name, size in held.items() if name != "optimizer"}
-        beside_teacher, learning = scoring, held | {"teacher head": teacher.head * t_bytes}
+        beside_teacher = scoring if kept else beside_student
+        learning = held | {"teacher head": teacher.head * kept}
     loads_float32 = zero is not None and zero["stage"] in (1, 2) and s_bytes == 2  # and DeepSpeed rounds it to bfloat16
     phases = {
         "loading": scoring | {"float32 weights": 4 * student.parameters} if loads_float32 else {},
@@ -159,8 +161,9 @@ def make_plan(
     phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items() if parts}
     seconds = _seconds(config, student, teacher, device, work)
     parameters, spilled = (student.parameters, teacher.parameters), teacher_states - host["teacher states"]
+    saved = (16 if config.teacher.weights == "ema" else 12) * student.parameters  # weights, two moments, an average
     lighter = _lighter(config, student, work, sum(learning.values()) + gradients)
-    return Plan(parameters, processes, phases, host, spilled, 12 * student.parameters, seconds, updates, lighter)
+    return Plan(parameters, processes, phases, host, spilled, saved, seconds, updates, lighter)
 
 
 @dataclass(frozen=True)
@@ -169,13 +172,15 @@ class _Work:
 
     rollouts: int
     together: int  # responses that it generates at once
-    length: int  # tokens of the longest prompt and the longest response
+    length: int  # tokens of the longest prompt that a model reads and the longest response
     micro: int  # tokens of a micro-batch, padding included
     processes: int  # how many processes share the run
 
     @classmethod
     def of(cls, config: Config, processes: int) -> "_Work":
-        length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        privileged = config.data.teacher_prompt
+        prompt = max(config.data.max_prompt_tokens, privileged.max_tokens if privileged else 0)
+        length = prompt + config.rollout.max_response_tokens
         rollouts = -(-config.rollout.prompts_per_step * config.rollout.n // processes)
         micro = max(min(config.optim.micro_batch_tokens, rollouts * length), length)
         return cls(rollouts, min(config.rollout.batch_size, rollouts), length, micro, processes)
@@ -330,7 +335,7 @@ def plan_of(config: Config, device: torch.device, updates: int, zero: dict | Non
     Raises InputError when a model's config.json cannot be read.
     """
     student = size_without_weights(config.student, "student")
-    teacher = size_without_weights(config.teacher, "teacher")
+    teacher = size_without_weights(config.teacher_model, "teacher")
     longest = max((benchmark.max_response_tokens for benchmark in read_benchmarks(config).values()), default=0)
     return make_plan(config, student, teacher, device, updates, longest, zero, processes)
 
@@ -355,7 +360,8 @@ def describe(config: Config, device: torch.device, plan: Plan) -> str:
         [
             f"plan of {config.run_dir}: {plan.updates} updates of {config.rollout.prompts_per_step} prompts x "
             f"{config.rollout.n} responses of up to {config.rollout.max_response_tokens} tokens on {device}; "
-            f"{config.engine.kind} engine, {config.rollout.engine} rollouts, {config.teacher.mode} teacher",
+            f"{config.engine.kind} engine, {config.rollout.engine} rollouts, "
+            f"{' '.join(filter(None, (config.teacher.mode, config.teacher.weights)))} teacher",
             f"  parameters: student {plan.parameters[0] / 1e6:.2f} M, teacher {plan.parameters[1] / 1e6:.2f} M",
             f"  memory{each}, by phase:",
             *peaks,

@@ -22,12 +22,17 @@ def acceptance(stats: TokenStats) -> float:
 
 
 def accepted_length(stats: TokenStats, gamma: int = GAMMA) -> float:
-    """The mean number of accepted tokens of a block, over blocks that begin at every token of the responses.
+    """The mean of `accepted_lengths` over the blocks that begin at every token of the responses."""
+    return accepted_lengths(stats, gamma).mean().item()
+
+
+def accepted_lengths(stats: TokenStats, gamma: int = GAMMA) -> Tensor:
+    """How many tokens of a block are accepted, for the block that begins at each token, (N,) float64.
 
     `stats` has the fields in NEEDS, of responses that the student sampled at temperature 1, and N > 0. A block that
     reaches the end of its response ends there. The tokens before the last one of a block count with the probability
     that they are accepted as they were drawn, because a context of likely acceptances is not a typical one; the last
-    one counts with its probability before it is drawn. So the mean is not biased by what was drawn.
+    one counts with its probability before it is drawn. So the mean over blocks is not biased by what was drawn.
     """
     accepted_N = 1 - stats.total_variation.double()
     as_drawn_N = (stats.teacher_logprob.double() - stats.student_logprob.double()).clamp(max=0).exp()
@@ -37,7 +42,7 @@ def accepted_length(stats: TokenStats, gamma: int = GAMMA) -> float:
         reached_N *= _in_same_response(stats, i)
         length_N += reached_N * _shifted(accepted_N, i)
         reached_N *= _shifted(as_drawn_N, i)
-    return length_N.mean().item()
+    return length_N
 
 
 def _shifted(column_N: Tensor, by: int) -> Tensor:

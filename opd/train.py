@@ -99,7 +99,8 @@ def loop(run: Run) -> None:
     """All updates of a run. Evaluation comes first, so that a resumed run finishes an evaluation that was stopped."""
     if difference := send_weights(run):
         say(f"vLLM has the student's weights: probe within {difference['rollout/parity']:.1e} nats")
-    if not is_evaluated_elsewhere(run):
+    moves = run.config.teacher.weights in ("live", "ema")  # then its weights of now are needed now
+    if moves or not is_evaluated_elsewhere(run):
         evaluate_teacher(run)
     while True:
         if run.evaluates_after(run.step):
@@ -121,6 +122,8 @@ def update(run: Run) -> None:
         rollouts = sample_rollouts(run, step)
     run.verdicts.begin(rollouts)
     result = learn(run, step, rollouts, watch)
+    if run.average:
+        run.average.follow()
     with watch("sync"):
         parity = send_weights(run, due(step, run.config.rollout.parity_every))
     peak = distributed.largest(peak_memory_gb(run.student.device))
@@ -187,7 +190,10 @@ def save(run: Run) -> None:
     """Writes the metrics up to the last update to the disk, and then a checkpoint of it."""
     if run.record:
         run.record.log.flush()
-    memory = run.weighter.state() if isinstance(run.weighter, StatefulWeighter) else {}
+    memory = {
+        "weighter": run.weighter.state() if isinstance(run.weighter, StatefulWeighter) else {},
+        "teacher": run.average.state() if run.average else {},
+    }
     with Progress(f"checkpoint of update {run.step}"):
         checkpoint.save(run.config.run_dir, run.step, run.student, run.engine, memory, run.config.checkpoint.keep)
 
@@ -207,9 +213,12 @@ def is_evaluated_elsewhere(run: Run) -> bool:
 
 
 def evaluate_teacher(run: Run) -> None:
-    """Evaluates the teacher, unless this run has evaluated it already."""
+    """Evaluates the teacher on its own prompts, unless this run has evaluated it already."""
     names = [loaded.name for loaded in run.benchmarks]
     if run.step > 0 and evaluate.known_figures(run.config.run_dir / "eval" / "teacher", names) is not None:
+        return
+    if run.step > 0 and run.benchmarks and run.config.teacher.weights in ("live", "ema"):
+        say("warning: the evaluation of the teacher is damaged, and its weights of then are gone: it is left out")
         return
     _evaluate(run, "teacher", _teacher_as_subject(run), "teacher", shared=True)
 
@@ -219,14 +228,14 @@ def _teacher_as_subject(run: Run) -> Iterator[Subject]:
     """The teacher with a sampler of its own. The student's vLLM makes room for the teacher's and comes back after."""
     teacher, vllm = run.teacher, run.config.rollout.engine == "vllm"
     vocab_size = models.sampled_vocabulary(teacher, teacher)
-    prompts = [prompt for loaded in run.benchmarks for prompt in loaded.prompts]
+    prompts = [prompt for loaded in run.teacher_benchmarks for prompt in loaded.prompts]
     longest = max(loaded.benchmark.max_response_tokens for loaded in run.benchmarks)
     if vllm:
         run.sampler.close()
         run.phases.sampler = run.sampler = None
         run.phases.enter("teacher")
     make_room = partial(run.phases.enter, "rollout")  # vLLM has parameters of its own, so the teacher's can go
-    with fixed_sampler(teacher, run.config.teacher, run.config, prompts, longest, make_room) as sampler:
+    with fixed_sampler(teacher, run.config.teacher_model, run.config, prompts, longest, make_room) as sampler:
         yield Subject(teacher, sampler, vocab_size, None, "rollout" if vllm else "teacher")
     if vllm:
         open_student_sampler(run)
@@ -244,13 +253,14 @@ def _evaluate(run: Run, name: str, subject: AbstractContextManager[Subject], pre
     run.progress.evaluates(who)
     target = run.config.run_dir / "eval" / name
     out = start_folder(run.shared, run.identity) / name if shared and run.shared else target
-    names = [loaded.name for loaded in run.benchmarks]
+    benchmarks = run.teacher_benchmarks if prefix == "teacher" else run.benchmarks
+    names = [loaded.name for loaded in benchmarks]
     with _made_once(run, out):
         figures = evaluate.known_figures(out, names)
         if figures is None:
             with subject as model:
                 figures = evaluate.evaluate(
-                    model, run.benchmarks, run.config, out, run.grader, run.stop.check, run.phases.enter
+                    model, benchmarks, run.config, out, run.grader, run.stop.check, run.phases.enter
                 )
     if run.record:
         if out != target:

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 make() { # FOLDER REQUIREMENTS
   local wanted; wanted="$2 $(sha256sum "$2" | cut -d' ' -f1) $(pwd -P)"
-  if [ "$(cat "$1/installed" 2>/dev/null)" = "$wanted" ]; then return; fi
+  if [ -L "$1" ] || [ "$(cat "$1/installed" 2>/dev/null)" = "$wanted" ]; then return; fi  # a link may be shared
   echo "setup: $1 from $2 (a few minutes, once)" >&2
   local python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

@@ -11,6 +11,27 @@ from opd.data import Rollout
 from opd.rollout.environment import Score
 from opd.seeds import generator
 
+SHOP = tokenizer_of(
+    (
+        "add",
+        "drop",
+        "pay",
+        "paid",
+        "total",
+        "pen",
+        "cup",
+        "no",
+        "such",
+        "call",
+        " ",
+        "\n",
+        *"0123456789",
+        "user",
+        "assistant",
+        "tool",
+    ),
+    256,
+)
 LETTERS = tokenizer_of(("a", "b", "ab", " ", "\n", "?", "user", "assistant", "tool"), 256)  # "ab" has two spellings
 
 
@@ -81,6 +102,43 @@ class WithTools(Echo):
     """Has tools that the prompt describes."""
 
     tools = ({"type": "function", "function": {"name": "trains", "parameters": {"type": "object"}}},)
+
+
+class Cart(Echo):
+    """A cart that the model fills by `add NAME NUMBER`, `drop NAME` and `pay`.
+
+    A tool set with state keeps none: it replays the calls of all turns.
+    """
+
+    def reply(self, problem, turns):
+        _, told = self._replayed(problem["prices"], turns)
+        return None if told == "paid" else [{"role": "tool", "content": told}]
+
+    def score(self, problem, turns):
+        bought, told = self._replayed(problem["prices"], turns)
+        parts = {name: bought.get(name, 0) == count for name, count in problem["wanted"].items()}
+        parts["paid"] = told == "paid"
+        return Score(all(parts.values()), sum(parts.values()) / len(parts), "paid" if parts["paid"] else None, parts)
+
+    def _replayed(self, prices, turns):
+        """The cart after these calls, and what the last one is answered with."""
+        bought, told = {}, ""
+        for call in turns:
+            told = self._call(call, prices, bought)
+        return bought, told
+
+    def _call(self, call, prices, bought):
+        """What a call is answered with. It changes the cart `bought`, from a name to a number."""
+        match call.split(" "):
+            case ["add", name, number] if name in prices and number.isdecimal():
+                bought[name] = bought.get(name, 0) + int(number)
+            case ["drop", name] if name in bought:
+                del bought[name]
+            case ["pay"]:
+                return "paid"
+            case _:
+                return "no such call"
+        return f"total {sum(prices[name] * count for name, count in bought.items())}"
 
 
 class Unfinished:

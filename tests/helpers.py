@@ -2,6 +2,7 @@
 
 import base64
 import zlib
+from dataclasses import replace
 
 import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
@@ -64,6 +65,15 @@ def random_rollouts(lm, count=6, seed=0, prompt=(3, 9), response=(1, 12), end="s
             i, Prompt(f"p{i}", draw(*prompt), "0"), draw(*response) + ((lm.eos_ids[0],) if end == "stop" else ()), end
         )
         for i in range(count)
+    ]
+
+
+def with_privileged(rollouts, seed=5):
+    """The rollouts with a prompt of the teacher for all but the second, some shorter than the student's."""
+    others = random_rollouts(random_lm(1), len(rollouts), seed, prompt=(2, 20))
+    return [
+        replace(r, prompt=replace(r.prompt, privileged_ids=None if i == 1 else o.prompt.token_ids))
+        for i, (r, o) in enumerate(zip(rollouts, others, strict=True))
     ]
 
 

@@ -3,11 +3,14 @@
 A forked child need not import torch again, which takes seconds.
 """
 
+import json
 import os
 import sys
 import traceback
+from statistics import fmean
 
 import torch
+from helpers import evaluation_figures
 
 from opd import train as training
 from opd.config import load_config
@@ -83,3 +86,23 @@ def interrupted_before(update, monkeypatch):
         original(run)
 
     monkeypatch.setattr(training, "update", interrupted)
+
+
+def write_finished(run, seed, evaluations):
+    """Writes the folder of a finished run that has not run: update -> the sampled responses of benchmark `tiny`."""
+    for step, rows in evaluations.items():
+        folder = run / "eval" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        accuracy = fmean(row["correct"] for row in rows)
+        figures = evaluation_figures(
+            problems=len({row["id"] for row in rows}), k=1, mean_at_k=accuracy, mean_at_k_se=0.1
+        )
+        (folder / "summary.json").write_text(json.dumps({"tiny": figures}))
+    seconds = dict.fromkeys(("step", "rollout", "teacher", "score", "update"), 1.0)
+    summary = {"steps": max(evaluations), "eval": {key: {} for key in ("step_0", "teacher", "final")}}
+    summary |= {"tokens": {"kept": 1, "response": 2}, "seconds": seconds}
+    (run / "summary.json").write_text(json.dumps(summary | {"seconds_evaluating": 0.0, "peak_memory_gb": 1.0}))
+    (run / "metrics.jsonl").write_text("")
+    recorded = {name: {} for name in ("student", "teacher", "data")} | {"seed": seed, "run_name": "run"}
+    (run / "config.json").write_text(json.dumps({"config": recorded, "versions": {}, "git_commit": None}))

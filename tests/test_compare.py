@@ -43,15 +43,15 @@ def test_pairs_are_made_by_problem_and_an_ungraded_answer_is_wrong(tmp_path):
     found = compare.compare(tmp_path / "a", tmp_path / "b", "bench")
     assert (found.problems, found.a, found.b, found.better, found.worse) == (2, 0.25, 0.5, 1, 0)
     assert (found.low, found.high) == (-1, 1)  # 0.25 +- 12.7 x 0.25: two problems leave everything open
-    assert compare.per_problem(tmp_path / "b" / "bench.jsonl", greedy=False) == {"p": 1.0, "q": 0.0, "r": 1.0}
+    assert compare.per_problem(tmp_path / "b" / "bench.jsonl")["mean_at_k"] == {"p": 1.0, "q": 0.0, "r": 1.0}
     (tmp_path / "b" / "bench.jsonl").write_text(json.dumps(row("p", 0, None)) + "\n" + json.dumps(row("p", 1, True)))
-    assert compare.per_problem(tmp_path / "b" / "bench.jsonl", greedy=False) == {"p": 0.5}
-    with pytest.raises(InputError, match="no problem of bench with a greedy response in both"):
-        compare.compare(tmp_path / "a", tmp_path / "b", "bench", greedy=True)
+    assert compare.per_problem(tmp_path / "b" / "bench.jsonl")["mean_at_k"] == {"p": 0.5}
+    with pytest.raises(InputError, match="no problem of bench with greedy in both"):
+        compare.compare(tmp_path / "a", tmp_path / "b", "bench", "greedy")
 
 
 def test_the_interval_is_of_95_percent_and_the_output_says_over_what(pair, capsys):
-    found = compare.compare(*pair, "bench", greedy=True)
+    found = compare.compare(*pair, "bench", "greedy")
     half = (
         2.364624 * (1.5 / 7) ** 0.5 / 8**0.5
     )  # t of 7 degrees of freedom x deviation of two ones and six zeros / sqrt(8)

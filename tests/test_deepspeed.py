@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import engine_for, pair_of, random_lm, random_rollouts, relative, tiny_config
+from helpers import engine_for, pair_of, random_lm, random_rollouts, relative, tiny_config, with_privileged
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +28,7 @@ from opd.rollout import Decoding
 from opd.rollout.local import TransformersSampler
 from opd.step import train_step
 from opd.teacher import local as local_teacher
+from opd.teacher.self import Average, live
 from tip.config import TipConfig
 from tip.weighter import TipWeighter
 
@@ -56,6 +57,7 @@ RESUMED = [
     ("zero3", "student.dtype=bfloat16"),
 ]
 TEACHERS = [("sharded", "zero2", ""), ("sharded", "zero3", "_untied"), ("host", "zero3", "")]
+SELF_TAUGHT = [("zero2", "ema"), ("zero2", "ema", "student.dtype=bfloat16"), ("zero3", "live")]
 # every parameter is split, the smallest too
 SPLIT_ALL = {"stage": 3, "stage3_param_persistence_threshold": 0}
 FILES = {
@@ -207,6 +209,35 @@ def resumed(rank, folder):
         sent[stage, *more] = {name: value.clone() for name, value in again.named_weights()}
         deepspeed_engine.GATHERED = usual
     torch.save((found, sent), f"{folder}/resumed_{rank}.pt")
+
+
+def self_taught(rank, folder):
+    """Updates of a student that teaches itself, and the average of its weights, by hand too."""
+    found = {}
+    for stage, weights, *more in SELF_TAUGHT:
+        engine = engine_of(folder, config_of(folder, stage, *more))
+        hand = {n: v.double().clone() for n, v in engine.parameters_by_name().items()}
+        rows = []
+        for step in range(1, 4):
+            rows.append(taught(engine, weights, mine_of(rank), step, rows[-1][0] if rows else None))
+            for name, parameter in engine.parameters_by_name().items():
+                hand[name] = 0.8 * hand[name] + 0.2 * parameter.double()
+        average = rows[-1][0].state()
+        found[stage, weights, *more] = engine.parameters_by_name(), average, hand, [loss for _, loss in rows]
+    torch.save(found, f"{folder}/self_{rank}.pt")
+
+
+def taught(engine, weights, mine, step, average):
+    """One update on privileged prompts; returns the average of the student's weights and the loss."""
+    average = average or Average(random_lm(1, name="teacher"), engine, 0.8)
+    teacher = live(engine.student) if weights == "live" else average.teacher
+    rollouts = [r for r in with_privileged(rollouts_of(step, teacher)) if mine(r.sequence_id)]
+    batches = make_micro_batches(rollouts, 60, 0, "keep", engine.student.packed_row)
+    pair = pair_of(engine.student, teacher)
+    loss = train_step(pair, engine, batches, UniformWeighter(), step=step, seed=0).loss
+    if weights == "ema":
+        average.follow()
+    return average, loss
 
 
 def in_bfloat16(rank, folder):
@@ -391,6 +422,26 @@ def test_a_checkpoint_continues_bit_for_bit_and_on_another_number_of_processes(f
     assert all(
         value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float()) for value in moved.values()
     )
+
+
+def test_a_student_teaches_itself_as_on_the_plain_engine(files):
+    in_two_processes(self_taught, files)
+    (found, other) = (torch.load(files / f"self_{rank}.pt") for rank in (0, 1))
+    for case, (parameters, average, hand, losses) in found.items():
+        weights, more = case[1], case[2:]
+        assert losses == other[case][3] and min(losses) > 0.01
+        assert all(torch.equal(average[name], other[case][1][name]) for name in average)  # the same on both
+        if weights == "ema":
+            assert all(relative(tensor, hand[name]) < 1e-6 for name, tensor in average.items())
+        if more:
+            continue  # bfloat16: the average is of the float32 weights beneath, as the line above says
+        engine = engine_for(random_lm(1), *SETTINGS)
+        expected = None
+        for step in range(1, 4):
+            expected, loss = taught(engine, weights, lambda i: True, step, expected)
+            assert losses[step - 1] == pytest.approx(loss, rel=1e-5)
+        plain = dict(engine.student.model.named_parameters())
+        assert relative(flat({name: parameters[name] for name in plain}), flat(plain)) < 1e-5, case
 
 
 def test_a_split_teacher_scores_and_samples_as_a_whole_one(files):

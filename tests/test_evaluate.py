@@ -64,6 +64,21 @@ def benchmark(k, greedy=False, tokens=12):
     )
 
 
+def test_best_at_j_is_the_mean_over_all_draws_and_unbiased():
+    """Of five shares with ties; for shares of 0 and 1 it is pass@j. Over all samples of a coin with three sides it is
+    the best of two on average, however many were drawn."""
+    shares = [0.25, 1.0, 0.5, 0.25, 0.0]
+    for j in range(1, 6):
+        draws = list(itertools.combinations(shares, j))
+        assert accuracy.best_at(shares, j) == pytest.approx(sum(map(max, draws)) / len(draws), rel=1e-12)
+        assert accuracy.best_at([1.0, 0.0, 0.0, 1.0, 0.0], j) == pytest.approx(accuracy.pass_at(5, 2, j))
+    sides = (0.0, 0.5, 1.0)
+    expected = sum(max(pair) for pair in itertools.product(sides, repeat=2)) / 9
+    for n in (2, 3, 5):
+        worlds = list(itertools.product(sides, repeat=n))
+        assert sum(accuracy.best_at(world, 2) for world in worlds) / len(worlds) == pytest.approx(expected, rel=1e-12)
+
+
 def test_pass_at_k_equals_brute_force():
     for n, right in ((1, 0), (1, 1), (4, 1), (6, 3), (7, 7), (8, 2)):
         samples = [True] * right + [False] * (n - right)
@@ -274,6 +289,34 @@ def test_the_divergence_is_measured_on_as_many_samples_as_asked_for(k, most, exp
     assert sorted((r["id"], r["sample"]) for r in scored) == [(f"p{i}", n) for i in range(4) for n in expected]
     total = sum(r["reverse_kl"] * r["tokens"] for r in scored)
     assert found["reverse_kl"] == pytest.approx(total / sum(r["tokens"] for r in scored))
+
+
+def test_acceptance_is_that_of_the_scored_tokens(tmp_path, monkeypatch):
+    """What a response and the benchmark say of drafts, against the statistics of their tokens, one by one."""
+    lm, teacher = random_lm(0), random_lm(1, name="teacher")
+    one = benchmark(2, greedy=False)
+    loaded = benchmarks.LoadedBenchmark("one", one, [Prompt(f"p{i}", (5 + i, 9), "7") for i in range(4)])
+    subject = Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), pair_of(lm, teacher, LOSS, len(lm.tokenizer)))
+    seen, scoring = [], evaluate.score_update
+    monkeypatch.setattr(evaluate, "score_update", lambda *a: seen.append(scoring(*a)) or seen[-1])
+    config = tiny_config("eval.reverse_kl_samples=null")
+    found = evaluate.evaluate(subject, [loaded], config, tmp_path, Decided())["one"]
+    rows, (stats,) = evaluate.read_responses(tmp_path / "one.jsonl"), seen
+    lengths, accepted = [], []
+    for i, line in enumerate(rows):
+        own = stats.rows(stats.sequence_id == i)
+        kept = [1 - tv for tv in own.total_variation.tolist()]
+        ratio = [min(1.0, math.exp(t - s)) for t, s in zip(own.teacher_logprob, own.student_logprob, strict=True)]
+        of_blocks = [
+            sum(math.prod(ratio[b : b + j]) * kept[b + j] for j in range(min(4, len(kept) - b)))
+            for b in range(len(kept))
+        ]
+        assert line["tokens"] == len(kept) and line["acceptance"] == pytest.approx(statistics.fmean(kept), abs=1e-6)
+        assert line[evaluate.ACCEPTED] == pytest.approx(statistics.fmean(of_blocks), abs=1e-6)
+        lengths, accepted = lengths + of_blocks, accepted + kept
+    assert found["acceptance"] == pytest.approx(statistics.fmean(accepted)) and 0 < found["acceptance"] < 1
+    assert found["accepted_of_4"] == pytest.approx(statistics.fmean(lengths)) and evaluate.ACCEPTED == "accepted_of_4"
+    assert "accepted as drafts" in evaluate.line({"one": found})
 
 
 def test_greedy_alone_and_samples_alone():

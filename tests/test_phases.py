@@ -150,8 +150,8 @@ def parts(two, vllm):
     phases = Phases(torch.device("cpu"), two, vllm)
     phases.add("student", student.model.parameters)
     head = set(teacher.head_scope.parameters())
-    phases.add("teacher", lambda: [p for p in teacher.model.parameters() if p not in head])
-    phases.add("teacher head", lambda: head)
+    phases.add("teacher", lambda: [p for p in teacher.model.parameters() if p not in head], frozen=True)
+    phases.add("teacher head", lambda: head, frozen=True)
     reference = engine_for(student)
     engine = type(reference)(student, reference.config, 10, phases.content)
     phases.add("optimizer", engine.moments)
@@ -319,7 +319,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tiny_pair, tmp_path, monkeypatch
 
 def test_the_teacher_is_loaded_when_the_student_has_left(tiny_pair, tmp_path, monkeypatch):
     students, seen = [], []
-    load, load_teacher = models.load, build.load_teacher
+    load, open_teacher = models.load, build.open_teacher
 
     def loaded(section, device, name, *sharding):
         lm = load(section, device, name, *sharding)
@@ -328,10 +328,10 @@ def test_the_teacher_is_loaded_when_the_student_has_left(tiny_pair, tmp_path, mo
 
     def teacher_loaded(*arguments):
         seen.append(bytes_of(students[-1].model.parameters()))
-        return load_teacher(*arguments)
+        return open_teacher(*arguments)
 
     monkeypatch.setattr(models, "load", loaded)
-    monkeypatch.setattr(build, "load_teacher", teacher_loaded)
+    monkeypatch.setattr(build, "open_teacher", teacher_loaded)
     for phases in (1, 2):
         run(
             tmp_path / str(phases),

@@ -101,6 +101,30 @@ def test_two_phases_and_vllm_by_hand():
     assert "vLLM" not in plan.make_plan(elsewhere, s, t, torch.device("cpu"), 60).phases["rollout"]
 
 
+def test_a_teacher_that_is_the_student_by_hand():
+    """A second copy, none, or one in float32 with a part of the checkpoint; and the longer one of the two prompts."""
+    size, cpu = plan.size_of(random_lm(0).model), torch.device("cpu")
+    prompt = '{"template": "{answer}", "role": "user", "missing": "error", "max_tokens": 60}'
+    half = ("student.dtype=bfloat16", "teacher.dtype=bfloat16", "teacher.mode=self", "teacher.path=null")
+    p, head = size.parameters, 35 * 32
+    of = {"initial": (), "live": (), "ema": ("teacher.decay=0.9",)}
+    for weights, more in of.items():
+        settings = (*half, f"teacher.weights={weights}", f"data.teacher_prompt={prompt}", *more)
+        found = plan.make_plan(tiny_config(*settings), size, size, cpu, 60)
+        two = plan.make_plan(tiny_config(*settings, "engine.phases=2"), size, size, cpu, 60)
+        kept = {"initial": 2, "live": 0, "ema": 4}[weights]  # bytes a parameter
+        assert all(parts.get("teacher", 0) == kept * p for parts in found.phases.values())
+        assert two.phases["update"].get("teacher head", 0) == kept * head
+        assert two.host.get("teacher waiting", 0) == kept * p
+        assert two.phases["teacher"].get("teacher", 0) == kept * p
+        assert ("weights" in two.phases["teacher"]) == (weights == "live") and "optimizer" not in two.phases["teacher"]
+        assert found.checkpoint == (16 if weights == "ema" else 12) * p
+        micro = 2048  # rollouts of 60 + 40 tokens
+        assert found.phases["teacher"]["activations"] == micro * (8 * 32 + 3 * 64) * 2
+        one = plan.make_plan(tiny_config(*settings, "optim.micro_batch_tokens=1"), size, size, cpu, 60)
+        assert one.phases["teacher"]["activations"] == 100 * (8 * 32 + 3 * 64) * 2
+
+
 # (hidden, intermediate, layers, heads, key-value heads, head_dim, vocabulary, tied): the models' published config.json
 MODELS = {
     "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, 8, 128, 151936, True),
@@ -162,19 +186,20 @@ def of_recipe(name, tmp_path, processes=1):
 GPU = {24: 22.0, 80: 74.0}  # GiB that a card of so many GB leaves to a program
 
 
-@pytest.mark.parametrize(("name", "card"), [("qwen3_1.7b_to_0.6b", 24), ("qwen3_8b_to_1.7b", 80)])
+@pytest.mark.parametrize(
+    ("name", "card"), [("qwen3_1.7b_to_0.6b", 24), ("qwen3_8b_to_1.7b", 80), ("qwen3_8b_to_0.6b_drafter", 80)]
+)
 def test_a_recipe_for_one_gpu_fits_by_hand_arithmetic(name, card, tmp_path):
     config, p, q, found = of_recipe(name, tmp_path)
-    hidden, intermediate, layers, _, kv, dim, vocabulary, _ = MODELS[
-        "Qwen/Qwen3-0.6B" if card == 24 else "Qwen/Qwen3-1.7B"
-    ]
+    small = "0.6b" in name
+    hidden, intermediate, layers, _, kv, dim, vocabulary, _ = MODELS[f"Qwen/Qwen3-{'0.6B' if small else '1.7B'}"]
     held = 4 * p + 2 * p + 8 * p + 2 * q  # float32 weights, bfloat16 copy, moments; bfloat16 teacher
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     cache = config.rollout.batch_size * longest * layers * 2 * kv * dim * 2 * 5 // 4
     logits = config.rollout.batch_size * vocabulary * 16
     assert found.peaks["rollout"] == held + cache + logits
     one_layer = longest * (8 * hidden + 3 * intermediate) * 2  # one response to a micro-batch
-    row = 3840 if card == 24 else longest  # what sequences may share; for the 1.7B model it is 12,288
+    row = 3840 if small else longest  # what sequences may share; for the 1.7B model it is 12,288
     masks = longest * row * 2  # of one layer, in bfloat16
     backward = one_layer + layers * longest * hidden * 2 + masks + config.loss.chunk_bytes + 4 * vocabulary * hidden
     assert found.peaks["update"] == held + 4 * p + backward

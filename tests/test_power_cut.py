@@ -146,7 +146,7 @@ def trained():
         step=1,
         seed=0,
     )
-    return lm, engine, {"reverse_kl": torch.arange(5.0)}
+    return lm, engine, {"weighter": {"reverse_kl": torch.arange(5.0)}}
 
 
 def test_a_checkpoint_is_on_the_disk_when_save_returns(trained, disk_of, tmp_path):

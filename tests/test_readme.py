@@ -260,8 +260,7 @@ def check_module(name, arguments, call):
     if name == "tip.reproduce":
         table = f"figure{options.figure}" if options.figure else options.table
         table = f"table{table}" if table.isdigit() else table
-        if table not in ("table7", "figure4"):
-            only(read_table(table), options.arms.split(",")) if options.arms else read_table(table)
+        only(read_table(table), options.arms.split(",")) if options.arms else read_table(table)
 
 
 def parse(name, arguments, call):

@@ -49,15 +49,17 @@ def test_every_table_has_its_arms_the_random_control_and_the_papers_values(name)
     retentions = {arm.settings["tip.retention"] for arm in table.arms if arm.selects}
     assert {f"random {r:g}" for r in retentions} <= set(labels)
     if table.paper:
-        for pair in comparison.paper()["tables"][table.paper]["pairs"].values():
-            wanted = set(pair["math500"]) & set(labels)
-            assert len(wanted) >= 2 and (name in ("main", "table6") or wanted == set(pair["math500"]))
+        for by_benchmark in comparison.paper()["tables"][table.paper]["pairs"].values():
+            in_paper = next(iter(by_benchmark.values()))
+            wanted = set(in_paper) & set(labels)
+            assert len(wanted) >= 2 and (name in ("main", "table6") or wanted == set(in_paper))
 
 
 def test_the_papers_values_are_the_papers():
     facts = comparison.paper()["tables"]
     assert facts["5"]["pairs"]["qwen3_8b_to_4b"]["math500"]["soft_or 0.5"] == [79.1, 0.8]
     assert facts["8"]["pairs"]["qwen3_8b_to_4b"]["aime25"]["divergence 0.1"] == [15.3, 1.1]
+    assert facts["7"]["pairs"]["qwen3_14b_to_1.7b_deepplanning"]["deepplanning"]["q3 0.2"] == [12.6, 0.07]
 
 
 def responses(folder, right):
@@ -76,18 +78,18 @@ def test_differences_are_over_the_problems_that_all_seeds_have(tmp_path):
         0: responses(tmp_path / "arm0", {"p": True, "q": False, "r": False, "only 0": True}),
         1: responses(tmp_path / "arm1", {"p": True, "q": True, "r": None}),
     }
-    found = paired_difference(arm, base, 60, "bench", greedy=True)
+    found = paired_difference(arm, base, 60, "bench", "greedy")
     assert found.by_seed == pytest.approx([1 / 3, 2 / 3]) and found.mean == pytest.approx(0.5)
     assert (found.wins, found.covers) == (2, "new seeds and new problems")
     assert found.low < 1 / 3 and found.high > 2 / 3
-    alone = paired_difference({0: arm[0]}, {0: base[0]}, 60, "bench", greedy=True)
+    alone = paired_difference({0: arm[0]}, {0: base[0]}, 60, "bench", "greedy")
     assert (alone.mean, len(alone.by_seed), alone.covers) == (0.5, 1, "problems only")
-    assert paired_difference(arm, base, 60, "bench", greedy=False) is None
+    assert paired_difference(arm, base, 60, "bench", "mean_at_k") is None
     other = responses(tmp_path / "other", {"only 0": True})
     with pytest.raises(
         InputError, match=r"bench at step_000060: got seeds of \[1, 3\] problems and none in all of them"
     ):
-        paired_difference({0: other, 1: arm[1]}, base, 60, "bench", greedy=True)
+        paired_difference({0: other, 1: arm[1]}, base, 60, "bench", "greedy")
 
 
 def test_the_text_says_what_the_intervals_cover():
@@ -101,18 +103,12 @@ def test_the_text_says_what_the_intervals_cover():
     assert "over problems only" in text(one, several)
 
 
-@pytest.mark.parametrize("figure,table", [("figure1", "table5"), ("figure3", "table3")])
+@pytest.mark.parametrize("figure,table", [("figure1", "table5"), ("figure3", "table3"), ("figure4", "table7")])
 def test_a_figure_is_a_view_of_a_table_and_shares_its_runs(figure, table, tmp_path):
     view, source = reproduce.read_table(figure), reproduce.read_table(table)
     assert view.arms == source.arms and view.panels == source.panels and view.title != source.title
     runs = [comparison.of_table(t, tmp_path, [0, 1], "tiny", ("s", "t")).folders for t in (view, source)]
     assert runs[0] == runs[1] and view.name == figure
-
-
-def test_deepplanning_shows_the_papers_values_and_nothing_else(capsys):
-    reproduce.command(["--table", "7", "--config", "configs/tiny.json"])
-    text = capsys.readouterr().out
-    assert "not part of this project" in text and "12.6 +- 0.07" in text
 
 
 @pytest.mark.parametrize(
@@ -123,6 +119,7 @@ def test_deepplanning_shows_the_papers_values_and_nothing_else(capsys):
         (["--table", "main", "--set", "tip.rule=q3"], "Leave it out"),
         (["--table", "main", "--arms", "q3 0.2"], "has no arm 'q3 0.2'"),
         (["--table", "main", "--seeds", "0,0"], "different seeds"),
+        (["--table", "7"], "table7 compares conversations, and configs/tiny.json has no data.environment"),
     ],
 )
 def test_bad_input_is_named(options, message, tiny_pair):
@@ -230,6 +227,11 @@ def test_the_papers_values_stand_beside_the_papers_pair_alone(tmp_path):
     assert comparison.of_table(table, tmp_path, [0], pair, tuple(models)).paper
     assert not comparison.of_table(table, tmp_path, [0], pair, ("mine", models[1])).paper
     assert not comparison.of_table(table, tmp_path, [0], "tiny", tuple(models)).paper
+    table, pair = reproduce.read_table("table7"), "qwen3_32b_to_1.7b_deepplanning"
+    theirs = comparison.of_table(table, tmp_path, [0], pair, ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-32B"))
+    assert theirs.paper["deepplanning"]["all 1.0"] == [12.8, 0.07] and theirs.paper_metric == "share_at_k"
+    ours = comparison.of_table(table, tmp_path, [0], "tiny_planning", ("s", "t"))
+    assert not theirs.note and not ours.paper and "its values do not stand here" in ours.note
 
 
 def test_a_failed_arm_is_reported_and_the_others_go_on(tiny_pair, tmp_path, monkeypatch, capsys):
@@ -258,7 +260,7 @@ def test_the_second_task(tmp_path):
         assert extract(addition.response(text, addition.TEACHER, rng)) == str(addition.answer(text))
         wrong += extract(addition.response(text, addition.STUDENT, rng)) != str(addition.answer(text))
     assert 0.35 < wrong / total < 0.65
-    assert set(build.PAIRS) == {"chain", "addition", "planning"}
+    assert set(build.PAIRS) == {"chain", "addition", "planning", "hinted"}
 
 
 class FakeChild:

@@ -17,6 +17,7 @@ from opd.step import train_step
 from opd.train import run
 from tip import train as tip_train
 from tip.config import TipConfig
+from tip.divergences import fields_of
 from tip.rules import RULES
 from tip.weighter import TipWeighter
 
@@ -79,7 +80,7 @@ def test_the_factor_multiplies_what_a_rule_keeps(rule):
     one, both = (TipWeighter(TipConfig(rule=rule, retention=0.5, rollout_weight=how)) for how in ("none", "right"))
     kept, weights = (w(stats(), torch.Generator().manual_seed(1)).weights for w in (one, both))
     assert kept.sum() == 3 and torch.equal(weights, kept * torch.tensor([1, 0, 0.25, 1, 0, 0])[SEQUENCE])
-    assert one.needs == RULES[rule].needs and both.needs == one.needs | {"verdict"}
+    assert one.needs == fields_of(RULES[rule].needs, "reverse_kl") and both.needs == one.needs | {"verdict"}
 
 
 def test_a_mean_of_rollouts_is_weighted_by_rollout():
@@ -96,7 +97,7 @@ def test_none_is_the_rule_alone(rule):
     blind = dataclasses.replace(update, verdict=torch.full((10,), torch.nan))
     weighter = TipWeighter(TipConfig(rule=rule, retention=0.5, rollout_weight="none"))
     a, b = (weighter(s, torch.Generator().manual_seed(2)).weights for s in (update, blind))
-    assert weighter.needs == RULES[rule].needs and torch.equal(a, b)
+    assert weighter.needs == fields_of(RULES[rule].needs, "reverse_kl") and torch.equal(a, b)
 
 
 def test_the_memory_of_earlier_updates_holds_no_verdicts():

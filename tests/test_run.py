@@ -133,6 +133,8 @@ def test_a_run_folder_holds_what_it_should(small):
         "finish_reason",
         "tokens",
         "reverse_kl",
+        "acceptance",
+        "accepted_of_4",
     }
     assert [r["step"] for r in rows(small)] == [1, 2, 3, 4]
     wanted = {

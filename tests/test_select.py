@@ -182,6 +182,18 @@ def test_first_k_by_hand():
     assert kept("first_k", 0.34, budget="per_update") == [0, 1, 6]  # the first tokens of both before any second one
 
 
+def test_turns_by_hand():
+    # rollout 0 ends with turn 2, and rollout 1 with turn 1
+    turns = torch.tensor([0, 0, 1, 1, 2, 2, 0, 0, 0, 1])
+    spoken = dataclasses.replace(stats(), turn=turns)
+    found = {
+        rule: TipWeighter(TipConfig(rule=rule, retention=0.1))(spoken, torch.Generator()).weights.tolist()
+        for rule in ("first_turns", "last_turn")
+    }
+    assert found == {"first_turns": [1, 1, 1, 1, 0, 0, 1, 1, 1, 0], "last_turn": [0, 0, 0, 0, 1, 1, 0, 0, 0, 1]}
+    assert kept("last_turn", 0.1) == list(range(10)) and kept("first_turns", 0.1) == []  # without an environment
+
+
 def test_iw_opd_by_hand():
     # |log q/p|: 0 4.8 2 .1 .1 .5, together 7.5; 3.9 0 .1 .2, together 4.2
     upto = [0, 4.8 / 7.5, 6.8 / 7.5, 6.9 / 7.5, 7 / 7.5, 1, 3.9 / 4.2, 3.9 / 4.2, 4 / 4.2, 1]
@@ -422,7 +434,7 @@ def test_the_axes_are_cut_before_the_thresholds():
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_a_rule_reads_no_more_than_it_says_it_needs(rule):
     optional = {f.name for f in dataclasses.fields(TokenStats) if f.default is None}
-    blind = dataclasses.replace(stats(), **dict.fromkeys(optional - RULES[rule].needs))
+    blind = dataclasses.replace(stats(), **dict.fromkeys(optional - TipWeighter(TipConfig(rule=rule)).needs))
     seeing, other = (TipWeighter(TipConfig(rule=rule))(s, torch.Generator().manual_seed(3)) for s in (stats(), blind))
     assert torch.equal(seeing.weights, other.weights)
     assert (seeing.forward_share is None) == (other.forward_share is None)

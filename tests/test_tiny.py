@@ -80,14 +80,19 @@ CONFIGS = {
     "chain": "configs/tiny.json",
     "addition": "configs/tiny_addition.json",
     "planning": "configs/tiny_planning.json",
+    "hinted": "configs/tiny_self.json",
 }
+
+
+def models_of(pair):
+    return ("teacher", "student") if pair.teacher else ("student",)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_shipped_pair_is_made_by_todays_recipe(name, tmp_path):
     folder, pair = Path("data/tiny/pairs") / name, build.PAIRS[name]
     recorded = json.loads((folder / "recipe.json").read_text())
-    recipes = {"teacher": asdict(pair.teacher), "student": asdict(pair.student)}
+    recipes = {who: recipe and asdict(recipe) for who, recipe in (("teacher", pair.teacher), ("student", pair.student))}
     assert {k: recorded[k] for k in ("task", "seed", "teacher", "student")} == json.loads(
         json.dumps({"task": name, "seed": 0, **recipes})
     )
@@ -95,7 +100,7 @@ def test_the_shipped_pair_is_made_by_todays_recipe(name, tmp_path):
     build.write_problems(tmp_path / "train.jsonl", pair.task, pair.train_problems, build.TRAIN_SEED, test)
     for file in ("test.jsonl", "train.jsonl"):
         assert (folder / file).read_bytes() == (tmp_path / file).read_bytes()
-    for who in ("teacher", "student"):
+    for who in models_of(pair):
         with safe_open(folder / who / "model.safetensors", framework="pt") as weights:
             assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F16"}  # noqa: SIM118
 
@@ -128,7 +133,7 @@ def greedy_accuracy(config, model, out):
 def test_building_from_the_recipe_reaches_the_shipped_accuracies(name, tmp_path):
     """Another processor trains other weights; both models stay within five points on the 512 test problems."""
     built, shipped = build.build(tmp_path / "pair", name=name), Path("data/tiny/pairs") / name
-    for who in ("teacher", "student"):
+    for who in models_of(build.PAIRS[name]):
         ours, theirs = (
             greedy_accuracy(CONFIGS[name], folder / who, tmp_path / f"{which}-{who}")
             for which, folder in (("built", built), ("shipped", shipped))
@@ -140,7 +145,7 @@ def test_building_from_the_recipe_reaches_the_shipped_accuracies(name, tmp_path)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_building_is_deterministic_and_happens_once(name, monkeypatch, tmp_path):
     pair = build.PAIRS[name]
-    recipes = {who: replace(vars(pair)[who], steps=3, batch=4, warmup=1) for who in ("teacher", "student")}
+    recipes = {who: replace(vars(pair)[who], steps=3, batch=4, warmup=1) for who in models_of(pair)}
     monkeypatch.setitem(build.PAIRS, name, replace(pair, **recipes))
     for folder in (tmp_path / "a", tmp_path / "b"):
         build.build(folder, name=name)

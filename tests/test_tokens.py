@@ -15,7 +15,7 @@ from opd.errors import InputError
 from opd.files import write_whole
 from opd.record import dump
 from tip import select, tokens
-from tip.results.token_map import COLUMNS, Packer, page_of
+from tip.results.token_map import Packer, columns_of, page_of
 
 SMALL = (
     "eval.benchmarks=[]",
@@ -80,7 +80,7 @@ def test_the_page_holds_the_numbers_of_the_dumps(folders, page):
             data, count = blob(text, f"columns-{r}-{u}"), sum(len(row["tokens"]) for row in rows)
             numbers = np.frombuffer(data, "<u4", count)
             assert [strings[i] for i in numbers] == [token for row in rows for token in row["tokens"]]
-            for k, name in enumerate(COLUMNS, 1):
+            for k, name in enumerate(columns_of("reverse_kl"), 1):
                 expected = np.array([number for row in rows for number in row[name]], "<f4")
                 assert (np.frombuffer(data, "<f4", count, 4 * count * k) == expected).all()
             quadrants = np.frombuffer(data, np.uint8, count, 24 * count)
@@ -371,7 +371,7 @@ def test_a_page_without_tokens(tmp_path, browser):
         "student_top5": [],
         "teacher_top5": [],
     }
-    packer.add("run", [(1, [row | {name: [] for name in COLUMNS}])], {})
+    packer.add("run", [(1, [row | {name: [] for name in columns_of("reverse_kl")}])], {}, "reverse_kl")
     path = tmp_path / "tokens.html"
     path.write_text(packer.page("nothing"))
     browser.get(path.as_uri())

@@ -1,14 +1,16 @@
 """The embedded planning pair: its task, its scorer, and a run, an analysis and a token map with its environment."""
 
 import json
+import os
 import random
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from helpers import blob, tiny_config
-from runs import interrupted_before
+from runs import forked, interrupted_before, status
 from transformers import AutoTokenizer
 
 from data.tiny import task, trip
@@ -194,6 +196,49 @@ def test_a_run_that_was_killed_in_an_update_is_the_unbroken_one(run, tmp_path, m
     for step in (1, 2, 3):
         name = f"tokens/step_{step:06d}.jsonl"
         assert (again / name).read_bytes() == (run / name).read_bytes()
+
+
+MEASURED = ('eval.benchmarks=["tiny_planning"]', "eval.limit=4", "eval.k=1", "eval.reverse_kl=false", "eval.every=0")
+MEASURED += ("optim.steps=2", "log.token_dump_every=0")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """An unbroken run with evaluations."""
+    return train(tmp_path_factory.mktemp("measured"), *MEASURED)
+
+
+def killed_when(begins, out):
+    """The exit code of a run in a process that is killed when a turn begins whose model and seed `begins` accepts."""
+    original = TransformersSampler.sample
+
+    def dying(self, prompts, decoding, vocab_size, seeds, *rest):
+        if begins(self.lm.name, seeds[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, prompts, decoding, vocab_size, seeds, *rest)
+
+    def work():
+        TransformersSampler.sample = dying
+        train(out, *MEASURED, "checkpoint.every=1")
+
+    return status(forked(work, out / "log"))
+
+
+@pytest.mark.parametrize(
+    "begins",
+    [
+        lambda who, seed: who == "student" and seed[1] == "eval" and seed[-2:] == ("turn", 2),
+        lambda who, seed: seed[1:3] == ("rollout", 2) and seed[-2:] == ("turn", 3),
+    ],
+    ids=["in an evaluation", "in an update"],
+)
+def test_a_run_that_was_killed_between_two_turns_is_the_unbroken_one(begins, measured, tmp_path):
+    assert killed_when(begins, tmp_path) == -signal.SIGKILL
+    again = train(tmp_path, *MEASURED, "checkpoint.every=1")
+    assert metrics_of(again) == metrics_of(measured)
+    evaluations = [f"eval/step_00000{step}/tiny_planning.jsonl" for step in (0, 2)]
+    for name in ("checkpoints/step_000002/model.safetensors", *evaluations):
+        assert (again / name).read_bytes() == (measured / name).read_bytes(), name
 
 
 def test_held_out_problems_are_scored_by_the_environment_of_training(tmp_path):

@@ -84,6 +84,8 @@ def update(name, mine):
     everywhere = random_rollouts(student, count=7)
     prompts = [everywhere[i // 2 * 2].prompt for i in range(7)]  # two rollouts of each prompt, and one of the last
     everywhere = [replace(r, prompt=prompt) for r, prompt in zip(everywhere, prompts, strict=True)]
+    if name in ("first_turns", "last_turn"):  # an environment said the second token of the longer ones
+        everywhere = [replace(r, turns=((0, 1), (2, n))) if (n := len(r.response_ids)) > 2 else r for r in everywhere]
     verdicts = Verdicts(EveryThird(), student.tokenizer, False)
     verdicts.begin(everywhere)
     rollouts = [r for r in everywhere if mine(r.sequence_id)]

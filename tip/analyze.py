@@ -1,11 +1,12 @@
 """All rules compared on the same tokens, without training.
 
-    python -m tip.analyze --config configs/tiny.json [--prompts 64] [--oracle-tokens N] [--out DIR]
+    python -m tip.analyze --config configs/tiny.json [--prompts 64] [--oracle-tokens N] [--teacher-topk 8,32]
 
 The student answers prompts once, both models score the answers once, and every rule selects from these statistics. The
 table says which quadrants a rule takes, what it shares with the other rules, and how much of the divergence and of the
 gradient it covers at each retention. For a small student every rule is also compared with the oracle weight of a token,
-which takes the gradient of every single token (tip.oracle).
+which takes the gradient of every single token (tip.oracle). With --teacher-topk it also says what would be left of
+scores and selections if the teacher showed its likeliest ids alone (tip.partial).
 
 Shapes: N scored tokens.
 """
@@ -13,6 +14,7 @@ Shapes: N scored tokens.
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,21 +32,32 @@ from opd.device import pick_device
 from opd.errors import InputError
 from opd.files import filled, lock, write_whole
 from opd.hooks import TokenStats
+from opd.privileged import for_training
 from opd.progress import Progress
 from opd.rollout import Decoding, Sampler
 from opd.rollout.choose import fixed_sampler
 from opd.rollout.turns import converse, open_dialogue
 from opd.seeds import generator
 from opd.step import Pair, score_update
-from opd.teacher.local import LocalTeacher, load_teacher
-from tip import oracle, taxonomy
+from opd.teacher.local import LocalTeacher
+from opd.teacher.self import open_teacher
+from tip import oracle, partial, taxonomy
 from tip.commands import COMMANDS, SMALL_STUDENT
 from tip.config import SECTIONS, TipConfig
-from tip.diagnostics import correlation, jaccard, keep_by_every_rule, kept_by_decile, max_over_p99, normalised_entropy
+from tip.diagnostics import (
+    correlation,
+    jaccard,
+    keep_by_every_rule,
+    kept_by_decile,
+    max_over_p99,
+    needs_of_every_rule,
+    normalised_entropy,
+)
+from tip.divergences import DIVERGENCES, divergence_of
 from tip.oracle import DRAWS
 from tip.results import figures, frame
 from tip.results.grid import grid
-from tip.rules import BOTH_AXES, RULES
+from tip.rules import RULES
 from tip.scores import Axes
 from tip.weighter import TipWeighter
 
@@ -64,16 +77,17 @@ GRADIENTS = 2**30  # bytes of single-token gradients held at once
 def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
     """Quadrants, retained share, covered divergence and energy, and overlap of every rule on these tokens.
 
-    `stats` holds the fields of all rules and those of COVERED.
+    `stats` holds the fields of all rules and those of `sums_of`.
     """
-    quadrants, h_N, d_N = taxonomy.of(Axes(stats, config)), normalised_entropy(stats), stats.reverse_kl
+    quadrants, h_N = taxonomy.of(Axes(stats, config)), normalised_entropy(stats)
+    d_N, sums = divergence_of(stats, config.axis), sums_of(config.axis)
     shares = taxonomy.describe(quadrants, d_N, torch.ones(len(h_N), dtype=torch.bool))
     sampled = [name for name, rule in RULES.items() if rule.mechanic == "sample"]
     draws = [
         keep_by_every_rule(stats, config, RETENTIONS, generator(seed, "analyze", i), sampled if i else RULES)
         for i in range(DRAWS)
     ]
-    columns, rules = {name: vars(stats)[name].double() for name in COVERED}, {}
+    columns, rules = {name: vars(stats)[name].double() for name in sums}, {}
     for label in draws[0]:
         kept = [draw[label] for draw in draws if label in draw]
         described = [taxonomy.describe(quadrants, d_N, kept_N) for kept_N in kept]
@@ -95,7 +109,7 @@ def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
         "tokens": len(h_N),
         "rollouts": len(stats.sequence_id.unique()),
         "means": {
-            name: vars(stats)[name].double().mean().item() for name in ("student_entropy", "teacher_entropy", *COVERED)
+            name: vars(stats)[name].double().mean().item() for name in ("student_entropy", "teacher_entropy", *sums)
         },
         "quadrants": {
             "threshold_entropy": quadrants.threshold_entropy,
@@ -113,6 +127,11 @@ def analyse(stats: TokenStats, config: TipConfig, seed: int) -> dict[str, Any]:
     }
 
 
+def sums_of(axis: str) -> dict[str, str]:
+    """The fields of TokenStats whose covered share is told, with their names: COVERED and the divergence that is d."""
+    return COVERED | {axis: DIVERGENCES[axis].title}
+
+
 def _is_at(label: str, retention: float) -> bool:
     """Whether `<rule>@<retention>` is at this retention; a label without one is at every retention."""
     return label.partition("@")[2] in ("", f"{retention:g}")
@@ -120,18 +139,18 @@ def _is_at(label: str, retention: float) -> bool:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    quadrants = result["quadrants"]
+    quadrants, axis = result["quadrants"], DIVERGENCES[result["tip"]["axis"]]
     shares = [(f"Q{q}", *(f"{100 * quadrants[f'{what}_q{q}']:.1f} %" for what in ("share", "mass"))) for q in QUADRANTS]
     parts = [
         f"{result['tokens']} tokens of {result['rollouts']} rollouts; {result['command']}",
-        f"quadrants (high: h above {quadrants['threshold_entropy']:.3f}, d above "
-        f"{quadrants['threshold_divergence']:.3f} nats)\n\n" + grid(("", "tokens", "divergence"), shares),
+        f"quadrants (high: h above {quadrants['threshold_entropy']:.3f}, d, which is the {axis.title}, above "
+        f"{axis.shown(quadrants['threshold_divergence'])})\n\n" + grid(("", "tokens", "divergence"), shares),
         f"correlation of h and d {result['corr_entropy_divergence']:.3f}; largest d is "
         f"{result['divergence_max_over_p99']:.1f} times its 99th percentile",
         f"as a drafter: {100 * result['speculative']['acceptance']:.1f} % of the drafted tokens are accepted, and of a "
         + ", of ".join(f"block of {gamma} {n:.2f}" for gamma, n in result["speculative"]["accepted_length"].items()),
     ]
-    header = ("rule", "retained", *COVERED.values(), *(f"Q{q}" for q in QUADRANTS))
+    header = ("rule", "retained", *sums_of(result["tip"]["axis"]).values(), *(f"Q{q}" for q in QUADRANTS))
     for retention in SHOWN:
         rows = []
         for label, rule in result["rules"].items():
@@ -143,6 +162,8 @@ def table(result: dict[str, Any]) -> str:
         parts.append(f"{title}\n\n{grid(header, rows)}")
     if result["oracle"]:
         parts.append(_oracle_table(result))
+    if result["partial_teacher"]:
+        parts.append(partial.table(result["partial_teacher"], result["tip"]["axis"]))
     return "\n\n".join(parts)
 
 
@@ -164,10 +185,11 @@ def _oracle_table(result: dict[str, Any]) -> str:
 def plots(result: dict[str, Any], stats: TokenStats, out: Path) -> dict[str, str]:
     """Draws coverage, overlap and quadrants into the folder `out`; returns name -> caption."""
     album = figures.Album(out)
-    panels: dict[str, figures.Curves] = {title: {} for title in COVERED.values()}
+    axis = result["tip"]["axis"]
+    panels: dict[str, figures.Curves] = {title: {} for title in sums_of(axis).values()}
     for name in (name for name, rule in RULES.items() if rule.mechanic != "weights"):
         rules = [result["rules"][f"{name}@{retention:g}"] for retention in RETENTIONS]
-        for field, title in COVERED.items():
+        for field, title in sums_of(axis).items():
             panels[title][name] = {rule["retained"]: rule["covered"][field] for rule in rules}
     text = "What share of each sum a rule's tokens hold, against the share of tokens that it keeps."
     album.add(figures.lines(panels, "retained share of tokens"), "coverage", text)
@@ -178,8 +200,9 @@ def plots(result: dict[str, Any], stats: TokenStats, out: Path) -> dict[str, str
         text = f"What two rules share at retention {retention}: tokens that both keep, in % of those that either keeps."
         album.add(drawn, f"overlap_{retention}", text)
     thresholds = result["quadrants"]["threshold_entropy"], result["quadrants"]["threshold_divergence"]
-    h, d = normalised_entropy(stats).numpy(), stats.reverse_kl.double().numpy()
-    album.add(figures.quadrant_map(h, d, thresholds, "step-0 student"), "quadrants", "Where the tokens lie.")
+    h, d = normalised_entropy(stats).numpy(), divergence_of(stats, axis).double().numpy()
+    drawn = figures.quadrant_map(h, d, thresholds, "step-0 student", DIVERGENCES[axis])
+    album.add(drawn, "quadrants", "Where the tokens lie.")
     return album.captions
 
 
@@ -207,7 +230,7 @@ def _what_came_out(result: dict[str, Any]) -> str:
     sentences = []
     for retention in SHOWN:
         held = {
-            name: 100 * result["rules"][f"{name}@{retention:g}"]["covered"]["reverse_kl"]
+            name: 100 * result["rules"][f"{name}@{retention:g}"]["covered"][result["tip"]["axis"]]
             for name in ("soft_or", "entropy_topk", "random")
         }
         sentences.append(
@@ -240,22 +263,32 @@ def _load(config: Config) -> tuple[Pair, list[Prompt]]:
         raise InputError("an analysis runs in one process, and WORLD_SIZE says there are more. Start it plainly.")
     if config.engine.kind == "deepspeed":
         distributed.start(device)  # for a teacher in host memory
-    student, teacher = models.load(config.student, device, "student"), load_teacher(config, device)
+    student = models.load(config.student, device, "student")
+    teacher = open_teacher(config, student, device)
     pair = Pair(student, LocalTeacher(teacher), models.shared_vocabulary(student, teacher), config.loss)
     dialogue = open_dialogue(config.data.environment, student, config.data)
     data = dialogue.data if dialogue else config.data
     prompts, _ = read_training_prompts(data, student.tokenizer, config.seed)
+    prompts = for_training(prompts, config, data, student, teacher)
     for lm in (student, teacher):
         check_context(lm, "rollout.max_response_tokens", config.rollout.max_response_tokens, prompts)
     models.check_prompt_ids(prompts, teacher)
     return pair, prompts
 
 
-def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int | None, out: Path, command: str) -> str:
+def run(
+    config: Config,
+    tip: TipConfig,
+    prompts_wanted: int,
+    oracle_tokens: int | None,
+    topk: Sequence[int],
+    out: Path,
+    command: str,
+) -> str:
     """Samples, scores and compares, and writes the page, analysis.json, table.md and the plots into `out`.
 
-    The oracle takes the gradients of `oracle_tokens` tokens; None means 1,024 for a small student, else none. Returns
-    the table.
+    The oracle takes the gradients of `oracle_tokens` tokens; None means 1,024 for a small student, else none. `topk`
+    holds how many ids a partial teacher shows; empty: nothing is asked of one. Returns the table.
     """
     pair, prompts = _load(config)
     TipWeighter(tip)  # refuses settings that do not go together
@@ -278,11 +311,15 @@ def run(config: Config, tip: TipConfig, prompts_wanted: int, oracle_tokens: int 
         raise InputError(
             f"no response token counts with rollout.truncated = {config.rollout.truncated!r}. Set it to 'keep'."
         )
-    needs = BOTH_AXES.union(COVERED, *(rule.needs for rule in RULES.values()))
+    needs = needs_of_every_rule(tip.axis) | DIVERGENCES.keys() | sums_of(tip.axis).keys() | speculative.NEEDS
     with Progress("scoring", len(batches), "micro-batches") as progress:
         stats = score_update(pair, batches, needs, 1, progress.advance)
     result = {"command": command, "config": dataclasses.asdict(config), "tip": dataclasses.asdict(tip)}
-    result |= analyse(stats, tip, config.seed) | {"oracle": None}
+    result |= analyse(stats, tip, config.seed) | {"oracle": None, "partial_teacher": None}
+    if topk:
+        views = partial.topk_views(pair, batches, stats, topk)
+        views[partial.SAMPLED] = partial.sampled_view(stats, config.loss.jsd_beta)
+        result["partial_teacher"] = partial.survival(stats, views, tip, config.seed, SHOWN)
     if oracle_tokens:
         measured = oracle.token_gradients(pair, batches, fresh_batches, oracle_tokens, config.seed)
         if len(measured[0]):
@@ -303,7 +340,8 @@ def command(arguments: list[str]) -> None:
     out = options.out or config.run_dir.with_name(f"{config.run_name}-analysis")
     from_user = " ".join(["python -m tip.analyze", *arguments])
     with lock(out, "--out"), Progress("analysis"):
-        text = run(config, sections["tip"], options.prompts, options.oracle_tokens, out, from_user)
+        tip, topk = sections["tip"], options.teacher_topk
+        text = run(config, tip, options.prompts, options.oracle_tokens, topk, out, from_user)
     print(text)
 
 

@@ -16,6 +16,7 @@ from opd.progress import Progress
 from opd.train import run as train
 from tip.config import SECTIONS
 from tip.diagnostics import TipObserver
+from tip.frozen import with_frozen_pair
 from tip.tables import Arm, Table, folder_of
 from tip.weighter import TipWeighter
 
@@ -25,7 +26,8 @@ def arm_config(path: str, overrides: list[str], arm: Arm, seed: int) -> tuple[Co
     base, _ = load_config(path, overrides, SECTIONS)
     folder, student = folder_of(base) / f"seed_{seed}", student_of(base, seed)
     of_seed = [f"seed={seed}", f"output_dir={folder}", f"run_name={arm.slug}", f"student.path={student}"]
-    return load_config(path, [*overrides, *arm.overrides, *of_seed], SECTIONS)
+    config, sections = load_config(path, [*overrides, *arm.overrides, *of_seed], SECTIONS)
+    return with_frozen_pair(config, sections["tip"]), sections
 
 
 def student_of(config: Config, seed: int) -> str | Path:

@@ -18,13 +18,25 @@ def _take_analysis(cli: Parser) -> None:
         metavar="N",
         help=f"tokens whose own gradient is taken (1024 up to {SMALL_STUDENT:,} student parameters, else 0)",
     )
+    cli.add_argument(
+        "--teacher-topk",
+        type=_numbers,
+        default=(),
+        metavar="8,32",
+        help="also: what is left if the teacher shows so many of its likeliest ids, or only the sampled token",
+    )
     cli.add_argument("--out", type=path_argument, metavar="DIR", help="default: output_dir/<run_name>-analysis")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them, each once, the smallest first."""
+    return tuple(sorted(set(map(number_argument(1), text.split(",")))))
 
 
 def _take_table(cli: Parser) -> None:
     take_config(cli)
     which = cli.add_mutually_exclusive_group(required=True)
-    which.add_argument("--table", metavar="N", help="3, 4, 5, 6, 7, 8, main, rules or smollm2 (configs/tables)")
+    which.add_argument("--table", metavar="N", help="3, 4, 5, 6, 7, 8, main, axis or another file of configs/tables")
     which.add_argument("--figure", metavar="N", help="1, 3 or 4")
     cli.add_argument("--seeds", default="0", metavar="0,1,2", help="default 0")
     cli.add_argument(
@@ -33,6 +45,9 @@ def _take_table(cli: Parser) -> None:
         default=1,
         metavar="N",
         help="seeds (or arms) at a time, in processes of their own",
+    )
+    cli.add_argument(
+        "--rates", metavar="A,B,C", help="every arm at each of these learning rates, for example 1e-4,3e-4,1e-3"
     )
     cli.add_argument("--arms", metavar="A,B", help="only these arms, by the labels of --dry-run, and the baselines")
     cli.add_argument("--dry-run", action="store_true", help="print arms, and plan of the first; start nothing")

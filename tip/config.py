@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 
 from opd.config import Config, Count, doc, schema, strict
 from opd.errors import InputError
+from tip.divergences import DIVERGENCES
 from tip.rules import RULES
 
 
@@ -29,11 +30,12 @@ class TipConfig:
     rule: Annotated[
         RuleName,
         doc(
-            "The rule that decides which tokens count. h is the student's entropy and d = KL(P_S || P_T). From TIP "
-            "(arXiv 2604.14084): all; entropy_sampling, with probability proportional to h; soft_or, the top of "
+            "The rule that decides which tokens count. h is the student's entropy and d the divergence of `axis`. From "
+            "TIP (arXiv 2604.14084): all; entropy_sampling, with probability proportional to h; soft_or, the top of "
             "h + d - h d; soft_or_bottom; divergence, the top of d; q3, the top of KL(P_T || P_S) (1 - h). Controls: "
-            "random; first_k, the first tokens of each response, as ESR (2605.27028) does; entropy_topk; "
-            "soft_or_sampling; divergence_bottom; quadrant, a set of quadrants. From other papers: teachability "
+            "random; first_k, the first tokens of each response, as ESR (2605.27028) does; first_turns, every turn of "
+            "a conversation but the last; last_turn; entropy_topk; soft_or_sampling; divergence_bottom; quadrant, a "
+            "set of quadrants. From other papers: teachability "
             "(TA-OPD, 2605.26844); product, sampled by h^alpha (JSD / ln 2)^gamma; eopd (2603.07079); aopd "
             "(2605.06387); iw_opd (2606.22600), a weight that falls along the response; tropd (2606.01249), the weight "
             "min(q/p, 1) of the sampled token. Of this project: total_variation, whose score is also the share of "
@@ -51,6 +53,15 @@ class TipConfig:
     retention_steps: Annotated[
         Count | None, doc("The update at which the retention reaches `retention_end`. null: it is constant.")
     ] = None
+    axis: Annotated[
+        Literal["reverse_kl", "forward_kl", "jsd", "total_variation"],
+        doc(
+            "The divergence that is d, in rules, quadrants, metrics, figures and the token map. reverse_kl: "
+            "KL(P_S || P_T), as in the paper; forward_kl: KL(P_T || P_S); jsd: JSD at loss.jsd_beta; total_variation: "
+            "1/2 sum |P_S - P_T|. Rules whose formula names a divergence keep theirs: q3, teachability, product, "
+            "total_variation. The loss is loss.divergence."
+        ),
+    ] = "reverse_kl"
     scope: Annotated[
         Literal["update", "running"],
         doc(
@@ -79,10 +90,12 @@ class TipConfig:
         doc("The same cap for divergence. null, as in the paper: no cap, so one outlier squeezes the axis."),
     ] = None
     normalization: Annotated[
-        Literal["minmax", "quantile", "rank"],
+        Literal["minmax", "quantile", "rank", "absolute"],
         doc(
             "How an axis is mapped to [0, 1]. minmax, as in the paper: from its minimum to its maximum. quantile: from "
-            "its 5th to its 95th percentile, cut. rank: to its rank among the tokens."
+            "its 5th to its 95th percentile, cut. rank: to its rank among the tokens. absolute: divided by its largest "
+            "possible value, without a clip, so that a score needs no other token; entropy by ln V, JSD by ln 2, total "
+            "variation by 1; it needs axis jsd or total_variation."
         ),
     ] = "minmax"
     quadrant_threshold: Annotated[
@@ -93,7 +106,7 @@ class TipConfig:
         float | None, doc("The quantile or the number for entropy divided by ln V; null for the mean.", ge=0, le=1)
     ] = None
     quadrant_divergence: Annotated[
-        float | None, doc("The quantile, or the number in nats, for KL(P_S || P_T); null for the mean.", ge=0)
+        float | None, doc("The quantile, or the number, for the divergence of `axis`; null for the mean.", ge=0)
     ] = None
     quadrants: Annotated[tuple[Quadrant, ...], doc("What the rule quadrant keeps, for example [1, 3].")] = (1, 3)
     product_alpha: Annotated[float, doc("The exponent of h in the rule product.", ge=0)] = 1.0
@@ -104,6 +117,15 @@ class TipConfig:
     iw_gain: Annotated[
         float, doc("The g in the weight 1 + g (1 - share of the response's disagreement so far) of iw_opd.", ge=0)
     ] = 1.0
+    frozen: Annotated[
+        Literal["none", "measure", "select"],
+        doc(
+            "Whether the step-0 student and the teacher score the rollouts of every update too. measure: the metric "
+            "tip/drift is 1 - the Jaccard overlap of the kept tokens with those that the rule would keep by these "
+            "scores. select: the rule keeps those, as a control. Each process then holds both models twice. A rule "
+            "that reads no statistic has no drift."
+        ),
+    ] = "none"
     rollout_weight: Annotated[
         Literal["none", "reward", "pass_rate", "right", "wrong"],
         doc(
@@ -155,8 +177,29 @@ def check_combinations(config: TipConfig) -> None:
         )
     if how == "quantile" and config.quadrant_divergence > 1:
         raise InputError(f"tip: quadrant_divergence is {config.quadrant_divergence}, expected a quantile in [0, 1].")
+    if config.normalization == "absolute":
+        _check_absolute(config)
+    if config.frozen != "none" and config.scope == "running":
+        raise InputError(
+            f"tip: frozen is {config.frozen!r} and scope is 'running', which remembers the student's own scores. Set "
+            "tip.scope=update."
+        )
     if not config.quadrants:
         raise InputError("tip: quadrants is empty, expected some of 1, 2, 3, 4.")
+
+
+def _check_absolute(config: TipConfig) -> None:
+    if DIVERGENCES[config.axis].largest is None:
+        bounded = " or ".join(repr(name) for name, d in DIVERGENCES.items() if d.largest is not None)
+        raise InputError(
+            f"tip: normalization is 'absolute' and axis is {config.axis!r}, which has no largest value to divide by. "
+            f"Set tip.axis to {bounded}, or another tip.normalization."
+        )
+    if config.divergence_clip_quantile is not None:
+        raise InputError(
+            f"tip: normalization is 'absolute' and divergence_clip_quantile is {config.divergence_clip_quantile}: a "
+            "quantile depends on other tokens. Set it to null."
+        )
 
 
 def check_rollouts(tip: TipConfig, config: Config) -> None:

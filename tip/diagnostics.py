@@ -14,8 +14,10 @@ from opd import speculative
 from opd.hooks import Diagnosis, TokenStats, TokenWeights
 from tip import energy, select, taxonomy
 from tip.config import TipConfig
-from tip.rules import BOTH_AXES, RULES
+from tip.divergences import divergence_of, fields_of
+from tip.rules import RULES
 from tip.scores import Axes, Spread
+from tip.select import jaccard
 from tip.weighter import TipWeighter
 
 RETENTIONS = (0.5, 0.2, 0.1)  # those of the paper
@@ -32,16 +34,14 @@ class TipObserver:
 
     def __init__(self, weighter: TipWeighter, divergence: str = "reverse_kl"):
         self.weighter, self.divergence = weighter, divergence
-        self.needs = BOTH_AXES | speculative.NEEDS | energy.needs(divergence)
-
-    @property
-    def column_needs(self) -> frozenset[str]:
-        return BOTH_AXES.union(*(rule.needs for rule in RULES.values()))
+        self.needs = weighter.both_axes | speculative.NEEDS | energy.needs(divergence)
+        self.column_needs = weighter.both_axes | needs_of_every_rule(weighter.config.axis)
 
     def diagnose(self, stats: TokenStats, weights: TokenWeights) -> Diagnosis:
         """Compares the kept tokens with what Soft-OR and entropy would keep, and with the axes. N is at least 1."""
-        kept_N, h_N, d_N = weights.weights > 0, normalised_entropy(stats), stats.reverse_kl.double()
         config, mechanic = self.weighter.config, self.weighter.rule.mechanic
+        kept_N, h_N = weights.weights > 0, normalised_entropy(stats)
+        d_N = divergence_of(stats, config.axis).double()
         retention = kept_N.double().mean().item() if mechanic == "weights" else config.retention_at(stats.step)
         axes = Axes(stats, config)
         scalars = {
@@ -69,7 +69,8 @@ class TipObserver:
         return Diagnosis(scalars=scalars, histograms=histograms, warnings=warnings)
 
     def columns(self, stats: TokenStats, weights: TokenWeights, generator: torch.Generator) -> dict[str, Tensor]:
-        """Quadrant and score as the update was weighed, and `keep/<rule>@<retention>` for every rule; each (N,).
+        """The divergence of tip.axis by its name, quadrant and score as the update was weighed, and
+        `keep/<rule>@<retention>` for every rule; each (N,).
 
         The column of the run's rule and retention shows what the run kept. The other columns normalise by the update
         itself, and show one draw where a rule samples.
@@ -80,11 +81,13 @@ class TipObserver:
         for label in {config.rule, f"{config.rule}@{config.retention_at(stats.step):g}"} & kept.keys():
             kept[label] = weights.weights > 0
         keep_columns = {f"keep/{label}": kept_N for label, kept_N in kept.items()}
-        return {"quadrant": quadrants.quadrant, "score": score_N.double(), **keep_columns}
+        d_N = divergence_of(stats, config.axis)
+        return {config.axis: d_N, "quadrant": quadrants.quadrant, "score": score_N.double(), **keep_columns}
 
     def _warnings(self, kept_N: Tensor, axes: Axes, ratio: float, threshold: float) -> dict[str, str]:
         """Kind -> message, for a largest divergence of `ratio` times its 99th percentile and a threshold of h."""
-        d_N, config, warnings = axes.stats.reverse_kl.double(), self.weighter.config, {}
+        config, warnings = self.weighter.config, {}
+        d_N = divergence_of(axes.stats, config.axis).double()
         covered = taxonomy.covered(d_N, kept_N)
         if covered < LITTLE_MASS:
             warnings["little_mass"] = (
@@ -93,7 +96,7 @@ class TipObserver:
                 "divergence."
             )
         squeezable = config.normalization == "minmax" and config.divergence_clip_quantile is None
-        if ratio > SQUEEZED and squeezable and self.weighter.needs >= BOTH_AXES:
+        if ratio > SQUEEZED and squeezable and self.weighter.needs >= self.weighter.both_axes:
             warnings["squeezed"] = (
                 f"the largest divergence is {ratio:.0f} times its 99th percentile, so min-max normalisation squeezes "
                 "nearly all tokens to 0 on that axis and entropy decides. Set tip.normalization=quantile."
@@ -108,6 +111,11 @@ class TipObserver:
         return warnings
 
 
+def needs_of_every_rule(axis: str) -> frozenset[str]:
+    """The fields of TokenStats that the rules read with this divergence as their axis."""
+    return fields_of(frozenset().union(*(rule.needs for rule in RULES.values())), axis)
+
+
 def keep_by_every_rule(
     stats: TokenStats,
     config: TipConfig,
@@ -117,10 +125,12 @@ def keep_by_every_rule(
 ) -> dict[str, Tensor]:
     """What each named rule keeps with the other settings of `config`, as `<rule>@<retention>` -> (N,) bool.
 
-    The label is `<rule>` alone where the retention changes nothing. tip.rollout_weight is left out.
+    The label is `<rule>` alone where the retention changes nothing. tip.rollout_weight and tip.frozen are left out.
     """
     kept = {}
-    plain = dataclasses.replace(config, retention_end=None, retention_steps=None, scope="update", rollout_weight="none")
+    plain = dataclasses.replace(
+        config, retention_end=None, retention_steps=None, scope="update", rollout_weight="none", frozen="none"
+    )
     for name in names:
         ignores_retention = RULES[name].mechanic == "weights"
         for retention in (1.0,) if ignores_retention else retentions:
@@ -130,17 +140,16 @@ def keep_by_every_rule(
     return kept
 
 
-def jaccard(a_N: Tensor, b_N: Tensor) -> float:
-    """Intersection over union of two sets of tokens, (N,) bool; 1 when both are empty."""
-    union = (a_N | b_N).sum().item()
-    return (a_N & b_N).sum().item() / union if union else 1.0
-
-
 def correlation(a_N: Tensor, b_N: Tensor) -> float:
     """Pearson's correlation; 0 when a column is constant."""
     a_N, b_N = (column.double() - column.double().mean() for column in (a_N, b_N))
     scale = (a_N.norm() * b_N.norm()).item()
     return (a_N @ b_N).item() / scale if scale > 0 else 0.0
+
+
+def rank_correlation(a_N: Tensor, b_N: Tensor) -> float:
+    """Spearman's correlation; 0 when a column is constant."""
+    return correlation(Spread.of(a_N).place(a_N), Spread.of(b_N).place(b_N))
 
 
 def max_over_p99(d_N: Tensor) -> float:

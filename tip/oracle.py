@@ -20,9 +20,9 @@ from opd.progress import Progress
 from opd.seeds import generator
 from opd.step import Pair
 from tip.config import TipConfig
-from tip.diagnostics import correlation, keep_by_every_rule
+from tip.diagnostics import keep_by_every_rule, rank_correlation
 from tip.rules import RULES
-from tip.scores import Axes, Spread
+from tip.scores import Axes
 
 DRAWS = 8  # of a rule that samples; figures are means over them
 
@@ -114,8 +114,8 @@ def against_oracle(
         constant = bool((score_K == score_K[0]).all())
         drawn = draws if rule.mechanic == "sample" else draws[:1]
         rules[name] = {
-            "score_weight": None if constant else _spearman(score_K, weight_K),
-            "score_gain": None if constant else _spearman(score_K, gain_K),
+            "score_weight": None if constant else rank_correlation(score_K, weight_K),
+            "score_gain": None if constant else rank_correlation(score_K, gain_K),
             "cosine": {
                 label: fmean(cosine(kept[label]) for kept in drawn)
                 for label in draws[0]
@@ -124,7 +124,3 @@ def against_oracle(
         }
     every_token = torch.ones(len(stats.position), dtype=torch.bool)
     return {"tokens": len(rows_K), "cosine_of_all": cosine(every_token), "rules": rules}
-
-
-def _spearman(a_K: Tensor, b_K: Tensor) -> float:
-    return correlation(Spread.of(a_K).place(a_K), Spread.of(b_K).place(b_K))

@@ -8,9 +8,11 @@ left alone, stopped ones continue, a failed one is reported and the others go on
 evaluations of step-0 student and teacher. With `--jobs` several processes work at a time: each takes a seed with all of
 its arms, or one arm where there are fewer seeds than jobs (with engine.kind deepspeed each arm runs on all GPUs). On an
 embedded pair and on that of SmolLM2 a seed is a new student and a new stream of prompts; on others it is a new stream.
-The results are made by tip.results from the run folders.
+The results are made by tip.results from the run folders. With `--rates` every arm is trained at each of these learning
+rates (tip.results.rates).
 """
 
+import math
 import os
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -30,41 +32,24 @@ from opd.progress import Progress
 from tip.commands import COMMANDS
 from tip.config import SECTIONS
 from tip.jobs import Job, run_jobs
-from tip.results.grid import grid, show
-from tip.tables import Table, folder_of, only, read_table
+from tip.results.grid import show
+from tip.tables import Table, at_rate, folder_of, only, read_table
 from tip.weighter import TipWeighter
-
-DEEPPLANNING = {"table7", "figure4"}
-
-
-def deepplanning() -> str:
-    """The paper's values of Table 7 and Figure 4, and why there are none of ours."""
-    from tip.results import comparison  # slow to import, and not needed to start a table's runs
-
-    facts = comparison.paper()["deepplanning"]
-    rows = [
-        (name.replace("_", " "), *(f"{mean:.1f} +- {pm:.2f}" for mean, pm in facts[name]))
-        for name in ("teacher_qwen3_14b", "teacher_qwen3_32b")
-    ]
-    return (
-        "Table 7 and Figure 4 of the paper need the DeepPlanning benchmark, whose databases are not part of this "
-        "project: nothing is run, and no other task's numbers are shown under this name. The paper's values "
-        f"({facts['metric']}):\n\n{grid(('', *facts['columns']), rows)}"
-    )
 
 
 def command(arguments: list[str]) -> None:
     options = COMMANDS["reproduce"].parser().parse_args(arguments)
     name = f"figure{options.figure}" if options.figure else options.table
     name = f"table{name}" if name.isdigit() else name
-    if name in DEEPPLANNING:
-        print(deepplanning())
-        return
     table = read_table(name)
     if options.arms:
         table = only(table, options.arms.split(","))
     seeds = _read_seeds(options.seeds)
-    base = _checked(table, options.config, options.overrides)
+    by_rate = _by_rate(table, options) if options.rates is not None else {}
+    base = _checked([table, *by_rate.values()], options.config, options.overrides)
+    if by_rate:
+        title = f"{table.title}, at {len(by_rate)} learning rates"
+        table = replace(table, title=title, panels=tuple(panel for t in by_rate.values() for panel in t.panels))
     if options.dry_run:
         say(f"{table.title}: {len(table.arms)} arms x {len(seeds)} seeds: {', '.join(a.label for a in table.arms)}")
         config, sections = load_config(options.config, [*options.overrides, *table.arms[0].overrides], SECTIONS)
@@ -77,7 +62,7 @@ def command(arguments: list[str]) -> None:
         raise InputError("a table starts its own processes on all GPUs. Start it plainly: python -m tip.reproduce ...")
     else:
         with lock(folder_of(base), "output_dir") if launch.machine() == 0 else nullcontext():
-            _run_table(table, base, seeds, options, arguments)
+            _run_table(table, by_rate, base, seeds, options, arguments)
 
 
 def _read_seeds(text: str) -> list[int]:
@@ -90,14 +75,43 @@ def _read_seeds(text: str) -> list[int]:
     return seeds
 
 
-def _checked(table: Table, path: str, overrides: Sequence[str]) -> Config:
+def _by_rate(table: Table, options: Namespace) -> dict[float, Table]:
+    """Learning rate -> the table with it, the lowest first."""
+    try:
+        rates = sorted({_rate(text) for text in options.rates.split(",")})
+    except ValueError:
+        raise InputError(
+            f"--rates {options.rates[:80]!r}: expected learning rates above 0 with commas between them, for example "
+            "1e-4,3e-4,1e-3."
+        ) from None
+    own = load_config(options.config, options.overrides, SECTIONS)[0].optim.lr
+    return {rate: at_rate(table, rate, own) for rate in rates}
+
+
+def _rate(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def _checked(tables: Sequence[Table], path: str, overrides: Sequence[str]) -> Config:
     """The configuration that the arms share. Raises InputError for wrong settings of any arm, before anything runs."""
-    fixed = {"seed", "run_name"}.union(*(arm.settings for arm in table.arms))
+    arms = [arm for table in tables for arm in table.arms]
+    fixed = {"seed", "run_name"}.union(*(arm.settings for arm in arms))
     base, _ = load_config(path, overrides, SECTIONS)
+    if (table := tables[0]).conversations and base.data.environment is None:
+        raise InputError(
+            f"{table.name} compares conversations, and {path} has no data.environment. Give a pair with one: "
+            "configs/tiny_planning.json, or configs/qwen3_14b_to_1.7b_deepplanning.json."
+        )
+    if base.data.environment is not None:
+        from opd.rollout import environment  # slow to import, and most pairs have none
+
+        environment.load(base.data.environment)  # where its data are missing, no arm need start
     for text in overrides:
         if (key := text.partition("=")[0]) in fixed:
             raise InputError(f"--set {text[:80]}: the arms and seeds of a table set {key}. Leave it out.")
-    for arm in table.arms:
+    for arm in arms:
         TipWeighter(load_config(path, [*overrides, *arm.overrides], SECTIONS)[1]["tip"])
     return base
 
@@ -117,25 +131,59 @@ def _run_job(table: Table, options: Namespace) -> None:
         raise RunError("not every arm finished")
 
 
-def _run_table(table: Table, base: Config, seeds: list[int], options: Namespace, arguments: list[str]) -> None:
-    """Runs what has not run, then writes the table, as the only writer of its folder."""
+def _run_table(
+    table: Table,
+    by_rate: dict[float, Table],
+    base: Config,
+    seeds: list[int],
+    options: Namespace,
+    arguments: list[str],
+) -> None:
+    """Runs what has not run, then writes the table, as the only writer of its folder.
+
+    With `by_rate`, `table` holds the arms of all rates; then the matrix of rates is written, and a table for each rate.
+    """
     failed = _run_seeds(table, base, seeds, options, arguments)
     if launch.machine() > 0:
         return  # the first machine writes the table
-    from tip.results import comparison, files  # it draws, which no process needs that trains
-    from tip.results.collect import collect
-    from tip.results.markdown import markdown
-
-    out = folder_of(base) / table.name
-    line, models = " ".join(["python -m tip.reproduce", *arguments]), (base.student.path, base.teacher.path)
     with Progress("table and figures"):
-        results = collect(comparison.of_table(table, folder_of(base), seeds, Path(options.config).stem, models, line))
-        text = markdown(results)
-        files.write(results, text, out)
+        text, where = _write(table, by_rate, base, seeds, options, arguments)
     show(text)
-    say(f"{out}: table.md, .csv, .json, figures and report.html")
+    say(where)
     if failed:
         raise RunError(f"{failed} of the runs failed; the table says which. Give the same command to try them again.")
+
+
+def _write(
+    table: Table,
+    by_rate: dict[float, Table],
+    base: Config,
+    seeds: list[int],
+    options: Namespace,
+    arguments: list[str],
+) -> tuple[str, str]:
+    """Writes the results of runs, which need not all be done; returns what to show, and where what has been written."""
+    from tip.results import comparison, files, rates  # they draw, which no process needs that trains
+    from tip.results.collect import collect
+    from tip.results.markdown import markdown
+    from tip.results.types import Results
+
+    line, models = " ".join(["python -m tip.reproduce", *arguments]), (base.student.path, base.teacher.path)
+    root, pair = folder_of(base), Path(options.config).stem
+
+    def write_table(table: Table, out: Path) -> tuple[Results, str]:
+        results = collect(comparison.of_table(table, root, seeds, pair, models, line))
+        text = markdown(results)
+        files.write(results, text, out)
+        return results, text
+
+    if not by_rate:
+        out = root / table.name
+        return write_table(table, out)[1], f"{out}: table.md, .csv, .json, figures and report.html"
+    out = root / f"{table.name}-rates"
+    results = {rate: write_table(of_rate, out / f"lr_{rate:g}")[0] for rate, of_rate in by_rate.items()}
+    text = rates.write(results, table.title, line, out)
+    return text, f"{out}: rates.md, .json, a figure, and a table of each rate"
 
 
 def _run_seeds(table: Table, base: Config, seeds: list[int], options: Namespace, arguments: list[str]) -> int:
@@ -143,7 +191,8 @@ def _run_seeds(table: Table, base: Config, seeds: list[int], options: Namespace,
     at_once, logs = min(options.jobs, torch.cuda.device_count() or options.jobs), folder_of(base) / "logs"
     sharded = base.engine.kind == "deepspeed"  # an arm is then a group of processes on all GPUs: one runs at a time
     runs = len(table.arms) * len(seeds)
-    say(f"{table.title}: {runs} runs\n  {base.student.path} learns from {base.teacher.path}\n  into {folder_of(base)}")
+    models = f"{base.student.path} learns from {base.teacher.path or 'itself'}"
+    say(f"{table.title}: {runs} runs\n  {models}\n  into {folder_of(base)}")
     if at_once == 1 and not sharded:
         from tip.arms import run_seed, student_of  # slow to import: not where other processes do the work
 

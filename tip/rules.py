@@ -17,6 +17,7 @@ from torch import Tensor
 
 from opd.hooks import TokenStats
 from tip import scores, taxonomy
+from tip.divergences import AXIS, divergence_of
 from tip.rollouts import rows_of
 from tip.scores import Axes
 
@@ -33,7 +34,7 @@ class Rule:
     "weights" the scores are the token weights themselves, and the retention changes nothing.
     """
 
-    needs: frozenset[str]  # fields of TokenStats that the functions read, directly or through `axes`
+    needs: frozenset[str]  # fields of TokenStats that the functions read, directly or through `axes`; AXIS is d
     mechanic: Literal["top", "sample", "weights"]
     score: PerToken
     forward_share: PerToken | None = None  # share of forward KL in the loss of a token, in [0, 1]; None means 0
@@ -57,7 +58,7 @@ def entropy(stats: TokenStats, axes: Axes) -> Tensor:
 
 
 def divergence(stats: TokenStats, axes: Axes) -> Tensor:
-    return stats.reverse_kl
+    return divergence_of(stats, axes.config.axis)
 
 
 def soft_or(stats: TokenStats, axes: Axes) -> Tensor:
@@ -65,7 +66,10 @@ def soft_or(stats: TokenStats, axes: Axes) -> Tensor:
 
 
 def q3(stats: TokenStats, axes: Axes) -> Tensor:
-    """KL(P_T || P_S) (1 - h). Forward KL only detects confident mistakes here; the loss stays the configured one."""
+    """KL(P_T || P_S) (1 - h), whatever tip.axis is.
+
+    Forward KL only detects confident mistakes here; the loss stays the configured one.
+    """
     return stats.forward_kl.double() * (1 - axes.entropy)
 
 
@@ -118,6 +122,18 @@ def earliest(stats: TokenStats, axes: Axes) -> Tensor:
     return -stats.position.float()
 
 
+def last_turn(stats: TokenStats, axes: Axes) -> Tensor:
+    """1 in the last turn of each rollout, else 0. A response without an environment is one turn."""
+    first_R, rollout_N = rows_of(stats.sequence_id)
+    last_R = torch.zeros(len(first_R), dtype=torch.int64).scatter_reduce(0, rollout_N, stats.turn, "amax")
+    return (stats.turn == last_R[rollout_N]).float()
+
+
+def first_turns(stats: TokenStats, axes: Axes) -> Tensor:
+    """1 in every turn but the last of each rollout, else 0. In an agent's rollouts these are the turns with calls."""
+    return 1 - last_turn(stats, axes)
+
+
 def early_disagreement(stats: TokenStats, axes: Axes) -> Tensor:
     """IW-OPD: 1 + g (1 - the share of the response's sum of |log q/p| that lies up to this token)."""
     first_R, rollout_N = rows_of(stats.sequence_id)
@@ -137,7 +153,7 @@ def total_variation(stats: TokenStats, axes: Axes) -> Tensor:
     return stats.total_variation.clamp(0, 1)
 
 
-ENTROPY, BOTH_AXES = frozenset({"student_entropy"}), frozenset({"student_entropy", "reverse_kl"})
+ENTROPY, BOTH_AXES = frozenset({"student_entropy"}), frozenset({"student_entropy", AXIS})
 SAMPLED = frozenset({"student_logprob", "teacher_logprob"})
 
 RULES = {  # name: Rule(fields that it reads, mechanic, score, share of forward KL, budget)
@@ -148,8 +164,8 @@ RULES = {  # name: Rule(fields that it reads, mechanic, score, share of forward 
     "soft_or": Rule(BOTH_AXES, "top", soft_or),
     "soft_or_sampling": Rule(BOTH_AXES, "sample", soft_or),
     "soft_or_bottom": Rule(BOTH_AXES, "top", bottom(soft_or)),
-    "divergence": Rule(frozenset({"reverse_kl"}), "top", divergence),
-    "divergence_bottom": Rule(frozenset({"reverse_kl"}), "top", bottom(divergence)),
+    "divergence": Rule(frozenset({AXIS}), "top", divergence),
+    "divergence_bottom": Rule(frozenset({AXIS}), "top", bottom(divergence)),
     "q3": Rule(frozenset({"student_entropy", "forward_kl"}), "top", q3),
     "quadrant": Rule(BOTH_AXES, "weights", in_quadrants),
     "teachability": Rule(frozenset({"overlap_kl", "teacher_topk_mass"}), "top", teachability, budget="per_update"),
@@ -157,6 +173,8 @@ RULES = {  # name: Rule(fields that it reads, mechanic, score, share of forward 
     "eopd": Rule(frozenset({"teacher_entropy"}), "weights", eopd_weight, eopd_share),
     "aopd": Rule(SAMPLED, "weights", equal, aopd_share),
     "first_k": Rule(frozenset(), "top", earliest),
+    "first_turns": Rule(frozenset(), "weights", first_turns),
+    "last_turn": Rule(frozenset(), "weights", last_turn),
     "iw_opd": Rule(SAMPLED, "weights", early_disagreement),
     "tropd": Rule(SAMPLED, "weights", trust),
     "total_variation": Rule(frozenset({"total_variation"}), "top", total_variation, total_variation, "per_update"),

@@ -1,8 +1,10 @@
 """Statistics of tokens -> the two axes of TIP, each mapped to [0, 1] (arXiv 2604.14084, section on Soft-OR).
 
-The axes are h, the student's entropy divided by ln V, and d = KL(P_S || P_T) in nats. An axis is first clipped, then
-mapped to [0, 1] by the quantiles of its column. With scope update these are the quantiles of the update itself; with
-scope running they are an average over earlier updates.
+The axes are h, the student's entropy divided by ln V, and d, the divergence that tip.axis names: KL(P_S || P_T) in
+nats, unless it says another one. An axis is first clipped, then mapped to [0, 1] by the quantiles of its column. With
+scope update these are the quantiles of the update itself; with scope running they are an average over earlier updates.
+The normalisation "absolute" divides by the largest possible value instead and clips nothing. So it needs the token
+alone.
 
 Shapes: N tokens of the update; K points of a spread.
 """
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from opd.hooks import TokenStats
+from tip.divergences import DIVERGENCES
 
 GRID = 1001  # points of a spread that is remembered beyond its update
 
@@ -95,6 +98,7 @@ def soft_or(h_N: Tensor, d_N: Tensor) -> Tensor:
 class AxisSettings(Protocol):
     """The keys of tip.config.TipConfig that axes and rules read. TipConfig itself imports the rules."""
 
+    axis: str
     entropy_clip_quantile: float | None
     divergence_clip_quantile: float | None
     normalization: str
@@ -125,17 +129,21 @@ class Axes:
 
     @property
     def d(self) -> Tensor:
-        """KL(P_S || P_T) in nats, clipped."""
+        """The divergence that tip.axis names, clipped."""
         return self._divergence[0]
 
     @cached_property
     def entropy(self) -> Tensor:
         """h mapped to [0, 1]."""
+        if self._is_absolute:
+            return self.h.clamp(0, 1)
         return normalise(*self._entropy, self.config.normalization)
 
     @cached_property
     def divergence(self) -> Tensor:
         """d mapped to [0, 1]."""
+        if self._is_absolute:
+            return (self.d / DIVERGENCES[self.config.axis].largest).clamp(0, 1)
         return normalise(*self._divergence, self.config.normalization)
 
     def unit(self, name: str) -> Tensor:
@@ -156,11 +164,16 @@ class Axes:
 
     @cached_property
     def _entropy(self) -> tuple[Tensor, Spread]:
-        return self._clipped("student_entropy", self.config.entropy_clip_quantile)
+        return self._clipped("student_entropy", None if self._is_absolute else self.config.entropy_clip_quantile)
 
     @cached_property
     def _divergence(self) -> tuple[Tensor, Spread]:
-        return self._clipped("reverse_kl", self.config.divergence_clip_quantile)
+        return self._clipped(self.config.axis, self.config.divergence_clip_quantile)
+
+    @property
+    def _is_absolute(self) -> bool:
+        """Whether an axis is divided by its largest possible value. A clip would be a statistic of other tokens."""
+        return self.config.normalization == "absolute"
 
     def _clipped(self, name: str, level: float | None) -> tuple[Tensor, Spread]:
         """A column and its spread, both capped at the spread's quantile of that level."""

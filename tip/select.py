@@ -1,4 +1,4 @@
-"""The two mechanics that turn scores into a selection: keep the top, or sample without replacement.
+"""The two mechanics that turn scores into a selection, keep the top or sample without replacement; and an overlap.
 
 A rollout of m tokens keeps floor(retention * m) of them, which may be 0. With budget "per_update" the whole update
 counts as one rollout. Rows are sorted by (sequence_id, position), as in TokenStats.
@@ -47,3 +47,9 @@ def sample(
     log_N = score_N.double().clamp(min=1e-300).log()
     log_N[score_N == 0] = -1e6  # below the logarithm of every float above 0; the noise then orders these tokens
     return top(log_N + gumbel_N, sequence_id_N, retention, budget)
+
+
+def jaccard(a_N: Tensor, b_N: Tensor) -> float:
+    """Intersection over union of two sets of tokens, (N,) bool; 1 when both are empty."""
+    union = (a_N | b_N).sum().item()
+    return (a_N & b_N).sum().item() / union if union else 1.0

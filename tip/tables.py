@@ -55,6 +55,8 @@ class Table:
     baselines: tuple[str, ...]  # labels of the arms that others are compared with
     every_evaluation: bool  # a block for each evaluated step, else for the last alone
     panels: tuple[tuple[str, tuple[Arm, ...]], ...]
+    conversations: bool = False  # its arms need an environment that answers the student between its turns
+    note: str = ""  # shown where the paper's values are not, because the pair is another
 
     @property
     def arms(self) -> list[Arm]:
@@ -84,6 +86,22 @@ def read_table(name: str) -> Table:
     if len(set(labels)) < len(labels) or not set(table.baselines) <= set(labels):
         raise InputError(f"{path}: an arm stands twice, or one of baselines {list(table.baselines)} is no arm.")
     return table
+
+
+def at_rate(table: Table, rate: float, rate_of_pair: float) -> Table:
+    """The table with this learning rate in every arm.
+
+    An arm does not set the rate that the pair file has anyway, so that its runs serve the plain table as well.
+    """
+    if rate == rate_of_pair:
+        return table
+    arm_of = {arm.label: Arm(arm.settings | {"optim.lr": rate}) for arm in table.arms}
+    return replace(
+        table,
+        title=f"{table.title}, learning rate {rate:g}",
+        baselines=tuple(arm_of[label].label for label in table.baselines),
+        panels=tuple((title, tuple(arm_of[arm.label] for arm in arms)) for title, arms in table.panels),
+    )
 
 
 def only(table: Table, labels: list[str]) -> Table:

@@ -18,11 +18,11 @@ from tip.scores import Axes
 class Quadrants:
     quadrant: Tensor  # (N,) int64, from 1 to 4
     threshold_entropy: float  # of h = H(P_S) / ln V
-    threshold_divergence: float  # of d = KL(P_S || P_T), in nats
+    threshold_divergence: float  # of d, the divergence of tip.axis, in its unit
 
 
 def assign(h_N: Tensor, d_N: Tensor, thresholds: tuple[float, float]) -> Quadrants:
-    """The quadrants of tokens with normalised entropy h and divergence d in nats, both already clipped."""
+    """The quadrants of tokens with normalised entropy h and divergence d, both already clipped."""
     high_h_N, high_d_N = h_N.double() > thresholds[0], d_N.double() > thresholds[1]
     quadrant_N = torch.where(high_d_N, torch.where(high_h_N, 1, 3), torch.where(high_h_N, 2, 4))
     return Quadrants(quadrant_N, *thresholds)

@@ -9,6 +9,7 @@ from opd.train import start
 from tip.commands import COMMANDS
 from tip.config import SECTIONS, check_rollouts
 from tip.diagnostics import TipObserver
+from tip.frozen import with_frozen_pair
 from tip.weighter import TipWeighter
 
 
@@ -17,6 +18,7 @@ def command(arguments: list[str]) -> None:
     config, sections = load_config(options.config, options.overrides, SECTIONS)
     check_rollouts(sections["tip"], config)
     weighter = TipWeighter(sections["tip"])
+    config = with_frozen_pair(config, sections["tip"])
     start(config, weighter, sections, options, TipObserver(weighter, config.loss.divergence))
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from data.commands import COMMANDS
-from data.tiny import addition, planning, task, trip
+from data.tiny import addition, hinted, planning, task, trip
 from data.tiny.recipe import Recipe, new_model
 from opd.cli import main, say
 from opd.errors import InputError
@@ -80,7 +80,7 @@ class Pair:
     """A task (a module of this folder) and how its two models are made."""
 
     task: ModuleType
-    teacher: Recipe
+    teacher: Recipe | None  # None: the student teaches itself
     student: Recipe
     files: tuple[str, ...]  # of this folder, which decide the result beside this file
     train: Callable[[str, ModuleType, Recipe, PreTrainedTokenizerFast, int], Qwen3ForCausalLM] = train_model
@@ -109,6 +109,14 @@ PAIRS = {
         train=planning.train_model,
         train_problems=1536,  # rows with a database are long
         test_problems=256,
+    ),
+    "hinted": Pair(
+        hinted,
+        None,
+        Recipe(hinted.STUDENT, layers=2, hidden=64, steps=500, lr=2e-2, warmup=10),
+        ("task.py", "trip.py", "recipe.py", "planning.py", "hinted.py"),
+        train=hinted.train_model,
+        train_problems=4096,  # rows with a solution are long
     ),
 }
 
@@ -143,11 +151,14 @@ def build(out: Path, seed: int = 0, name: str = "chain") -> Path:
             return out
         if out.exists() and not recorded.exists():
             raise InputError(f"--out {out}: it exists and holds no embedded pair. Choose a folder that does not exist.")
-        say(f"embedded pair: training teacher and student into {out} (one to two minutes of one core)")
         pair = PAIRS[name]
+        who = "teacher and student" if pair.teacher else "student"
+        say(f"embedded pair: training {who} into {out} (one to two minutes of one core)")
 
         def make(folder: Path) -> None:
             for who, recipe, number in (("teacher", pair.teacher, seed * 2), ("student", pair.student, seed * 2 + 1)):
+                if recipe is None:
+                    continue
                 _save(pair.train(who, pair.task, recipe, pair.task.tokenizer(), number), pair, folder / who)
             test = write_problems(folder / "test.jsonl", pair.task, pair.test_problems, TEST_SEED, set())
             write_problems(folder / "train.jsonl", pair.task, pair.train_problems, TRAIN_SEED, test)
@@ -188,7 +199,7 @@ def _record(folder: Path, name: str, seed: int) -> None:
     recipe = {
         "task": name,
         "seed": seed,
-        "teacher": asdict(pair.teacher),
+        "teacher": asdict(pair.teacher) if pair.teacher else None,
         "student": asdict(pair.student),
         "fingerprint": fingerprint(name, seed),
     }

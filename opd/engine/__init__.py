@@ -41,6 +41,10 @@ class Engine(Protocol):
         """Every parameter under every name that it has, for a sampler. A tied LM head comes under two names."""
         ...
 
+    def float32_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of the student once, whole and in float32, on every process. Every process asks for all."""
+        ...
+
     def parameters_by_name(self) -> dict[str, Tensor]:
         """The float32 parameters, as save_pretrained takes them; empty on all processes but the first."""
         ...

@@ -117,6 +117,13 @@ class DeepSpeedEngine:
                 raise FloatingPointError(f"the norm of the gradient is {self.norm}")
         return self.norm
 
+    def float32_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As Engine.float32_weights. The stages above 0 gather them one by one."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.named_parameters.items():
+            yield name, safe_get_full_fp32_param(parameter) if self.stage else parameter.detach()
+
     def parameters_by_name(self) -> dict[str, Tensor]:
         """As Engine.parameters_by_name. They are gathered one by one."""
         from deepspeed.utils import safe_get_full_fp32_param

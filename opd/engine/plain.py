@@ -51,6 +51,10 @@ class TorchEngine:
     def parameters_by_name(self) -> dict[str, Tensor]:
         return dict(self.named_weights())
 
+    def float32_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.named_parameters.items():
+            yield name, self.content(parameter)
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.student.model.state_dict(keep_vars=True).items():
             yield name, self.content(tensor)

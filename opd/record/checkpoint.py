@@ -1,8 +1,8 @@
 """Checkpoints that are on disk whole or not at all.
 
 `checkpoints/step_000020/` holds the student in Hugging Face format, as float32 safetensors with its tokenizer, and
-trainer.json. Its folder trainer/ holds the optimizer's moments and the memory of the weighter: vLLM would take
-safetensors beside the model for parts of it.
+trainer.json. Its folder trainer/ holds the optimizer's moments, the memory of the weighter, and the average of the
+student's weights where that is the teacher. vLLM would take safetensors beside the model for parts of it.
 
 A checkpoint is written under a temporary name, flushed to disk, and renamed; then `latest` names it. manifest.json
 lists size and SHA-256 of every file. Nothing is ever unpickled. The files do not depend on the number of processes, so
@@ -39,12 +39,20 @@ def folder(run_dir: Path, step: int) -> Path:
 
 
 def save(
-    run_dir: Path, step: int, student: LanguageModel, engine: Engine, memory: dict[str, Tensor], keep: int
+    run_dir: Path,
+    step: int,
+    student: LanguageModel,
+    engine: Engine,
+    memory: Mapping[str, dict[str, Tensor]],
+    keep: int,
 ) -> Path:
     """Writes the checkpoint of update `step`, points `latest` at it, and removes all but the newest `keep`.
 
-    All processes call it and the first one writes. `memory` is what the weighter remembers of earlier updates.
+    All processes call it and the first one writes.
 
+    Args:
+        memory: what else the run remembers of earlier updates: "weighter" -> its memory, and "teacher" -> the average
+            of the student's weights, where that is the teacher.
     Raises:
         RunError: there is no room or a write failed; earlier checkpoints are untouched.
     """
@@ -55,7 +63,7 @@ def save(
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob(".step_*"):  # of a process that was killed while it wrote
         shutil.rmtree(leftover)
-    needed = sum(tensor.nbytes for tensors in (parameters, moments) for tensor in tensors.values())
+    needed = sum(tensor.nbytes for tensors in (parameters, moments, *memory.values()) for tensor in tensors.values())
     free = shutil.disk_usage(final.parent).free
     if free < needed * 1.05:
         raise RunError(
@@ -90,12 +98,15 @@ def _record_float32(config: Path) -> None:
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _write_trainer(checkpoint: Path, step: int, moments: dict[str, Tensor], memory: dict[str, Tensor]) -> None:
+def _write_trainer(
+    checkpoint: Path, step: int, moments: dict[str, Tensor], memory: Mapping[str, dict[str, Tensor]]
+) -> None:
     (checkpoint / "trainer").mkdir()
     optimizer = {name: moment.detach().cpu().contiguous() for name, moment in moments.items()}
     save_file(optimizer, checkpoint / "trainer" / "optimizer.safetensors")
-    if memory:
-        save_file(memory, checkpoint / "trainer" / "weighter.safetensors")
+    for name, tensors in memory.items():
+        if tensors:
+            save_file(tensors, checkpoint / "trainer" / f"{name}.safetensors")
     trainer = {"step": step, "processes": distributed.world_size()}
     (checkpoint / "trainer.json").write_text(json.dumps(trainer) + "\n")
 
@@ -188,6 +199,11 @@ def load_weighter(checkpoint: Path) -> dict[str, Tensor]:
     """The memory of the weighter; empty if it remembered nothing."""
     path = checkpoint / "trainer" / "weighter.safetensors"
     return load_file(path) if path.exists() else {}
+
+
+def load_average(checkpoint: Path) -> Mapping[str, Tensor]:
+    """The average of the student's weights by parameter name, each tensor read on demand."""
+    return _Tensors([checkpoint / "trainer" / "teacher.safetensors"])
 
 
 def _all(run_dir: Path) -> list[Path]:

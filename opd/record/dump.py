@@ -1,6 +1,7 @@
 """Token dumps: everything known about every token of some rollouts of an update, one JSON object per rollout.
 
-    {"step", "sequence_id", "id", "vocab_size", "prompt", "answer", "response", "token_ids": [n], "tokens": [n texts],
+    {"step", "sequence_id", "id", "vocab_size", "prompt", "teacher_prompt": None where the teacher reads the same,
+     "answer", "response", "token_ids": [n], "tokens": [n texts],
      "turn": [n], "weight": [n], "forward_share": [n], <TokenStats field>: [n], ..., <observer's column>: [n], ...,
      "student_top5": [n lists of [text, probability]], "teacher_top5": ...,
      "replies": {turn: what an environment said before it}}
@@ -59,6 +60,7 @@ def write(
             "id": rollout.prompt.id,
             "vocab_size": stats.vocab_size,
             "prompt": tokenizer.decode(rollout.prompt.token_ids),
+            "teacher_prompt": rollout.prompt.privileged_ids and tokenizer.decode(rollout.prompt.privileged_ids),
             "answer": rollout.prompt.answer,
             "response": tokenizer.decode(rollout.response_ids),
             "token_ids": ids,

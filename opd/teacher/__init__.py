@@ -1,7 +1,7 @@
 """Teachers: a teacher scores the tokens that the student has sampled.
 
-`local.py` is a model in the student's processes, whole or split over them. `cache.py` keeps its hidden states until the
-loss projects them to logits.
+`local.py` is a model in the student's processes, whole or split over them. `self.py` says which model that is where the
+student teaches itself. `cache.py` keeps its hidden states until the loss projects them to logits.
 """
 
 from collections.abc import Callable, Sequence

@@ -31,7 +31,7 @@ class LocalTeacher:
         self.cache.clear()
         for batch in batches:
             every_token = torch.arange(len(batch.token_ids))
-            self.cache.add(self.lm.run(partial(self.lm.hidden_states, batch, every_token)))
+            self.cache.add(self.lm.run(partial(self.lm.hidden_states, batch.for_teacher, every_token)))
             advance(1, len(batch.token_ids))
         if self.lm.device.type == "cuda":
             torch.cuda.synchronize(self.lm.device)  # copies into pinned memory do not wait by themselves
@@ -48,9 +48,9 @@ class LocalTeacher:
 def load_teacher(config: Config, device: torch.device, name: str = "teacher") -> LanguageModel:
     """The teacher's model, placed as teacher.placement says. Raises InputError as opd.models.load does."""
     if config.teacher.placement == "device":
-        return models.load(config.teacher, device, name)
+        return models.load(config.teacher_model, device, name)
     settings = zero3_settings(config.teacher)
-    lm = models.load(config.teacher, device, name, sharding(settings))
+    lm = models.load(config.teacher_model, device, name, sharding(settings))
     engine = initialize(model=WholeModel(lm), config=settings)
     lm.model.eval()
     lm = replace(lm, run=engine, sharded=True)

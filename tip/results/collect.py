@@ -9,8 +9,9 @@ seeds and new problems, or with one seed new problems only.
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,15 +19,18 @@ from typing import Any
 import torch
 
 from opd.accuracy import Interval, paired_interval, standard_error
-from opd.compare import METRICS, finished_evaluations, per_problem
+from opd.compare import finished_evaluations, per_problem
 from opd.errors import InputError
 from opd.evaluate import Figures, read_summary
 from opd.files import whole_rows
+from opd.measures import MEASURES
 from opd.record.folder import ConfigFile, read_final, read_record
 from opd.record.metrics import Warned, read_metrics
+from tip.results import turns
 from tip.results.types import PHASES, Accuracy, ArmResult, Comparison, Evaluation, Results, Warnings
 
 Runs = Mapping[int, Path]  # seed -> folder
+PerProblem = Callable[[Path], Mapping[str, Mapping[str, float]]]  # as opd.compare.per_problem
 
 
 def collect(comparison: Comparison) -> Results:
@@ -41,10 +45,11 @@ def collect(comparison: Comparison) -> Results:
     beginnings = [first_runs[seed] / "eval" for seed in sorted(first_runs)]
     first = next((folder for folders in finished.values() for folder in folders.values()), None)
     record: ConfigFile | dict[str, Any] = read_record(first) if first else {}
+    read = cache(per_problem)  # a baseline is compared with every arm
     return Results(
         comparison=comparison,
         machine=machine(),
-        arms={label: _arm(label, comparison, finished) for label, folders in finished.items() if folders},
+        arms={label: _arm(label, comparison, finished, read) for label, folders in finished.items() if folders},
         step_0_student=_evaluations(folder / "step_000000" for folder in beginnings),
         teacher=_evaluations(folder / "teacher" for folder in beginnings),
         folders=finished,
@@ -56,7 +61,16 @@ def collect(comparison: Comparison) -> Results:
         config=record.get("config"),
         versions=record.get("versions"),
         git_commit=record.get("git_commit"),
+        turns=_turns(comparison, finished, record),
     )
+
+
+def _turns(comparison: Comparison, finished: Mapping[str, Runs], record: Mapping[str, Any]) -> turns.Turns | None:
+    """The turns of conversations; the dumps of runs without an environment are not read."""
+    if not record or record["config"]["data"].get("environment") is None:
+        return None
+    base = comparison.baselines[0]
+    return turns.read(finished, base if finished[base] else next(label for label, runs in finished.items() if runs))
 
 
 def machine() -> str:
@@ -72,7 +86,7 @@ def _reason(folder: Path) -> str:
     return "not finished" if folder.exists() else "not started"
 
 
-def _arm(label: str, comparison: Comparison, finished: Mapping[str, Runs]) -> ArmResult:
+def _arm(label: str, comparison: Comparison, finished: Mapping[str, Runs], read: PerProblem) -> ArmResult:
     runs = finished[label]
     summaries = [read_final(folder) for folder in runs.values()]
     kept, responses = (sum(summary["tokens"][key] for summary in summaries) for key in ("kept", "response"))
@@ -87,7 +101,7 @@ def _arm(label: str, comparison: Comparison, finished: Mapping[str, Runs]) -> Ar
         seconds_by_phase={phase: fmean(summary["seconds"][phase] for summary in summaries) for phase in PHASES},
         seconds_evaluating=fmean(summary["seconds_evaluating"] for summary in summaries),
         paper={benchmark: arms[label] for benchmark, arms in comparison.paper.items() if label in arms},
-        evaluations=_evaluations_by_step(runs, baselines),
+        evaluations=_evaluations_by_step(runs, baselines, read),
         warnings=_warnings(runs.values()),
     )
 
@@ -107,13 +121,17 @@ def _warnings(folders: Iterable[Path]) -> dict[str, Warnings]:
     return {kind: Warnings(len(texts), texts[0]) for kind, texts in messages.items()}
 
 
-def _evaluations_by_step(runs: Runs, baselines: Mapping[str, Runs]) -> dict[int, dict[str, Evaluation]]:
+def _evaluations_by_step(
+    runs: Runs, baselines: Mapping[str, Runs], read: PerProblem
+) -> dict[int, dict[str, Evaluation]]:
     """Of the trained student, with the differences to the baselines."""
     by_step = {}
     for step in sorted({step for folder in runs.values() for step in finished_evaluations(folder)} - {0}):
         evaluations = _evaluations(folder / "eval" / f"step_{step:06d}" for folder in runs.values())
         by_step[step] = {
-            name: replace(e, differences={b: _differences(runs, of_b, step, name) for b, of_b in baselines.items()})
+            name: replace(
+                e, differences={b: _differences(runs, of_b, step, name, read) for b, of_b in baselines.items()}
+            )
             for name, e in evaluations.items()
         }
     return by_step
@@ -126,7 +144,7 @@ def _evaluations(folders: Iterable[Path]) -> dict[str, Evaluation]:
 
 
 def _evaluation(by_seed: list[Figures]) -> Evaluation:
-    accuracies = {metric: _accuracy(by_seed, metric) for metric in METRICS}
+    accuracies = {metric: _accuracy(by_seed, metric) for metric in MEASURES}
     reverse_kl = [figures["reverse_kl"] for figures in by_seed if figures["reverse_kl"] is not None]
     return Evaluation(
         problems=by_seed[0]["problems"],
@@ -138,10 +156,10 @@ def _evaluation(by_seed: list[Figures]) -> Evaluation:
 
 
 def _accuracy(by_seed: list[Figures], metric: str) -> Accuracy | None:
-    shares = tuple(figures[metric] for figures in by_seed if figures[metric] is not None)
+    shares = tuple(figures[metric] for figures in by_seed if figures.get(metric) is not None)
     if not shares:
         return None
-    errors = [figures[f"{metric}_se"] for figures in by_seed if figures[f"{metric}_se"] is not None]
+    errors = [error for figures in by_seed if (error := figures.get(f"{metric}_se")) is not None]
     return Accuracy(
         mean=fmean(shares),
         by_seed=shares,
@@ -150,12 +168,15 @@ def _accuracy(by_seed: list[Figures], metric: str) -> Accuracy | None:
     )
 
 
-def _differences(arm: Runs, base: Runs, step: int, name: str) -> dict[str, Interval]:
-    intervals = {metric: paired_difference(arm, base, step, name, metric == "greedy") for metric in METRICS}
+def _differences(arm: Runs, base: Runs, step: int, name: str, read: PerProblem) -> dict[str, Interval]:
+    """Measure -> arm minus base on a benchmark."""
+    intervals = {metric: paired_difference(arm, base, step, name, metric, read) for metric in MEASURES}
     return {metric: interval for metric, interval in intervals.items() if interval is not None}
 
 
-def paired_difference(arm: Runs, base: Runs, step: int, name: str, greedy: bool) -> Interval | None:
+def paired_difference(
+    arm: Runs, base: Runs, step: int, name: str, metric: str, read: PerProblem = per_problem
+) -> Interval | None:
     """Arm minus base over the seeds and problems that both have after an update; None where there are none.
 
     Raises InputError where the seeds have no problem in common.
@@ -164,7 +185,7 @@ def paired_difference(arm: Runs, base: Runs, step: int, name: str, greedy: bool)
     for seed in sorted(arm.keys() & base.keys()):
         ours, theirs = (runs[seed] / "eval" / f"step_{step:06d}" / f"{name}.jsonl" for runs in (arm, base))
         if ours.exists() and theirs.exists():
-            our_mean, their_mean = per_problem(ours, greedy), per_problem(theirs, greedy)
+            our_mean, their_mean = read(ours)[metric], read(theirs)[metric]
             if common := our_mean.keys() & their_mean.keys():
                 by_seed.append({problem: our_mean[problem] - their_mean[problem] for problem in common})
     try:

@@ -27,7 +27,8 @@ def of_table(
         models: paths of student and teacher; the paper's values are shown only where they are those of its pair file.
         command: what was typed.
     """
-    by_benchmark = paper()["tables"][table.paper]["pairs"].get(pair, {}) if table.paper else {}
+    in_paper = paper()["tables"][table.paper] if table.paper else {"pairs": {}}
+    by_benchmark = in_paper["pairs"].get(pair, {})
     if by_benchmark:
         shipped, _ = read_pair(ROOT / "configs" / f"{pair}.json")
         if models != (shipped["student"]["path"], shipped["teacher"]["path"]):
@@ -44,6 +45,8 @@ def of_table(
         settings={arm.label: arm.settings for arm in table.arms},
         folders={arm.label: {seed: root / f"seed_{seed}" / arm.slug for seed in seeds} for arm in table.arms},
         paper=by_benchmark,
+        paper_metric=in_paper.get("of", "mean_at_k"),
+        note="" if by_benchmark else table.note,
     )
 
 

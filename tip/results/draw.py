@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 
 from opd.record import dump
+from tip.divergences import DIVERGENCES
 from tip.results import figures
 from tip.results.collect import curve
-from tip.results.figures import Album, Curves, ShownToken, Whisker
+from tip.results.figures import Album, Bar, Curves, ShownToken, Whisker
+from tip.results.runs import axis_of
 from tip.results.token_map import dumped_updates
 from tip.results.types import Results
 from tip.tables import other_settings
 
 MANY = 9  # lines in one plot
 QUADRANTS = (1, 2, 3, 4)
+MAIN = ("share_at_k", "mean_at_k", "greedy")  # what curves show: as the paper, the first that was measured
+BARS = ("share_at_k", "share_best_at_2", "share_best_at_k")
 
 
 def draw(results: Results, out: Path) -> dict[str, str]:
@@ -25,9 +29,10 @@ def draw(results: Results, out: Path) -> dict[str, str]:
     benchmarks = next(iter(results.arms.values())).last
     if not benchmarks:
         return album.captions
-    metric = "mean_at_k" if all("mean_at_k" in e.accuracies for e in benchmarks.values()) else "greedy"  # as the paper
+    metric = next(m for m in MAIN if all(m in e.accuracies for e in benchmarks.values()) or m == MAIN[-1])
     sampled = next(iter(benchmarks.values())).title(metric)
     _draw_differences(results, album)
+    _draw_bars(results, list(benchmarks), album)
     text = f"Accuracy ({sampled}, %) at the evaluated updates; loss and divergence while training. Means over seeds."
     album.add(figures.lines(_training(results, list(benchmarks), metric), "update"), "training", text)
     _draw_tokens(results, album)
@@ -56,6 +61,29 @@ def _draw_differences(results: Results, album: Album) -> None:
             text = f"How much better each arm is than {base} on {name} after the last update. Whiskers: 95 % intervals."
             drawn = figures.whiskers(series, f"accuracy on {name}, difference to {base}, points")
             album.add(drawn, "differences" if len(by_benchmark) == 1 else f"differences_{name}", text)
+
+
+def _draw_bars(results: Results, benchmarks: Sequence[str], album: Album) -> None:
+    """The paper's Figure 4, for each benchmark of conversations: the share of what was asked, and the best share."""
+    in_paper, of = results.comparison.paper, results.comparison.paper_metric
+    for name in benchmarks:
+        models = {"step-0 student": results.step_0_student, "teacher": results.teacher}
+        shown = models | {label: arm.last for label, arm in results.arms.items()}
+        evaluations = {label: by_name[name] for label, by_name in shown.items() if name in by_name}
+        panels: dict[str, list[Bar]] = {}
+        for metric in BARS:
+            for label, evaluation in evaluations.items():
+                if (accuracy := evaluation.accuracies.get(metric)) is not None:
+                    paper = in_paper.get(name, {}).get(label, [None])[0] if metric == of else None
+                    bar = (label, 100 * accuracy.mean, 100 * (accuracy.se_seeds or accuracy.se_samples or 0.0), paper)
+                    panels.setdefault(f"{evaluation.title(metric)}, {name}, %", []).append(bar)
+        if panels:
+            marks = " Crosses: the paper's values." if in_paper else ""
+            text = (
+                "The share of what was asked that conversations meet after the last update: the mean of a sample, and "
+                f"the best of several. Lines: standard errors over seeds, or over problems with one seed.{marks}"
+            )
+            album.add(figures.bars(panels), "shares" if len(benchmarks) == 1 else f"shares_{name}", text)
 
 
 def families(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -119,6 +147,7 @@ def _training(results: Results, benchmarks: Sequence[str], metric: str) -> dict[
     for title, key in (
         ("loss of the kept tokens, nats", "loss/divergence"),
         ("reverse KL of all tokens, nats", "divergence/reverse_kl"),
+        ("drift of the selection from that of the frozen pair", "tip/drift"),
     ):
         curves = {label: curve(results.folders[label], key) for label in shown}
         panels |= {title: curves} if any(len(points) > 1 for points in curves.values()) else {}
@@ -133,6 +162,7 @@ def _draw_tokens(results: Results, album: Album) -> None:
         text = f"The quadrants (explained below) while {label} trains, and what it keeps of each. Means over seeds."
         album.add(figures.lines(panels, "update"), "quadrants_while_training", text)
     first_run = next(iter(runs.values()))
+    axis = axis_of(first_run)
     dumps = [row for path in dumped_updates(first_run)[:1] for row in dump.rows(path)]
     if not dumps or "quadrant" not in dumps[0]:
         return
@@ -142,13 +172,13 @@ def _draw_tokens(results: Results, album: Album) -> None:
     def column(name: str) -> np.ndarray:
         return np.array([number for rollout in dumps for number in rollout[name]])
 
-    logged = (curve({0: first_run}, f"tip/threshold_{axis}") for axis in ("entropy", "divergence"))
+    logged = (curve({0: first_run}, f"tip/threshold_{of}") for of in ("entropy", "divergence"))
     thresholds = [points.get(dumps[0]["step"]) for points in logged]
     if None not in thresholds:
         entropy = column("student_entropy") / math.log(dumps[0]["vocab_size"])
-        drawn = figures.quadrant_map(entropy, column("reverse_kl"), thresholds, title)
+        drawn = figures.quadrant_map(entropy, column(axis), thresholds, title, DIVERGENCES[axis])
         album.add(drawn, "quadrants", f"Where the tokens lie. {about}")
-    chosen = [_token_of(dumps, quadrant) for quadrant in QUADRANTS]
+    chosen = [_token_of(dumps, quadrant, axis) for quadrant in QUADRANTS]
     drawn = figures.qualitative([token for token in chosen if token is not None], title)
     album.add(drawn, "tokens", f"The token of highest divergence in each quadrant. {about}")
     keeps = {name[5:-4]: column(name).astype(bool) for name in dumps[0] if name.endswith("@0.2")}  # keep/<rule>@0.2
@@ -159,12 +189,12 @@ def _draw_tokens(results: Results, album: Album) -> None:
         album.add(drawn, "overlap", f"{text} {about}")
 
 
-def _token_of(dumps: Sequence[dict[str, Any]], quadrant: int) -> ShownToken | None:
-    """The token of highest divergence in a quadrant; None where the quadrant is empty."""
+def _token_of(dumps: Sequence[dict[str, Any]], quadrant: int, axis: str) -> ShownToken | None:
+    """The token of highest divergence, which is the column `axis`, in a quadrant; None where the quadrant is empty."""
     places = [(n, i) for n, rollout in enumerate(dumps) for i, at in enumerate(rollout["quadrant"]) if at == quadrant]
     if not places:
         return None
-    n, i = max(places, key=lambda place: (dumps[place[0]]["reverse_kl"][place[1]], place))
+    n, i = max(places, key=lambda place: (dumps[place[0]][axis][place[1]], place))
     rollout = dumps[n]
     before = "".join(rollout["tokens"][max(0, i - 7) : i])[-40:]
     entropy, forward_kl, score = (rollout[name][i] for name in ("student_entropy", "forward_kl", "score"))

@@ -28,6 +28,8 @@ from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
+from tip.divergences import Divergence  # noqa: E402
+
 COLOURS = ("#000000", "#CC6677", "#332288", "#999933", "#882255", "#117733", "#AA4499")  # of arms, by Paul Tol
 QUADRANT_COLOURS = {1: "#CC79A7", 2: "#0072B2", 3: "#D55E00", 4: "#009E73"}  # Okabe and Ito; the same everywhere
 DASHES = ("-", "--", "-.", ":")
@@ -35,6 +37,7 @@ MARKERS = "osD^vPX*<>hpd"
 WIDTH = 4.8  # inches
 Curves = dict[str, dict[float, float]]  # label -> x -> y
 Whisker = tuple[str, float, float, float]  # label, mean, and the ends of its interval, which may be infinite
+Bar = tuple[str, float, float, float | None]  # label, height, its standard error, and a height to compare with
 ShownToken = tuple[
     str, list[tuple[str, float]], list[tuple[str, float]]
 ]  # text; the student's likeliest, the teacher's
@@ -94,11 +97,13 @@ def whiskers(series: Mapping[str, Sequence[Whisker]], x_label: str) -> Figure:
     """A row per label with a dot and its interval for each series; the line at 0 is no difference."""
     labels = list(dict.fromkeys(label for rows in series.values() for label, *_ in rows))
     names = [fill(label, 26) for label in labels]
-    size = (WIDTH, 1.0 + sum(0.22 + 0.16 * (1 + name.count("\n")) for name in names))
+    step = 0.26 if len(series) < 4 else 0.78 / len(series)  # between the dots of a row, in rows
+    height = 0.22 + 0.06 * max(0, len(series) - 3)
+    size = (WIDTH, 1.0 + sum(height + 0.16 * (1 + name.count("\n")) for name in names))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.axvline(0, color=COLOURS[0], linewidth=0.8)
     for number, (title, rows) in enumerate(series.items()):
-        places = [labels.index(label) + 0.26 * (number - (len(series) - 1) / 2) for label, *_ in rows]
+        places = [labels.index(label) + step * (number - (len(series) - 1) / 2) for label, *_ in rows]
         means = [mean for _, mean, *_ in rows]
         lengths = [[m - low if math.isfinite(low) else 0.0 for _, m, low, _ in rows]]
         lengths += [[high - m if math.isfinite(high) else 0.0 for _, m, _, high in rows]]
@@ -108,6 +113,27 @@ def whiskers(series: Mapping[str, Sequence[Whisker]], x_label: str) -> Figure:
     axis.grid(False, axis="y")
     axis.set_xlabel(x_label)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def bars(panels: Mapping[str, Sequence[Bar]]) -> Figure:
+    """A panel per title, one above the other; in it one lying bar per label, with its standard error."""
+    size = (WIDTH, 0.4 + sum(0.5 + 0.2 * len(rows) for rows in panels.values()))
+    ratios = [2.5 + len(rows) for rows in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=size, squeeze=False, layout="constrained", gridspec_kw={"height_ratios": ratios}
+    )
+    for axis, (title, rows) in zip(axes.flat, panels.items(), strict=True):
+        labels, heights, errors, others = zip(*rows, strict=True)
+        places = range(len(rows))
+        axis.barh(places, heights, xerr=errors, color=COLOURS[2], alpha=0.75, capsize=2, height=0.7)
+        known = [(other, place) for other, place in zip(others, places, strict=True) if other is not None]
+        axis.plot([other for other, _ in known], [place for _, place in known], "x", color=COLOURS[1])
+        axis.set_yticks(places, labels, fontsize=8)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_xlim(0, None)
+        axis.grid(False, axis="y")
+        axis.set_title(title)
     return figure
 
 
@@ -126,8 +152,10 @@ def heat_map(matrix: np.ndarray, labels: Sequence[str], title: str) -> Figure:
     return figure
 
 
-def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: Sequence[float], title: str) -> Figure:
-    """Token density over divergence and entropy, with the borders of the quadrants.
+def quadrant_map(
+    h: np.ndarray, d: np.ndarray, thresholds: Sequence[float], title: str, divergence: Divergence
+) -> Figure:
+    """Token density over divergence and entropy, with the borders of the quadrants; `divergence` is what d is.
 
     It is TIP's Figure 2 from real tokens, turned so that it lies like the picture that explains the quadrants.
     """
@@ -158,7 +186,8 @@ def quadrant_map(h: np.ndarray, d: np.ndarray, thresholds: Sequence[float], titl
             bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
             zorder=3,
         )
-    axis.set(xlabel="divergence d = KL(student || teacher), nats (log)", ylabel="student entropy h = H / ln V")
+    unit = f", {divergence.unit}" if divergence.unit else ""
+    axis.set(xlabel=f"divergence d = {divergence.formula}{unit} (log)", ylabel="student entropy h = H / ln V")
     axis.set_title(title)
     figure.colorbar(drawn, ax=axis, label="tokens", location="bottom", shrink=0.6, aspect=40)
     return figure

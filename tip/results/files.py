@@ -55,6 +55,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "start": {"step-0 student": _by_benchmark(results.step_0_student), "teacher": _by_benchmark(results.teacher)},
         "arms": {label: _arm(arm) for label, arm in results.arms.items()},
         "comparisons": len(list(results.differences)),
+        "turns": results.turns and asdict(results.turns),
     }
 
 
@@ -108,7 +109,7 @@ def as_csv(results: Results) -> str:
             for step, evaluations in arm.evaluations.items():
                 for name, evaluation in evaluations.items():
                     for metric, accuracy in evaluation.accuracies.items():
-                        in_paper = arm.paper.get(name) if metric == "mean_at_k" else None
+                        in_paper = arm.paper.get(name) if metric == results.comparison.paper_metric else None
                         cells = [len(accuracy.by_seed), accuracy.mean, accuracy.se_seeds, accuracy.se_samples]
                         cells += [percent / 100 for percent in in_paper] if in_paper else ["", ""]
                         cells += [arm.retained, arm.mass_covered, arm.peak_memory_gb, arm.seconds]

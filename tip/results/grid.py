@@ -5,6 +5,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+from opd.accuracy import Interval
+
 FIRST_TO_GO = ("run folder", "s", "peak GiB", "divergence covered", "tokens kept")  # costs, and then what was kept
 
 
@@ -16,6 +18,14 @@ def grid(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
 
     return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+def difference_cell(interval: Interval | None) -> str:
+    """A difference in points with its interval, and on how many of the seeds it is above 0; empty without one."""
+    if interval is None:
+        return ""
+    mean, low, high = interval.points
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {interval.wins}/{len(interval.by_seed)}"
 
 
 def show(text: str) -> None:

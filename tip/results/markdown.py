@@ -3,26 +3,34 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from opd.accuracy import PROBLEMS_ONLY, SEEDS_AND_PROBLEMS, Interval
-from tip.results.grid import grid
+from tip.results import drafting, turns
+from tip.results.grid import difference_cell, grid
 from tip.results.types import PHASES, Accuracy, ArmResult, Evaluation, Results, measured
 
 Table = tuple[tuple[str, ...], dict[str, list[tuple[str, ...]]]]  # header, and title of a group -> its rows
+TOGETHER = 3  # measures whose accuracies and differences stand in one table
+CONVERSATIONS = (
+    " Of conversations, greedy and mean@k are the share in which everything holds that was asked. share@k, the paper's "
+    "Avg@k, is the mean share of what was asked. best@2 is the best share of two samples, as a mean over all pairs of "
+    "them, and best@k that of all samples. delivered is the share that ends in an answer."
+)
 
 
 def markdown(results: Results) -> str:
     """The tables, panel by panel; then what the runs cost, and how to read it."""
     comparison = results.comparison
     about = f"pair {comparison.pair}, seeds {', '.join(map(str, comparison.seeds))}, commit {results.commit}"
-    parts = [f"# {comparison.title}", comparison.command, f"{about}, {results.machine}"]
+    parts = [f"# {comparison.title}", comparison.command, f"{about}, {results.machine}", comparison.note]
     if not results.arms:
-        return "\n\n".join([*parts, "No run has finished.", missing(results)]) + "\n"
+        return "\n\n".join(filter(None, [*parts, "No run has finished.", missing(results)])) + "\n"
     for heading, (header, groups) in blocks(results):
         parts.append(f"## {heading}")
-        models = groups.pop("")  # they stand in the first panel alone
+        models = groups.pop("", [])  # they stand in the first panel alone
         for title, rows in groups.items():
             parts += [title, grid(header, [*models, *rows])]
             models = []
-    parts += [legend(results), cost(results), missing(results), warnings(results)]
+    parts += [legend(results), drafting.markdown(results), turns.text(results.turns)]
+    parts += [cost(results), missing(results), warnings(results)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -42,6 +50,19 @@ def blocks(results: Results) -> Iterator[tuple[str, Table]]:
         for name in dict.fromkeys(name for evaluations in by_arm.values() for name in evaluations):
             evaluated = {label: evaluations[name] for label, evaluations in by_arm.items() if name in evaluations}
             yield f"{name} after {when}", _table(results, name, evaluated)
+            if are_apart(results) and len(evaluated) > 1:
+                yield f"{name} after {when}, differences", _differences(results, evaluated)
+
+
+def are_apart(results: Results) -> bool:
+    """Whether differences have a table of their own, because there are too many measures for one table."""
+    return len(_metrics(results)) > TOGETHER
+
+
+def _metrics(results: Results) -> list[str]:
+    """The measures that some evaluation took."""
+    by_name = [results.step_0_student, results.teacher, *(arm.last for arm in results.arms.values())]
+    return measured([evaluation for evaluations in by_name for evaluation in evaluations.values()])
 
 
 def _table(results: Results, name: str, evaluated: Mapping[str, Evaluation]) -> Table:
@@ -52,7 +73,8 @@ def _table(results: Results, name: str, evaluated: Mapping[str, Evaluation]) -> 
     metrics, with_kl = measured(everything), any(evaluation.reverse_kl is not None for evaluation in everything)
     titles = [everything[-1].title(metric) for metric in metrics]
     header = ["arm", *titles, *(["reverse KL"] if with_kl else []), *(["paper"] if comparison.paper else [])]
-    header += [f"{title} - {base}" for base in comparison.baselines for title in titles]
+    compared = () if are_apart(results) else comparison.baselines
+    header += [f"{title} - {base}" for base in compared for title in titles]
     header += ["tokens kept", "divergence covered", "peak GiB", "s"]
 
     def row(label: str, evaluation: Evaluation | None, arm: ArmResult | None) -> tuple[str, ...]:
@@ -63,8 +85,8 @@ def _table(results: Results, name: str, evaluated: Mapping[str, Evaluation]) -> 
         if evaluation is not None and arm is not None:
             if comparison.paper:
                 cells.append("{:.1f} +- {:.1f}".format(*arm.paper[name]) if name in arm.paper else "-")
-            for base in comparison.baselines:
-                cells += [_difference_cell(evaluation.differences.get(base, {}).get(metric)) for metric in metrics]
+            for base in compared:
+                cells += _difference_cells(evaluation, base, metrics)
             cells += [*_kept_cells(arm), f"{arm.peak_memory_gb:.2f}", f"{arm.seconds:.1f}"]
         return (*cells, *[""] * (len(header) - len(cells)))
 
@@ -72,6 +94,27 @@ def _table(results: Results, name: str, evaluated: Mapping[str, Evaluation]) -> 
     for panel in comparison.panels:
         groups[panel.title] = [row(label, evaluated.get(label), results.arms.get(label)) for label in panel.arms]
     return tuple(header), groups
+
+
+def _differences(results: Results, evaluated: Mapping[str, Evaluation]) -> Table:
+    """Its groups are the panels, without the baselines' own rows."""
+    comparison, metrics = results.comparison, measured(list(evaluated.values()))
+    titles = [next(iter(evaluated.values())).title(metric) for metric in metrics]
+    groups = {
+        f"{panel.title}, minus {base}": [
+            (label, *_difference_cells(evaluated[label], base, metrics))
+            for label in panel.arms
+            if label in evaluated and label != base
+        ]
+        for panel in comparison.panels
+        for base in comparison.baselines
+    }
+    groups = {title: rows for title, rows in groups.items() if rows}
+    return ("arm", *titles), groups
+
+
+def _difference_cells(evaluation: Evaluation, base: str, metrics: Iterable[str]) -> list[str]:
+    return [difference_cell(evaluation.differences.get(base, {}).get(metric)) for metric in metrics]
 
 
 def _accuracy_cells(evaluation: Evaluation, metrics: Iterable[str], with_kl: bool) -> list[str]:
@@ -87,13 +130,6 @@ def _accuracy_cell(accuracy: Accuracy | None) -> str:
     seeds = "" if accuracy.se_seeds is None else f" +- {100 * accuracy.se_seeds:.1f}"
     samples = "" if accuracy.se_samples is None else f" ({100 * accuracy.se_samples:.1f})"
     return f"{100 * accuracy.mean:.1f}{seeds}{samples}"
-
-
-def _difference_cell(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    mean, low, high = interval.points
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {interval.wins}/{len(interval.by_seed)}"
 
 
 def _kept_cells(arm: ArmResult) -> tuple[str, str]:
@@ -112,7 +148,10 @@ def legend(results: Results) -> str:
         f"Accuracy in % over {', '.join(f'{count} problems of {name}' for name, count in sizes.items())}: mean over "
         'seeds +- standard error over seeds (standard error over samples). "-": not measured.'
     )
-    if any(evaluation.reverse_kl is not None for by_name in evaluations for evaluation in by_name.values()):
+    everything = [evaluation for by_name in evaluations for evaluation in by_name.values()]
+    if any("share_at_k" in evaluation.accuracies for evaluation in everything):
+        text += CONVERSATIONS
+    if any(evaluation.reverse_kl is not None for evaluation in everything):
         text += " Reverse KL to the teacher in nats per token of the sampled responses."
     intervals = list(results.differences)
     if intervals:

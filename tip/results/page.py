@@ -6,10 +6,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from opd.files import write_whole
-from tip.results import sentences
+from tip.results import drafting, sentences, turns
 from tip.results.draw import draw
 from tip.results.frame import as_json, figures_of, fold, frame, html_of, quadrants_in_words, table
-from tip.results.markdown import blocks, cost, legend, missing, warnings
+from tip.results.markdown import are_apart, blocks, cost, legend, missing, warnings
 from tip.results.types import Results
 
 MANY = 12  # sentences that are read at once
@@ -26,21 +26,23 @@ def page(results: Results, captions: dict[str, str], example: str, out: Path) ->
     comparison = results.comparison
     about = f"Pair {comparison.pair}, seeds {', '.join(map(str, comparison.seeds))}, commit {results.commit}"
     tables = [f"<h3>{html.escape(heading)}</h3>{table(*content)}" for heading, content in blocks(results)]
-    count = len(next(iter(results.arms.values())).last)  # a table for each benchmark
+    count = len(next(iter(results.arms.values())).last) * (1 + are_apart(results))  # tables for each benchmark
     below = f'<div class="small">{html_of(legend(results))}</div>{html_of(warnings(results))}'
     differences, training, quadrants = (_pop(captions, word) for word in ("differences", "training", "quadrants"))
     words = quadrants_in_words() if any("quadrants" in name for name in (*training, *quadrants)) else ""
     sections = {
-        "What was asked": f"<p>{html.escape(sentences.asked(results))}</p>",
+        "What was asked": f"<p>{html.escape(sentences.asked(results))}</p>{html_of(comparison.note)}",
         "What came out": figures_of(differences, out, _what_came_out(results)),
         "Table": "".join([*tables[-count:], below]),
         "Learning curves": figures_of(training, out),
         "The four quadrants": figures_of(quadrants, out, words),
+        "Turns": html_of(turns.text(results.turns)),
         "Links": _links(results, out),
         "One problem, before and after": html_of(example),
     }
     folds = {
         "More figures": figures_of(captions, out),
+        "As drafters in speculative decoding": html_of(drafting.markdown(results)),
         "Cost": html_of(cost(results)),
         "The table after earlier updates": "".join(tables[:-count]),
         "Arms": as_json(comparison.settings),

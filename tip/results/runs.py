@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -16,6 +17,7 @@ class Selection(TypedDict):
 
     rule: str
     retention: float
+    axis: NotRequired[Literal["reverse_kl", "forward_kl", "jsd", "total_variation"]]
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Reads a finished run. Raises InputError when it is not one."""
-    config, summary = read_record(folder)["config"], read_final(folder)
-    tip = config.get("tip")
-    if tip is not None:
-        check(tip, Selection, f"{folder / 'config.json'}: config.tip", "a rule and its retention")
+    config, summary, tip = read_record(folder)["config"], read_final(folder), _selection(folder)
     benchmarks = (summary["eval"]["step_0"] or {}).keys()
     for who in ("teacher", "final"):
         if missing := sorted(benchmarks - (summary["eval"][who] or {}).keys()):
@@ -41,6 +40,17 @@ def read_run(folder: Path) -> Run:
             )
     label = f"{tip['rule']} {tip['retention']:g}" if tip and tip["rule"] != "all" else "all tokens"
     return Run(folder, label, config, summary)
+
+
+def axis_of(folder: Path) -> str:
+    """The divergence that is d in a run (tip.axis). Raises InputError where its record is none."""
+    return (_selection(folder) or {}).get("axis", "reverse_kl")
+
+
+def _selection(folder: Path) -> Selection | None:
+    """The recorded tip section; None: the run has none."""
+    tip = read_record(folder)["config"].get("tip")
+    return tip and check(tip, Selection, f"{folder / 'config.json'}: config.tip", "a rule and its retention")
 
 
 def check_alike(runs: Sequence[Run]) -> None:

@@ -3,11 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
+from opd.accuracy import Interval
 from tip.results.markdown import what_is_covered
 from tip.results.types import Results
 from tip.tables import other_settings
 
-NAMES = {"all": "all tokens", "random": "a random choice", "entropy_topk": "the top of entropy"}
+NAMES = {
+    "all": "all tokens",
+    "random": "a random choice",
+    "entropy_topk": "the top of entropy",
+    "first_turns": "every turn but the last",
+    "last_turn": "the last turn alone",
+}
 VERDICTS = ("better than", "worse than", "not distinguishable from")
 
 
@@ -30,16 +37,20 @@ def came_out(results: Results) -> list[str]:
         by_verdict: dict[str, list[str]] = {}
         for name, evaluation in arm.last.items():
             for metric, interval in evaluation.differences.get(base, {}).items():
-                verdict = VERDICTS[0 if interval.low > 0 else 1 if interval.high < 0 else 2]
                 mean, low, high = (f"{number:+.1f}" for number in interval.points)
                 title = f"{name} {evaluation.title(metric)}" if len(arm.last) > 1 else evaluation.title(metric)
                 figures = f"{mean} points {title}, 95 % interval {low} to {high}"
-                by_verdict.setdefault(verdict, []).append(figures)
+                by_verdict.setdefault(verdict(interval), []).append(figures)
         if by_verdict:
             parts = (f"{v} {names[base]}: {'; '.join(by_verdict[v])}" for v in VERDICTS if v in by_verdict)
             verb = "are" if names[label].startswith("all tokens") else "is"
             sentences.append(f"{names[label][0].upper()}{names[label][1:]} {verb} {', and '.join(parts)}.")
     return sentences
+
+
+def verdict(interval: Interval) -> str:
+    """What the interval of a difference says about an arm and its baseline, one of VERDICTS."""
+    return VERDICTS[0 if interval.low > 0 else 1 if interval.high < 0 else 2]
 
 
 def about_intervals(results: Results) -> str:

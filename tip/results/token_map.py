@@ -4,7 +4,7 @@ The page is `token_map.html`. What it shows lies in it as *blobs*: zlib-compress
 the page unpacks when it needs them. So a model's text is never markup and never script.
 
     strings         every different text of a token or a prompt, as JSON
-    columns-R-U     the columns of all tokens of update U of run R, one array after another (`COLUMNS`, then the marks)
+    columns-R-U     the columns of all tokens of update U of run R, one after another (`columns_of`, then the marks)
     top5-R-U-K      the five likeliest tokens of student and teacher at every token of rollout K: numbers, probabilities
     about           everything else, as JSON
 
@@ -31,10 +31,11 @@ from opd.files import check, step_number
 from opd.record import dump
 from opd.record.dump import MODELS
 from opd.record.metrics import read_metrics
+from tip.divergences import DIVERGENCES, Divergence
 from tip.results.figures import QUADRANT_COLOURS
+from tip.results.runs import axis_of
 
 PAGE = Path(__file__).with_name("token_map.html")
-COLUMNS = ("student_entropy", "reverse_kl", "forward_kl", "score", "weight")  # float32 each; the page knows the order
 LIKELIEST = 5
 MISTAKES = 200  # how many confident mistakes of a run are listed
 BEFORE, AFTER = 12, 4  # tokens of context around a listed mistake
@@ -47,6 +48,7 @@ class Rollout:
     id: str
     tokens: int
     prompt: int  # string number
+    teacher_prompt: int | None  # string number; None: the teacher reads the same
     answer: str | None
     replies: tuple[tuple[int, int], ...]  # place of a token, and string number of what an environment said before it
 
@@ -70,7 +72,7 @@ class Update:
     """What the page knows of the dumped tokens of an update before it unpacks its columns."""
 
     step: int
-    thresholds: tuple[float, float] | None  # of h and of d in nats; None: they were not logged
+    thresholds: tuple[float, float] | None  # of h and of d; None: they were not logged
     share: tuple[float, ...]  # of the tokens, by quadrant
     rollouts: tuple[Rollout, ...]
 
@@ -80,6 +82,7 @@ class MappedRun:
     """A run on the page."""
 
     name: str
+    divergence: Divergence  # what d is
     vocab_size: int
     marks: tuple[str, ...]  # `<rule>@<retention>`, or `<rule>`: bit i of the marks of a token
     updates: tuple[Update, ...]
@@ -98,6 +101,7 @@ class Packer:
         name: str,
         dumps: Iterable[tuple[int, Iterable[dict[str, Any]]]],
         thresholds: Mapping[int, tuple[float, float]],
+        axis: str,
     ) -> None:
         """Adds a run.
 
@@ -105,6 +109,7 @@ class Packer:
             name: what the page calls it.
             dumps: per dumped update its number and the rollouts of its dump (opd.record.dump), one or more.
             thresholds: number of an update -> thresholds of its quadrants.
+            axis: its tip.axis, which names the column of d.
         """
         marks, vocab_size, updates, mistakes = (), 0, [], []
         for step, rollouts in dumps:
@@ -114,16 +119,27 @@ class Packer:
                 vocab_size = row["vocab_size"]
                 mistakes += _mistakes(row, len(updates), len(listed))
                 self.blobs["top5-{}-{}-{}".format(*place, len(listed))] = self._likeliest(row)
-                columns.append(self._columns(row, marks))
-                prompt = self.number_of[row["prompt"]]
-                listed.append(Rollout(str(row["id"]), len(row["tokens"]), prompt, row["answer"], self._replies(row)))
+                columns.append(self._columns(row, axis, marks))
+                listed.append(self._rollout(row))
             joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
             self.blobs["columns-{}-{}".format(*place)] = packed(b"".join(column.tobytes() for column in joined))
             counts = np.bincount(joined[-2], minlength=5)[1:]
             share = tuple((counts / max(counts.sum(), 1)).tolist())
             updates.append(Update(step, thresholds.get(step), share, tuple(listed)))
             mistakes = nlargest(MISTAKES, mistakes, key=lambda mistake: mistake.size)
-        self.runs.append(MappedRun(name, vocab_size, marks, tuple(updates), tuple(mistakes)))
+        run = MappedRun(name, DIVERGENCES[axis], vocab_size, marks, tuple(updates), tuple(mistakes))
+        self.runs.append(run)
+
+    def _rollout(self, row: Mapping[str, Any]) -> Rollout:
+        privileged = row.get("teacher_prompt")
+        return Rollout(
+            id=str(row["id"]),
+            tokens=len(row["tokens"]),
+            prompt=self.number_of[row["prompt"]],
+            teacher_prompt=None if privileged is None else self.number_of[privileged],
+            answer=row["answer"],
+            replies=self._replies(row),
+        )
 
     def _replies(self, row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
         """As Rollout.replies. Dumps of runs without environments may lack them."""
@@ -142,10 +158,10 @@ class Packer:
         colours = " ".join(f"--q{q}: {colour};" for q, colour in QUADRANT_COLOURS.items())
         return PAGE.read_text(encoding="utf-8").replace("/* colours */", colours).replace("<!-- data -->", data)
 
-    def _columns(self, row: Mapping[str, Any], marks: Sequence[str]) -> list[np.ndarray]:
-        """Texts (n,) uint32, COLUMNS (n,) float32 each, quadrants (n,) uint8, and marks, (n, b) uint8."""
+    def _columns(self, row: Mapping[str, Any], axis: str, marks: Sequence[str]) -> list[np.ndarray]:
+        """Texts (n,) uint32, numbers (n,) float32 each, quadrants (n,) uint8, and marks, (n, b) uint8."""
         texts = np.array([self.number_of[text] for text in row["tokens"]], "<u4")
-        numbers = [np.array(row[name], "<f4") for name in COLUMNS]
+        numbers = [np.array(row[name], "<f4") for name in columns_of(axis)]
         kept = np.array([row[f"keep/{label}"] for label in marks], np.uint8).reshape(len(marks), len(texts))
         bits = np.packbits(kept.T, axis=1, bitorder="little")
         return [texts, *numbers, np.array(row["quadrant"], np.uint8), bits]
@@ -160,6 +176,11 @@ class Packer:
                 for k, (text, probability) in enumerate(likeliest):
                     numbers[m, i, k], probabilities[m, i, k] = self.number_of[text], round(65535 * probability)
         return packed(numbers.tobytes() + probabilities.tobytes())
+
+
+def columns_of(axis: str) -> tuple[str, ...]:
+    """The columns of numbers; the page knows their order."""
+    return ("student_entropy", axis, "forward_kl", "score", "weight")
 
 
 def packed(data: bytes) -> str:
@@ -183,6 +204,7 @@ class Marked(TypedDict):
     quadrant: list[int]
     score: list[float]
     turn: NotRequired[list[int]]
+    teacher_prompt: NotRequired[str | None]
     replies: NotRequired[dict[str, str]]
 
 
@@ -214,11 +236,13 @@ def page_of(runs: Mapping[str, Path], title: str, rollouts: int | None = None) -
                 f"{folder}: no token dumps in it. Train with tip.train and log.token_dump_every above 0, for example "
                 "--set log.token_dump_every=10."
             )
-        packer.add(name, ((step_number(path), _marked(path, rollouts)) for path in paths), _thresholds(folder))
+        axis = axis_of(folder)
+        dumps = ((step_number(path), _marked(path, axis, rollouts)) for path in paths)
+        packer.add(name, dumps, _thresholds(folder), axis)
     return packer.page(title)
 
 
-def _marked(path: Path, rollouts: int | None) -> Iterator[dict[str, Any]]:
+def _marked(path: Path, axis: str, rollouts: int | None) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(islice(dump.rows(path), rollouts), 1):
         if "quadrant" not in row:
             raise InputError(
@@ -227,6 +251,7 @@ def _marked(path: Path, rollouts: int | None) -> Iterator[dict[str, Any]]:
             )
         where = f"{path}, rollout {number}"
         check(row, Marked, where, "a token dump of tip.train")
+        check(row.get(axis), list[float], f"{where}: {axis}", "a token dump of a run with this tip.axis")
         for name, column in row.items():
             if name.startswith("keep/"):
                 check(column, list[int], f"{where}: {name[:80]}", "a token dump of tip.train")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from opd.accuracy import Interval
-from opd.compare import METRICS
+from opd.measures import MEASURES
+from tip.results.turns import Turns
 
 PHASES = ("rollout", "teacher", "score", "update")
 
@@ -35,6 +36,8 @@ class Comparison:
     settings: dict[str, dict[str, Any]]  # label -> KEY -> VALUE of --set
     folders: dict[str, dict[int, Path]]  # label -> seed -> run, whether it has finished or not
     paper: dict[str, dict[str, list[float]]]  # benchmark -> label -> [mean, +-] in %; empty: another pair
+    paper_metric: str = "mean_at_k"  # what the paper's values are, of opd.measures.MEASURES
+    note: str = ""  # what a reader of the table has to know
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ class Evaluation:
 
     problems: int
     k: int
-    accuracies: dict[str, Accuracy]  # by metric, of opd.compare.METRICS those that were measured
+    accuracies: dict[str, Accuracy]  # by metric, of opd.measures.MEASURES those that were taken
     reverse_kl: float | None
     differences: dict[str, dict[str, Interval]]  # baseline -> metric -> paired difference, arm minus baseline
 
     def title(self, metric: str) -> str:
         """What people call a metric of it: greedy, mean@4."""
-        return f"mean@{self.k}" if metric == "mean_at_k" else METRICS[metric]
+        return re.sub("@k$", f"@{self.k}", MEASURES[metric].label)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Results:
     config: dict[str, Any] | None  # of the first run; None: no run has finished
     versions: dict[str, str] | None
     git_commit: str | None
+    turns: Turns | None = None  # None: no conversations, or no token dumps of them
 
     @property
     def differences(self) -> Iterator[Interval]:
@@ -134,4 +138,4 @@ class Results:
 
 def measured(evaluations: list[Evaluation]) -> list[str]:
     """The metrics that one of these evaluations has."""
-    return [metric for metric in METRICS if any(metric in evaluation.accuracies for evaluation in evaluations)]
+    return [metric for metric in MEASURES if any(metric in evaluation.accuracies for evaluation in evaluations)]
