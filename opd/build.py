@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opd import distributed, models, privileged
+from opd import adapters, distributed, models, privileged
 from opd.benchmarks import (
     LoadedBenchmark,
     check_benchmarks,
@@ -40,7 +40,7 @@ from opd.step import Pair
 from opd.stop import Stop
 from opd.teacher.cache import Cache, clear_folder
 from opd.teacher.local import LocalTeacher
-from opd.teacher.self import Average, live, open_teacher
+from opd.teacher.self import Average, one_model, open_teacher
 from opd.verdicts import Verdicts
 
 SPILLED = "teacher_states"  # folder of a run for the hidden states that teacher.cache_gb has no room for
@@ -117,11 +117,11 @@ def build(
     """
     settings, scorers = identity["deepspeed"], load_scorers(config, weighter)
     weights, is_vllm = config.teacher.weights, config.rollout.engine == "vllm"
-    phases = Phases(device, config.engine.phases == 2, is_vllm, live=weights == "live")
+    phases = Phases(device, config.engine.phases == 2, is_vllm, config.teacher_is_student)
     student, teacher = _load_models(config, continue_from, device, settings, phases)
     inputs = read_inputs(config, student, teacher)
     engine = _make_engine(student, config, inputs.total_steps, settings, phases)
-    teacher = live(engine.student) if weights == "live" else teacher
+    teacher = one_model(config, engine.student) if config.teacher_is_student else teacher
     limit = None if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
     scoring = LocalTeacher(teacher, Cache(limit, config.run_dir / SPILLED))
     grader = Grader()
@@ -189,9 +189,11 @@ def _load_models(
     if continue_from:
         section = replace(section, path=str(continue_from), revision=None)
     student = load_student(section, device, settings)
+    if section.lora and not continue_from:
+        adapters.add(student.model, section, config.seed)
     phases.add("student", student.model.parameters)
     teacher, weights = open_teacher(config, student, device), config.teacher.weights
-    if weights != "live":  # the student, which is registered
+    if not config.teacher_is_student:  # the student is registered
         head = set(teacher.head_scope.parameters())
         body = [p for p in teacher.model.parameters() if p not in head]
         phases.add("teacher", lambda: body, frozen=weights != "ema")

@@ -70,19 +70,39 @@ def doc(text: str, **limits: Any) -> Any:
 
 
 @strict
+class LoraSection:
+    """Adapters that learn while the model itself stays frozen (opd/adapters.py)."""
+
+    rank: Count = doc("Columns of an adapter's two matrices. 8 to 64 are usual; many facts to learn take more.")
+    alpha: float = doc(
+        "What an adapter computes is multiplied by alpha / rank. 32 with optim.lr at ten times the rate of full "
+        "fine-tuning is what Schulman et al. found best at any rank (LoRA Without Regret, 2025).",
+        gt=0,
+    )
+    targets: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = doc(
+        'The kinds of linear layers that get adapters, such as "q_proj", or "all-linear": attention alone learned less '
+        "than all of them (ibid.). The LM head and embeddings stay frozen."
+    )
+
+
+@strict
 class StudentSection:
     """The model that samples and learns."""
 
     path: Source = doc("Folder of a Hugging Face checkpoint (safetensors), or a hub repository name.")
     revision: str | None = doc("Hub commit or tag; null for a folder or the default branch.")
     dtype: Dtype = doc(
-        "Compute dtype. Parameters and optimizer moments are always float32, because a bfloat16 parameter would not "
-        "move at lr 1e-6."
+        "Compute dtype. What learns, and the optimizer's moments, are always float32, because a bfloat16 parameter "
+        "would not move at lr 1e-6."
     )
     attn_implementation: Attention = doc("Attention kernel of transformers.")
     chat_template: Source | None = doc(
         "File with the chat template, in Jinja, that makes prompts of messages, for a base model without one. "
         "Checkpoints hold it. null: the template of the model's tokenizer.",
+        default=None,
+    )
+    lora: LoraSection | None = doc(
+        "Adapters that learn in place of the parameters, which then have `dtype`. null: all parameters learn.",
         default=None,
     )
 
@@ -410,6 +430,14 @@ class Config:
         return replace(self.teacher, path=self.student.path, revision=self.student.revision)
 
     @property
+    def teacher_is_student(self) -> bool:
+        """Whether student and teacher are one model in memory: the student as it is, or beneath its adapters."""
+        student, teacher = self.student, self.teacher
+        alike = (teacher.dtype, teacher.attn_implementation) == (student.dtype, student.attn_implementation)
+        beneath = teacher.weights == "initial" and student.lora is not None and teacher.placement == "device"
+        return teacher.weights == "live" or (beneath and alike)
+
+    @property
     def evaluation_batch(self) -> int:
         """Responses that a process generates together in an evaluation."""
         return self.eval.batch_size or self.rollout.batch_size
@@ -640,6 +668,11 @@ def _engine_faults(config: Config) -> Iterator[str]:
             f"teacher.placement is {config.teacher.placement!r} and engine.kind is 'torch': weights are split or kept "
             'in host memory by ZeRO-3. Set engine.kind to "deepspeed", or teacher.placement to "device".'
         )
+    if engine.kind == "deepspeed" and config.student.lora:
+        yield (
+            "student.lora is set and engine.kind is 'deepspeed', which splits what learns. Adapters are small and "
+            "learn on one device. Set engine.kind=torch, or student.lora=null."
+        )
     if engine.kind == "deepspeed" and engine.phases == 2:
         yield (
             "engine.phases is 2 and engine.kind is 'deepspeed': there the weights wait in host memory with "
@@ -671,6 +704,11 @@ def _self_faults(config: Config) -> Iterator[str]:
         yield (
             f"teacher.weights is {json.dumps(teacher.weights)} and teacher.decay is {json.dumps(teacher.decay)}: the "
             "decay belongs to ema and to it alone. For example --set teacher.weights=ema --set teacher.decay=0.98."
+        )
+    if teacher.weights == "ema" and student.lora:
+        yield (
+            'teacher.weights is "ema" and student.lora is set: the average is of whole models. Set teacher.weights to '
+            '"initial", which is the model beneath the adapters, or to "live".'
         )
     if config.data.teacher_prompt is None:
         yield (

@@ -129,7 +129,7 @@ def examine(config: Config) -> list[str]:
         read = partial(read_problems, path, prompt_field, answer_field)
         report.check(f"file {path}", read, lambda problems: f"{len(problems)} problems")
     student = report.check("student", lambda: models.load(config.student, device, "student"), _about)
-    has_teacher = student is not None or config.teacher.weights != "live"
+    has_teacher = student is not None or not config.teacher_is_student
     teacher = report.check("teacher", lambda: open_teacher(config, student, device), _about) if has_teacher else None
     prompts = benchmarks = vocab_size = None
     if student:

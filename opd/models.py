@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils.generic import is_flash_attention_requested
 
-from opd import distributed
+from opd import adapters, distributed
 from opd.batch import MicroBatch, make_micro_batches
 from opd.cli import say
 from opd.config import StudentSection, TeacherSection
@@ -84,6 +84,7 @@ class LanguageModel:
     compute_dtype: torch.dtype  # where the parameters have another dtype, autocast computes in this one
     name: str  # "student" or "teacher", for messages
     run: Callable[[Callable[[], Any]], Any] = _call  # every call of the model goes through it; an engine sets its own
+    scope: Callable[[], AbstractContextManager] = nullcontext  # the model computes within it (opd.adapters.without)
     sharded: bool = False  # True under ZeRO-3: every forward is a collective, so all processes make equally many
     whole_head: Head | None = None  # the LM head of a sharded teacher, which stays whole on every process
     packed_row: int = 0  # tokens of the longest row in which it takes several sequences (opd.batch); 0: in none
@@ -109,10 +110,10 @@ class LanguageModel:
         return _text_config(self.model).get("max_position_embeddings")
 
     @contextmanager
-    def precision(self) -> Iterator[None]:
-        """Autocast to the compute dtype, where the parameters have another one."""
+    def computing(self) -> Iterator[None]:
+        """Its scope, and autocast to the compute dtype where the parameters have another one."""
         differs = self.compute_dtype != self.model.dtype
-        with torch.autocast(self.device.type, self.compute_dtype, enabled=differs):
+        with self.scope(), torch.autocast(self.device.type, self.compute_dtype, enabled=differs):
             yield
 
     def hidden_states(self, batch: MicroBatch, keep: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class LanguageModel:
 
         `keep` is (K,) int64 and picks from the micro-batch's N counted tokens.
         """
-        with self.precision():
+        with self.computing():
             hidden_BTH = self.model.base_model(**batch.inputs(self.device), use_cache=False).last_hidden_state
         rows_K, columns_K = batch.rows[keep].to(self.device), batch.columns[keep].to(self.device)
         return hidden_BTH[rows_K, columns_K].to(self.compute_dtype)
@@ -159,7 +160,8 @@ def load(
 ) -> LanguageModel:
     """Loads the model and the tokenizer of a config section. It reads safetensors only and runs no remote code.
 
-    The student's parameters are float32 for every compute dtype. The teacher's are in its own dtype and frozen.
+    The student's parameters are float32 for every compute dtype, except those beneath adapters, which are frozen in it.
+    The teacher's are in its own dtype and frozen. A folder with adapters stands for the model that it names with them.
 
     Args:
         name: "student" or "teacher", for messages.
@@ -209,6 +211,7 @@ def _checked(section: StudentSection | TeacherSection, name: str, read: Callable
 
 def _read_outline(section: StudentSection | TeacherSection) -> PreTrainedModel:
     """The model of a section on torch's meta device, with the generation settings of its files."""
+    section = adapters.beneath(section)
     config = AutoConfig.from_pretrained(section.path, revision=section.revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -220,15 +223,19 @@ def _read_outline(section: StudentSection | TeacherSection) -> PreTrainedModel:
 def _read_model(
     section: StudentSection | TeacherSection, device: torch.device, sharding: AbstractContextManager | None
 ) -> PreTrainedModel:
-    """The model of a section on the device, or with `sharding` this process's part of it."""
+    """The model of a section with its adapters on the device, or with `sharding` this process's part of it."""
+    base = adapters.beneath(section)
+    all_learn = isinstance(section, StudentSection) and section.lora is None and base is section
     with sharding or nullcontext():
         model = AutoModelForCausalLM.from_pretrained(
-            section.path,
-            revision=section.revision,
-            dtype=torch.float32 if isinstance(section, StudentSection) else getattr(torch, section.dtype),
+            base.path,
+            revision=base.revision,
+            dtype=torch.float32 if all_learn else getattr(torch, section.dtype),
             use_safetensors=True,
             attn_implementation=section.attn_implementation,
         )
+    if base is not section:
+        adapters.load(model, Path(section.path))
     if sharding is None:
         return model.to(device)
     _restore_buffers(model, device)
@@ -242,6 +249,8 @@ def _check_model(
     where = f"{name}.path {section.path!r}"
     if isinstance(section, StudentSection):
         set_chat_template(tokenizer, section, where)
+        if section.lora:
+            adapters.targets_of(model, section.lora, where)
     if section.attn_implementation == "sdpa" and _text_config(model).get("attn_logit_softcapping"):
         raise InputError(
             f"{where}: its attention has a soft cap (attn_logit_softcapping), which sdpa leaves out without a word. "
@@ -490,7 +499,7 @@ def _check_head(lm: LanguageModel) -> None:
     ids_1T = (torch.arange(8) * 7919 % vocab_size)[None].to(lm.device)
 
     def both_logits() -> tuple[Tensor, Tensor]:
-        with lm.precision():
+        with lm.computing():
             expected_TV = lm.model(input_ids=ids_1T, use_cache=False).logits[0, :, :vocab_size].float()
             hidden_TH = lm.model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0].float()
         return expected_TV, lm.head_scope(hidden_TH, lambda hidden_TH: head_logits(hidden_TH, lm.head(vocab_size)))
@@ -513,7 +522,7 @@ def sequence_logprobs(lm: LanguageModel, sequences: Sequence[Sequence[int]]) -> 
     """
 
     def logits_of(ids_T: Tensor) -> Tensor:
-        with lm.precision():
+        with lm.computing():
             return lm.model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float()
 
     parts = []

@@ -35,11 +35,11 @@ class Phases:
         device: the device that they compute on.
         two: whether engine.phases is 2; if not, tensors stay where they are.
         vllm: whether rollout.engine is "vllm".
-        live: whether the student, as it is, is the teacher too.
+        shared: whether student and teacher are one model.
     """
 
-    def __init__(self, device: torch.device, two: bool, vllm: bool, live: bool = False):
-        self.device, self.two, self.vllm, self.live = device, two, vllm, live
+    def __init__(self, device: torch.device, two: bool, vllm: bool, shared: bool = False):
+        self.device, self.two, self.vllm, self.shared = device, two, vllm, shared
         self.tensors: dict[str, Callable[[], Iterable[Tensor]]] = {}  # resident -> its tensors
         self.host: dict[Tensor, Tensor] = {}  # tensor on the device -> its buffer in host memory, which is made once
         self.away: set[str] = set()  # residents in host memory
@@ -62,7 +62,7 @@ class Phases:
         The sampler wakes by itself when it gets parameters or is asked for responses.
         """
         names = {"rollout": "rollout on vLLM"} if self.vllm else {}
-        names |= {"teacher": "teacher that is the student"} if self.live else {}
+        names |= {"teacher": "teacher that is the student"} if self.shared else {}
         wanted = RESIDENTS[names.get(phase, phase)]
         if self.sampler is not None and phase != "rollout":
             self.sampler.sleep()

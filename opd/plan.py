@@ -14,6 +14,7 @@ from itertools import product
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from opd import adapters
 from opd.benchmarks import read_benchmarks
 from opd.config import Config, StudentSection, TeacherSection
 from opd.errors import InputError, first_line
@@ -34,6 +35,12 @@ class Size:
     intermediate: int
     cache_per_token: int  # numbers of the keys and values of all layers
     packed_row: int  # tokens of the longest row that sequences may share under sdpa (opd.models.packed_row_of)
+    adapters: int = 0  # numbers that learn in place of the parameters (opd.adapters); 0: all parameters learn
+
+    @property
+    def learning(self) -> int:
+        """How many numbers learn."""
+        return self.adapters or self.parameters
 
 
 def size_of(model: PreTrainedModel) -> Size:
@@ -62,7 +69,12 @@ def size_without_weights(section: StudentSection | TeacherSection, name: str) ->
     try:
         config = AutoConfig.from_pretrained(section.path, revision=section.revision)
         with torch.device("meta"):
-            return size_of(AutoModelForCausalLM.from_config(config))
+            model = AutoModelForCausalLM.from_config(config)
+        if isinstance(section, StudentSection) and section.lora:
+            return replace(size_of(model), adapters=adapters.count(model, section.lora, section.path))
+        return size_of(model)
+    except InputError:
+        raise
     except Exception as error:  # a broken config.json can raise anything, as in opd.models.load
         raise InputError(
             f"{name}.path {section.path!r}: its config.json cannot be used ({first_line(error)})."
@@ -127,7 +139,8 @@ def make_plan(
     work = _Work.of(config, processes)
     held, host = _student_memory(student, s_bytes, zero, processes)  # on the device, in host memory
     gradients = held.pop("gradients")
-    kept = {"live": 0, "ema": 4}.get(config.teacher.weights, t_bytes)  # the student is there; an average is float32
+    kept = 4 if config.teacher.weights == "ema" else t_bytes  # an average is float32
+    kept = 0 if config.teacher_is_student else kept
     scoring = _teacher_memory(teacher, kept, config.teacher.placement, processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
     teacher_states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
@@ -161,7 +174,7 @@ def make_plan(
     phases = {phase: {name: size for name, size in parts.items() if size} for phase, parts in phases.items() if parts}
     seconds = _seconds(config, student, teacher, device, work)
     parameters, spilled = (student.parameters, teacher.parameters), teacher_states - host["teacher states"]
-    saved = (16 if config.teacher.weights == "ema" else 12) * student.parameters  # weights, two moments, an average
+    saved = (16 if config.teacher.weights == "ema" else 12) * student.learning  # weights, two moments, an average
     lighter = _lighter(config, student, work, sum(learning.values()) + gradients)
     return Plan(parameters, processes, phases, host, spilled, saved, seconds, updates, lighter)
 
@@ -205,7 +218,8 @@ def _backward(config: Config, student: Size, work: _Work) -> dict[str, int]:
     row = min(work.length, student.packed_row) if config.student.attn_implementation == "sdpa" else 0
     masks = work.micro * row * compute_bytes * (1 if config.engine.gradient_checkpointing else student.layers)
     loss = min(config.loss.chunk_bytes, 12 * work.micro * student.vocab)  # three (tokens, vocabulary) buffers
-    return {"activations": one_layer + student.layers * kept, "masks": masks, "loss": loss + 4 * student.head}
+    head_gradient = 0 if student.adapters else 4 * student.head
+    return {"activations": one_layer + student.layers * kept, "masks": masks, "loss": loss + head_gradient}
 
 
 def _lighter(config: Config, student: Size, work: _Work, held: int) -> dict[str, int]:
@@ -261,6 +275,9 @@ def _student_memory(
     """
     parameters, half = student.parameters, compute_bytes == 2
     stage = 0 if zero is None else zero["stage"]
+    if student.adapters:
+        four = 4 * student.adapters
+        return {"weights": parameters * compute_bytes + four, "gradients": four, "optimizer": 2 * four}, {}
     if stage == 0:
         copy = 2 * parameters if half and zero is None else 0  # the plain engine's, while autocast holds
         four = 4 * parameters

@@ -38,15 +38,18 @@ class Engine(Protocol):
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter under every name that it has, for a sampler. A tied LM head comes under two names."""
+        """Every parameter under every name that it has, for a sampler. A tied LM head comes under two names.
+
+        Adapters are merged into the weights that they adapt.
+        """
         ...
 
     def float32_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of the student once, whole and in float32, on every process. Every process asks for all."""
+        """Every parameter that learns, once, whole and in float32, on every process. Every process asks for all."""
         ...
 
     def parameters_by_name(self) -> dict[str, Tensor]:
-        """The float32 parameters, as save_pretrained takes them; empty on all processes but the first."""
+        """The float32 parameters, or adapters, that a checkpoint holds; empty on all processes but the first."""
         ...
 
     def moments_by_name(self) -> dict[str, Tensor]:

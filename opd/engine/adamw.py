@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from opd import adapters
 from opd.config import Config
 from opd.models import LanguageModel
 
@@ -28,7 +29,7 @@ def prepare_model(student: LanguageModel, config: Config) -> dict[str, torch.nn.
     """Switches gradient checkpointing on where it is configured. Returns the trainable parameters by name."""
     if config.engine.gradient_checkpointing:
         student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return {name: p for name, p in student.model.named_parameters() if p.requires_grad}
+    return adapters.trained(student.model)
 
 
 def make_adamw(parameters: Collection[Tensor], config: Config, sharded: bool = False) -> torch.optim.AdamW:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
-from opd import distributed
+from opd import adapters, distributed
 from opd.config import Config
 from opd.engine.adamw import clip, load_moments, make_adamw, named_moments, prepare_model, set_rate
 from opd.models import LanguageModel
@@ -49,6 +49,8 @@ class TorchEngine:
         return norm
 
     def parameters_by_name(self) -> dict[str, Tensor]:
+        if adapters.is_adapted(self.student.model):
+            return dict(self.float32_weights())
         return dict(self.named_weights())
 
     def float32_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -56,8 +58,7 @@ class TorchEngine:
             yield name, self.content(parameter)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.student.model.state_dict(keep_vars=True).items():
-            yield name, self.content(tensor)
+        return adapters.merged_weights(self.student.model, self.content)
 
     def moments_by_name(self) -> dict[str, Tensor]:
         moments = named_moments(self.optimizer, self.named_parameters)

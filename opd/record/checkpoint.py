@@ -1,8 +1,9 @@
 """Checkpoints that are on disk whole or not at all.
 
-`checkpoints/step_000020/` holds the student in Hugging Face format, as float32 safetensors with its tokenizer, and
-trainer.json. Its folder trainer/ holds the optimizer's moments, the memory of the weighter, and the average of the
-student's weights where that is the teacher. vLLM would take safetensors beside the model for parts of it.
+`checkpoints/step_000020/` holds the student in Hugging Face format, as float32 safetensors with its tokenizer, or its
+adapters in the format of peft. Beside them are trainer.json and the folder trainer/ with the optimizer's moments, the
+memory of the weighter, and the average of the student's weights where that is the teacher. vLLM would take safetensors
+beside the model for parts of it.
 
 A checkpoint is written under a temporary name, flushed to disk, and renamed; then `latest` names it. manifest.json
 lists size and SHA-256 of every file. Nothing is ever unpickled. The files do not depend on the number of processes, so
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opd import distributed
+from opd import adapters, distributed
 from opd.cli import say
 from opd.engine import Engine
 from opd.errors import RunError
@@ -72,9 +73,12 @@ def save(
         )
     temporary = final.with_name(f".{final.name}.tmp")
     try:
-        student.model.save_pretrained(temporary, state_dict=parameters)
+        if adapters.is_adapted(student.model):
+            adapters.save(student.model, parameters, temporary)
+        else:
+            student.model.save_pretrained(temporary, state_dict=parameters)
+            _record_float32(temporary / "config.json")
         student.tokenizer.save_pretrained(temporary)
-        _record_float32(temporary / "config.json")
         _write_trainer(temporary, step, moments, memory)
         _write_manifest(temporary)
         shutil.rmtree(final, ignore_errors=True)

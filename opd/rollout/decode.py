@@ -85,7 +85,7 @@ class Decoder:
         a process that has finished goes on until all have.
         """
         lockstep = self.lm.sharded and distributed.world_size() > 1
-        with self.lm.precision(), torch.no_grad():
+        with self.lm.computing(), torch.no_grad():
             while distributed.largest(self.busy) if lockstep else self.busy:
                 if not self.busy:
                     self._forward([self.lm.eos_ids[:1]], [1], empty_cache(self.lm.model), 0)

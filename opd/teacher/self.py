@@ -3,21 +3,22 @@
 The two differ by what they read (opd.privileged), and by the weights of the teacher:
 
     initial     those before update 1. The model is loaded from student.path a second time, so a run that continues has
-                the same teacher
+                the same teacher; beneath adapters it is there already, and is not loaded again
     live        the present ones, without a gradient
     ema         their exponential moving average over the updates, in float32, which is part of every checkpoint
 
-The update asks LocalTeacher for all three. With live, student and teacher are one model, whose weights stay as they are
-until the update's last backward pass is done.
+The update asks LocalTeacher for all three. Where student and teacher are one model, its weights stay as they are until
+the update's last backward pass is done.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from opd import models
+from opd import adapters, models
 from opd.config import Config
 from opd.engine import Engine
 from opd.models import LanguageModel
@@ -28,21 +29,23 @@ def open_teacher(config: Config, student: LanguageModel, device: torch.device) -
     """The teacher's model at the beginning of a run. Raises InputError as opd.models.load does.
 
     Args:
-        student: the model that teaches with teacher.weights live; no other teacher uses it.
+        student: the model that teaches where config.teacher_is_student. A student without adapters has only its present
+            weights to teach with.
     """
-    weights = config.teacher.weights
-    if weights == "live":
-        return live(student)
-    if weights == "ema":
+    if config.teacher.weights == "live" or (config.teacher_is_student and adapters.is_adapted(student.model)):
+        return one_model(config, student)
+    if config.teacher.weights == "ema":
         lm = models.load(config.student, device, "student")  # float32 under autocast, as the student computes
         lm.model.requires_grad_(False)
         return replace(lm, name="teacher")
     return load_teacher(config, device)
 
 
-def live(student: LanguageModel) -> LanguageModel:
-    """The student under the name of the teacher."""
-    return replace(student, name="teacher")
+def one_model(config: Config, student: LanguageModel) -> LanguageModel:
+    """The student under the name of the teacher, as it is, or with weights "initial" as it is beneath its adapters."""
+    if config.teacher.weights == "live":
+        return replace(student, name="teacher")
+    return replace(student, name="teacher", scope=partial(adapters.without, student.model))
 
 
 class Average:
