@@ -32,6 +32,11 @@ def _take_two_runs(cli: Parser) -> None:
     cli.add_argument("b", type=path_argument, metavar="RUN")
 
 
+def _take_merge(cli: Parser) -> None:
+    cli.add_argument("run", type=path_argument, metavar="RUN", help="a run with student.lora, or a checkpoint of one")
+    cli.add_argument("--out", required=True, type=path_argument, metavar="DIR", help="a new folder for the plain model")
+
+
 def _take_server(cli: Parser) -> None:
     cli.add_argument("--listen", required=True, metavar="HOST:PORT", help="where trainers connect (rollout.servers)")
     cli.add_argument(
@@ -64,6 +69,12 @@ COMMANDS = {
         "Is one run better than another on the same problems? B minus A.",
         "python -m opd.compare outputs/all outputs/half",
         _take_two_runs,
+    ),
+    "merge": Command(
+        "opd.merge",
+        "Merges the adapters of a student into a plain checkpoint.",
+        "python -m opd.merge outputs/adapted --out outputs/merged",
+        _take_merge,
     ),
     "launch": Command(
         "opd.launch",

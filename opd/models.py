@@ -249,7 +249,7 @@ def _check_model(
     where = f"{name}.path {section.path!r}"
     if isinstance(section, StudentSection):
         set_chat_template(tokenizer, section, where)
-        if section.lora:
+        if section.lora and not adapters.is_adapted(model):
             adapters.targets_of(model, section.lora, where)
     if section.attn_implementation == "sdpa" and _text_config(model).get("attn_logit_softcapping"):
         raise InputError(

@@ -86,6 +86,7 @@ class Plan:
     """What one process needs, in bytes and seconds."""
 
     parameters: tuple[int, int]  # of student and teacher
+    adapters: int  # numbers of the student's adapters
     processes: int
     phases: dict[str, dict[str, int]]  # phase -> name of a part -> bytes that it takes on the device
     host: dict[str, int]  # name of a part -> bytes in host memory, all the time
@@ -176,7 +177,7 @@ def make_plan(
     parameters, spilled = (student.parameters, teacher.parameters), teacher_states - host["teacher states"]
     saved = (16 if config.teacher.weights == "ema" else 12) * student.learning  # weights, two moments, an average
     lighter = _lighter(config, student, work, sum(learning.values()) + gradients)
-    return Plan(parameters, processes, phases, host, spilled, saved, seconds, updates, lighter)
+    return Plan(parameters, student.adapters, processes, phases, host, spilled, saved, seconds, updates, lighter)
 
 
 @dataclass(frozen=True)
@@ -369,6 +370,8 @@ def describe(config: Config, device: torch.device, plan: Plan) -> str:
     ]
     host = " + ".join(f"{name} {amount(size)}" for name, size in plan.host.items())
     room = memory_of(device) - (0 if device.type == "cuda" else sum(plan.host.values()))
+    student, teacher = plan.parameters
+    learning = f" with adapters of {plan.adapters / 1e6:.2f} M" if plan.adapters else ""
     fit = []
     if plan.peaks["update"] > room:
         has = f"{amount(room)} of the {device.type}"
@@ -379,7 +382,7 @@ def describe(config: Config, device: torch.device, plan: Plan) -> str:
             f"{config.rollout.n} responses of up to {config.rollout.max_response_tokens} tokens on {device}; "
             f"{config.engine.kind} engine, {config.rollout.engine} rollouts, "
             f"{' '.join(filter(None, (config.teacher.mode, config.teacher.weights)))} teacher",
-            f"  parameters: student {plan.parameters[0] / 1e6:.2f} M, teacher {plan.parameters[1] / 1e6:.2f} M",
+            f"  parameters: student {student / 1e6:.2f} M{learning}, teacher {teacher / 1e6:.2f} M",
             f"  memory{each}, by phase:",
             *peaks,
             *fit,
