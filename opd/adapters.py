@@ -109,11 +109,7 @@ def load(model: PreTrainedModel, folder: Path) -> None:
 
     try:
         _inject(model, LoraConfig.from_pretrained(folder))
-        tensors = load_file(folder / WEIGHTS)
-        parameters = {_name_in_file(name): p for name, p in trained(model).items()}
-        if parameters.keys() != tensors.keys():
-            differing = min(parameters.keys() ^ tensors.keys())
-            raise ValueError(f"{differing} is not in both of them")
+        tensors, parameters = read(folder, model), trained(model)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
@@ -122,6 +118,15 @@ def load(model: PreTrainedModel, folder: Path) -> None:
             f"{folder}: its adapter does not fit the model that it names ({str(error)[:300]}). Restore the folder, or "
             "the model beneath it."
         ) from error
+
+
+def read(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The adapters of a folder by parameter name. Raises ValueError where the model's adapters have other names."""
+    tensors = load_file(folder / WEIGHTS)
+    names = {_name_in_file(name): name for name in trained(model)}
+    if names.keys() != tensors.keys():
+        raise ValueError(f"{min(names.keys() ^ tensors.keys())} is not in both of them")
+    return {names[in_file]: tensor for in_file, tensor in tensors.items()}
 
 
 def _inject(model: PreTrainedModel, settings: Any) -> None:
@@ -189,7 +194,7 @@ def merged_weights(
 
 
 def _merged(layer: torch.nn.Module, content: Callable[[Tensor], Tensor]) -> Tensor:
-    a, b = content(layer.lora_A[NAME].weight), content(layer.lora_B[NAME].weight)
+    a, b = (content(matrix[NAME].weight).float() for matrix in (layer.lora_A, layer.lora_B))
     return content(layer.base_layer.weight).float() + layer.scaling[NAME] * (b @ a)
 
 

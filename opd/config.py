@@ -75,8 +75,8 @@ class LoraSection:
 
     rank: Count = doc("Columns of an adapter's two matrices. 8 to 64 are usual; many facts to learn take more.")
     alpha: float = doc(
-        "What an adapter computes is multiplied by alpha / rank. 32 with optim.lr at ten times the rate of full "
-        "fine-tuning is what Schulman et al. found best at any rank (LoRA Without Regret, 2025).",
+        "What an adapter computes is multiplied by alpha / rank. Schulman et al. used 32, and found the best optim.lr "
+        "about ten times that of full fine-tuning at any rank (LoRA Without Regret, 2025).",
         gt=0,
     )
     targets: Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"] = doc(
@@ -667,11 +667,6 @@ def _engine_faults(config: Config) -> Iterator[str]:
         yield (
             f"teacher.placement is {config.teacher.placement!r} and engine.kind is 'torch': weights are split or kept "
             'in host memory by ZeRO-3. Set engine.kind to "deepspeed", or teacher.placement to "device".'
-        )
-    if engine.kind == "deepspeed" and config.student.lora:
-        yield (
-            "student.lora is set and engine.kind is 'deepspeed', which splits what learns. Adapters are small and "
-            "learn on one device. Set engine.kind=torch, or student.lora=null."
         )
     if engine.kind == "deepspeed" and engine.phases == 2:
         yield (

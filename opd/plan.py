@@ -154,7 +154,9 @@ def make_plan(
         beside_student = {name: size for name, size in held.items() if name != "optimizer"}
         beside_teacher = scoring if kept else beside_student
         learning = held | {"teacher head": teacher.head * kept}
-    loads_float32 = zero is not None and zero["stage"] in (1, 2) and s_bytes == 2  # and DeepSpeed rounds it to bfloat16
+    loads_float32 = (
+        zero is not None and zero["stage"] in (1, 2) and s_bytes == 2 and not student.adapters
+    )  # DeepSpeed rounds it
     phases = {
         "loading": scoring | {"float32 weights": 4 * student.parameters} if loads_float32 else {},
         "rollout": beside_student | _generation(config, student, work.together, config.rollout.max_response_tokens),
@@ -276,9 +278,10 @@ def _student_memory(
     """
     parameters, half = student.parameters, compute_bytes == 2
     stage = 0 if zero is None else zero["stage"]
-    if student.adapters:
-        four = 4 * student.adapters
-        return {"weights": parameters * compute_bytes + four, "gradients": four, "optimizer": 2 * four}, {}
+    if student.adapters:  # the frozen model beneath them is whole on every process
+        learning = replace(student, parameters=student.adapters, adapters=0, head=0)
+        device, host = _student_memory(learning, 4 if zero is None else compute_bytes, zero, processes)
+        return device | {"weights": device["weights"] + parameters * compute_bytes}, host
     if stage == 0:
         copy = 2 * parameters if half and zero is None else 0  # the plain engine's, while autocast holds
         four = 4 * parameters

@@ -28,7 +28,7 @@ from opd.rollout import Decoding
 from opd.rollout.local import TransformersSampler
 from opd.step import train_step
 from opd.teacher import local as local_teacher
-from opd.teacher.self import Average, live
+from opd.teacher.self import Average
 from tip.config import TipConfig
 from tip.weighter import TipWeighter
 
@@ -230,7 +230,7 @@ def self_taught(rank, folder):
 def taught(engine, weights, mine, step, average):
     """One update on privileged prompts; returns the average of the student's weights and the loss."""
     average = average or Average(random_lm(1, name="teacher"), engine, 0.8)
-    teacher = live(engine.student) if weights == "live" else average.teacher
+    teacher = replace(engine.student, name="teacher") if weights == "live" else average.teacher
     rollouts = [r for r in with_privileged(rollouts_of(step, teacher)) if mine(r.sequence_id)]
     batches = make_micro_batches(rollouts, 60, 0, "keep", engine.student.packed_row)
     pair = pair_of(engine.student, teacher)

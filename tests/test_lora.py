@@ -265,7 +265,7 @@ def test_the_plan_counts_what_learns():
         (['student.lora={"rank": 4, "alpha": 0, "targets": "all-linear"}'], "student.lora.alpha"),
         (['student.lora={"rank": 4, "alpha": 8, "targets": []}'], "student.lora.targets"),
         (['student.lora={"rank": 4, "alpha": 8, "targets": "all-linear", "lora_dropout": 0.1}'], "have no dropout"),
-        ([AS_SETTING, "engine.kind=deepspeed", "engine.deepspeed=zero2"], "learn on one device"),
+        ([AS_SETTING, "engine.kind=deepspeed", "engine.deepspeed=zero3"], "whole on every process"),
     ],
 )
 def test_wrong_settings_get_one_message(settings, message, tmp_path):

@@ -206,6 +206,21 @@ def test_a_recipe_for_one_gpu_fits_by_hand_arithmetic(name, card, tmp_path):
     assert max(found.peaks.values()) < GPU[card] * 2**30, {k: v / 2**30 for k, v in found.peaks.items()}
 
 
+def test_adapters_fit_a_small_card_by_hand_arithmetic(tmp_path):
+    config, p, q, found = of_recipe("qwen3_8b_to_1.7b_lora", tmp_path)
+    # rank 32 at q, k, v, o, gate, up and down of 28 layers: inputs and outputs of each
+    adapters = 32 * 28 * (2 * (2048 + 2048) + 2 * (2048 + 1024) + 3 * (2048 + 6144))
+    weights, longest = 2 * p + 4 * adapters, 2048 + 4096
+    assert found.adapters == adapters and found.checkpoint == 12 * adapters
+    cache = 16 * longest * 28 * 2 * 8 * 128 * 2 * 5 // 4
+    assert found.peaks["rollout"] == weights + cache + 16 * 151936 * 16
+    assert found.phases["teacher"]["teacher"] == found.host["teacher waiting"] == 2 * q
+    one_layer = longest * (8 * 2048 + 3 * 6144) * 2
+    backward = one_layer + 28 * longest * 2048 * 2 + longest * longest * 2 + config.loss.chunk_bytes
+    assert found.peaks["update"] == weights + 12 * adapters + 2 * 151936 * 4096 + backward
+    assert max(found.peaks.values()) < GPU[24] * 2**30, {k: v / 2**30 for k, v in found.peaks.items()}
+
+
 @pytest.mark.parametrize("teacher", ["14b", "32b"])
 def test_the_pairs_for_travel_tasks_fit_eight_gpus(teacher, tmp_path):
     *_, found = of_recipe(f"qwen3_{teacher}_to_1.7b_deepplanning", tmp_path, 8)

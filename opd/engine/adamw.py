@@ -43,6 +43,7 @@ def make_adamw(parameters: Collection[Tensor], config: Config, sharded: bool = F
         {"params": [p for p in parameters if dimensions[p] >= 2], "weight_decay": config.optim.weight_decay},
         {"params": [p for p in parameters if dimensions[p] < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # DeepSpeed takes no empty one; adapters are matrices alone
     return torch.optim.AdamW(groups, lr=config.optim.lr, betas=config.optim.betas, fused=True)
 
 

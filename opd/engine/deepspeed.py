@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd import distributed, models
+from opd import adapters, distributed, models
 from opd.config import Config
 from opd.engine.adamw import clip, load_moments, make_adamw, named_moments, prepare_model, set_rate
 from opd.models import LanguageModel
@@ -129,17 +129,18 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         if self.stage == 0:
-            return self.model.state_dict() if distributed.is_first() else {}
+            tensors = dict(self.float32_weights()) if adapters.is_adapted(self.model) else self.model.state_dict()
+            return tensors if distributed.is_first() else {}
         return _gathered({name: partial(safe_get_full_fp32_param, p) for name, p in self.named_parameters.items()})
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """As Engine.named_weights, in the compute dtype. ZeRO-3 gathers them bucket by bucket."""
+        """As Engine.named_weights, in the compute dtype, or merged in float32. ZeRO-3 gathers bucket by bucket."""
         from deepspeed.runtime.zero import GatheredParameters
 
-        parameters = self.model.state_dict(keep_vars=True)
         if self.stage < 3:
-            yield from parameters.items()
+            yield from adapters.merged_weights(self.model)
             return
+        parameters = self.model.state_dict(keep_vars=True)
         buckets: list[dict[str, Tensor]] = [{}]
         for name, parameter in parameters.items():
             filled = sum(p.ds_numel for p in buckets[-1].values())

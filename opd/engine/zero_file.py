@@ -72,6 +72,11 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
             "process, which is what stage 3 avoids. Set engine.deepspeed=zero2, or teacher.weights to 'initial' or "
             "'live'."
         )
+    if settings["zero_optimization"]["stage"] == 3 and config.student.lora:
+        raise InputError(
+            f"{path}: stage is 3 and student.lora is set: adapters are added to layers that are whole on every "
+            "process. Set engine.deepspeed=zero2, or student.lora=null."
+        )
     has_stage = settings["zero_optimization"]["stage"] > 0
     return settings | {
         "train_micro_batch_size_per_gpu": 1,

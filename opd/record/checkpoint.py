@@ -177,9 +177,13 @@ def load_optimizer(checkpoint: Path, engine: Engine) -> None:
 
     The student itself is loaded from the folder like any Hugging Face checkpoint.
     """
+    moments = _Tensors([checkpoint / "trainer" / "optimizer.safetensors"])
+    if adapters.is_adapted(engine.student.model):
+        engine.load(moments, adapters.read(checkpoint, engine.student.model))
+        return
     manifest = json.loads((checkpoint / MANIFEST).read_text())  # it leaves out foreign files beside the model
     model = [checkpoint / name for name in manifest if name.endswith(".safetensors") and "/" not in name]
-    engine.load(_Tensors([checkpoint / "trainer" / "optimizer.safetensors"]), _Tensors(model))
+    engine.load(moments, _Tensors(model))
 
 
 class _Tensors(Mapping):
