@@ -77,12 +77,18 @@ def count(model: PreTrainedModel, lora: LoraSection, where: str) -> int:
 
 
 def add(model: PreTrainedModel, section: StudentSection, seed: int) -> None:
-    """Adds fresh adapters to a model, and freezes everything else. Raises InputError as targets_of does.
+    """Adds fresh adapters to a model, and freezes everything else.
 
-    A is drawn from the seed and the name of its layer, uniformly as peft draws it; B is 0.
+    A is drawn from the seed and the name of its layer, uniformly as peft draws it; B is 0. Raises InputError as
+    targets_of does, and for a model that has adapters.
     """
     from peft import LoraConfig  # slow to import, as all of peft is
 
+    if is_adapted(model):
+        raise InputError(
+            f"student.path {section.path!r} holds adapters, and student.lora is set: adapters are added to a plain "
+            f"model. Make one of it first: python -m opd.merge {section.path} --out DIR"
+        )
     targets = targets_of(model, section.lora, f"student.path {section.path!r}")
     settings = LoraConfig(
         r=section.lora.rank,

@@ -20,6 +20,7 @@ from opd.errors import InputError
 from opd.hooks import UniformWeighter
 from opd.step import train_step
 from opd.teacher.self import open_teacher
+from tip import analyze
 from tip.config import TipConfig
 from tip.weighter import TipWeighter
 
@@ -214,6 +215,28 @@ def test_an_evaluation_of_a_checkpoint_is_the_runs_own(trained, tmp_path):
     )
     again, own = (path.read_text() for path in (tmp_path / "eval/tiny.jsonl", trained / "eval/step_000008/tiny.jsonl"))
     assert again == own
+
+
+def test_selection_is_analysed_on_a_checkpoint_and_no_second_adapter_is_added(trained, tmp_path, monkeypatch):
+    folder = trained / "checkpoints" / "step_000008"
+    monkeypatch.setattr(analyze, "plots", lambda *_: {})  # they take most of the time
+    monkeypatch.setattr(analyze, "page", lambda *_: "")
+    found = {}
+    for name, path in (("adapted", folder), ("plain", tiny_config().student.path)):
+        options = [
+            *runs.words(f"student.path={path}"),
+            "--prompts",
+            "8",
+            "--oracle-tokens",
+            "60",
+            "--out",
+            str(tmp_path / name),
+        ]
+        analyze.command(options)
+        found[name] = json.loads((tmp_path / name / "analysis.json").read_text())["rules"]
+    assert found["adapted"].keys() == found["plain"].keys() and found["adapted"] != found["plain"]
+    with pytest.raises(InputError, match=r"holds adapters.*opd\.merge"):
+        runs.train(tmp_path, *SHORT, f"student.path={folder}")
 
 
 def test_two_phases_change_nothing(trained, tmp_path):

@@ -3,7 +3,8 @@
 L is the mean divergence of the tokens of a fresh batch, and g_t the gradient of token t's divergence. The weight of
 steepest descent is <grad L, g_t> / |g_t|^2 up to a constant, and it gains <grad L, g_t>^2 / |g_t|^2.
 
-Shapes: N tokens of the update; K tokens whose gradient is taken; P parameters of the student; H hidden.
+Shapes: N tokens of the update; K tokens whose gradient is taken; P parameters of the student that learn; H
+hidden.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd import adapters
 from opd.batch import MicroBatch
 from opd.hooks import TokenStats
 from opd.progress import Progress
@@ -62,7 +64,8 @@ def token_gradients(
 
 
 def _mean_gradient(pair: Pair, batches: Sequence[MicroBatch]) -> Tensor:
-    total_P = torch.zeros(sum(p.numel() for p in pair.student.model.parameters()), device=pair.student.device)
+    count = sum(p.numel() for p in adapters.trained(pair.student.model).values())
+    total_P = torch.zeros(count, device=pair.student.device)
     for batch in batches:
         every_token = torch.arange(len(batch.token_ids))
         loss = pair.weighted_loss_of(*_hidden_states(pair, batch, every_token), torch.ones(len(every_token)), None)
@@ -77,8 +80,8 @@ def _hidden_states(pair: Pair, batch: MicroBatch, keep: Tensor) -> tuple[Tensor,
 
 
 def _gradient(pair: Pair, loss: Tensor, keep_graph: bool) -> Tensor:
-    """The gradient of a loss in all parameters of the student, (P,)."""
-    parameters = list(pair.student.model.parameters())
+    """The gradient of a loss in all parameters of the student that learn, (P,)."""
+    parameters = list(adapters.trained(pair.student.model).values())
     gradients = torch.autograd.grad(loss, parameters, retain_graph=keep_graph, materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 
