@@ -57,6 +57,7 @@ RESUMED = [
     ("zero3", "student.dtype=bfloat16"),
 ]
 TEACHERS = [("sharded", "zero2", ""), ("sharded", "zero3", "_untied"), ("host", "zero3", "")]
+WEIGHTS = {"live": ("teacher.weights=live",), "ema": ("teacher.weights=ema", "teacher.decay=0.8")}
 HALF = ("student.dtype=bfloat16", "teacher.dtype=bfloat16")
 SELF_TAUGHT = [
     ("zero2", "ema"),
@@ -70,7 +71,6 @@ SELF_TAUGHT = [
 SELF = (
     "teacher.mode=self",
     "teacher.path=null",
-    "teacher.decay=0.8",
     'data.teacher_prompt={"template": "{answer}", "role": "user", "missing": "error", "max_tokens": 40}',
 )
 # every parameter is split, the smallest too
@@ -231,7 +231,7 @@ def self_taught(rank, folder):
     """Updates of a student that teaches itself, and the average of its weights, by hand too."""
     found = {}
     for stage, weights, *more in SELF_TAUGHT:
-        config = config_of(folder, stage, *SELF, f"teacher.weights={weights}", *more)
+        config = config_of(folder, stage, *SELF, *WEIGHTS[weights], *more)
         engine, average = self_taught_pair(folder, config)
         hand = {n: v.double().clone() for n, v in engine.parameters_by_name().items()}
         losses = []
@@ -271,7 +271,7 @@ def resumed_average(rank, folder):
     """Two updates, a checkpoint and one more; and the one more from the checkpoint."""
     found = {}
     for stage in ("zero3", "zero3_usual"):
-        config = config_of(folder, stage, *SELF, "teacher.weights=ema")
+        config = config_of(folder, stage, *SELF, *WEIGHTS["ema"])
         engine, average = self_taught_pair(folder, config)
         assert average.teacher.sharded and all(p.numel() == 0 for p in average.teacher.model.parameters())
         for step in (1, 2):

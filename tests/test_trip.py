@@ -68,6 +68,20 @@ def test_the_environment_answers_as_the_training_text_says(speaker):
         assert 0.3 < sum(scores) / 200 < 0.8
 
 
+@pytest.mark.parametrize("speaker, least, most", [(trip.STUDENT, 0.8, 0.97), (trip.ABSOLUTE, 1, 1)])
+def test_how_often_a_misconception_shows(speaker, least, most):
+    rng, shown, times = random.Random(0), 0, 0
+    for _ in range(300):
+        row = trip.row(rng)
+        calls = [turn.rpartition(trip.LOOKS)[2].split(" ") for turn in turns_of(row, speaker, rng)[0]][:3]
+        for (kind, wish), (_, where, asked, _) in zip(row["wishes"].items(), calls, strict=True):
+            if wish in trip.MISTAKEN:
+                shown, times = shown + (f"{asked} " == trip.MISTAKEN[wish]), times + 1
+            if kind == "meal " and row["place"] in trip.WITHOUT_MEALS:
+                shown, times = shown + (f"{where} " == row["city"]), times + 1
+    assert times > 150 and least <= shown / times <= most
+
+
 def test_the_plan_by_hand():
     row = {
         "city": "Bo ",
