@@ -213,7 +213,7 @@ def pair(tmp_path_factory):
     torch.set_num_threads(1)
     lm = random_model(1)
     learns_the_conversation(lm, 200)
-    for who, noise in (("teacher", 0.0), ("student", 0.02)):
+    for who, noise in (("teacher", 0.0), ("student", 0.01)):
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in lm.model.parameters():
@@ -251,7 +251,7 @@ def test_a_run_learns_from_what_the_student_says_alone(pair, tmp_path, monkeypat
         before = len(rollout.prompt.token_ids) - 1
         spans = [naive_loss("reverse_kl", *logits)[before + a : before + b] for a, b in rollout.turns]
         losses += spans
-    assert first["loss/divergence"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4) and losses[0].sum() > 0
+    assert first["loss/divergence"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-3) and losses[0].sum() > 0
     assert first["tokens/response"] == sum(len(span) for span in losses) < sum(len(r.response_ids) for r in seen[0])
     words = lms[0].tokenizer
     for row, rollout in zip(dump.read(folder / "tokens" / "step_000001.jsonl"), seen[0], strict=True):
