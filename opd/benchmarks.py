@@ -31,11 +31,11 @@ from opd.config import (
 )
 from opd.data import Prompt, make_prompts, read_problems
 from opd.errors import InputError
+from opd.measures import GREEDY
 from opd.models import LanguageModel
 from opd.rollout.turns import Dialogue, open_dialogue
 
 VALIDATION = "validation"  # name of the benchmark that consists of held-out training prompts
-GREEDY = -1  # sample number of the greedy response in an evaluation's files
 
 
 @strict

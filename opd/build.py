@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opd import distributed, evaluate, models, privileged
+from opd import distributed, models, privileged
 from opd.benchmarks import (
     LoadedBenchmark,
     check_benchmarks,
@@ -28,7 +28,7 @@ from opd.hooks import STAT_FIELDS, Observer, StatefulWeighter, TokenWeighter
 from opd.models import LanguageModel
 from opd.phases import Phases
 from opd.progress import RunProgress, due
-from opd.record import checkpoint, folder
+from opd.record import checkpoint, evaluation, folder
 from opd.record.boards import open_boards
 from opd.record.metrics import MetricsLog
 from opd.record.record import Record
@@ -287,7 +287,7 @@ def _enter_folder(run: Run, continue_from: Path | None) -> None:
     if distributed.is_first():
         folder.rewind(run_dir, run.step, continue_from)
         clear_folder(run_dir / SPILLED)
-        first = evaluate.finished(run_dir / "eval" / "step_000000", [loaded.name for loaded in run.benchmarks])
-        run.progress.continue_after(run.step, evaluate.seconds_of(first) if first else None)
+        first = evaluation.finished(run_dir / "eval" / "step_000000", [loaded.name for loaded in run.benchmarks])
+        run.progress.continue_after(run.step, evaluation.seconds_of(first) if first else None)
         log = MetricsLog(run_dir, open_boards(config, run.identity["config"], run.step))
         run.record = Record(run_dir, config, log, run.student.tokenizer, run.verdicts, run.observer)

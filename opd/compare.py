@@ -13,9 +13,9 @@ from opd.accuracy import paired_interval
 from opd.cli import main
 from opd.commands import COMMANDS
 from opd.errors import InputError
-from opd.evaluate import read_responses, read_summary
 from opd.files import step_number
 from opd.measures import MEASURES, by_problem
+from opd.record.evaluation import read_responses, read_summary
 
 SAME_WAY = (
     "benchmark",

@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from opd.accuracy import best_at
-from opd.benchmarks import GREEDY
 
-Rows = Sequence[Mapping[str, Any]]  # responses, as opd.evaluate.Response; of one problem where nothing else is said
+GREEDY = -1  # sample number of the greedy response in the files of an evaluation
+Rows = Sequence[Mapping[str, Any]]  # responses, as opd.evaluation.Response; of one problem where nothing else is said
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from pathlib import Path
 from zlib import crc32
 
 from opd import distributed
-from opd.benchmarks import GREEDY, LoadedBenchmark
+from opd.benchmarks import LoadedBenchmark
 from opd.cli import say
 from opd.config import Config
 from opd.data import Rollout
 from opd.files import write_whole
+from opd.measures import GREEDY
 from opd.models import LanguageModel
 from opd.progress import Progress
 from opd.rollout import Decoding, Sampler

@@ -33,7 +33,7 @@ from opd.doctor import dry_run, resolved
 from opd.errors import InputError, Interrupted, RunError
 from opd.hooks import Observer, StatefulWeighter, TokenWeighter, UniformWeighter
 from opd.progress import Progress, Watch, due, duration, peak_memory_gb, reset_peak_memory
-from opd.record import checkpoint, folder
+from opd.record import checkpoint, evaluation, folder
 from opd.record.boards import check_boards
 from opd.record.identity import identity_of, start_folder
 from opd.record.record import fields_to_measure
@@ -265,9 +265,9 @@ def _evaluate(run: Run, name: str, subject: AbstractContextManager[Subject], pre
     if run.record:
         if out != target:
             shutil.copytree(out, target, dirs_exist_ok=True)
-        run.record.log.scalars(evaluate.scalars(figures, prefix), run.step)
-        run.progress.evaluated(evaluate.seconds_of(figures), prefix == "teacher")
-        say(f"{run.config.run_name}: {who}: {evaluate.line(figures)}")
+        run.record.log.scalars(evaluation.scalars(figures, prefix), run.step)
+        run.progress.evaluated(evaluation.seconds_of(figures), prefix == "teacher")
+        say(f"{run.config.run_name}: {who}: {evaluation.line(figures)}")
 
 
 def _made_once(run: Run, out: Path) -> AbstractContextManager:

@@ -10,4 +10,4 @@ if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
   echo "The paper's pair, on a GPU: bash scripts/run_math500_soft_or.sh configs/qwen3_8b_to_4b.json" >&2
 fi
 config=(); if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then config=("$1"); shift; fi
-exec bash "$(dirname "$0")/reproduce.sh" --table main "${config[@]}" --jobs 2 "$@"
+exec bash "$(dirname "$0")/reproduce.sh" --table main "${config[@]}" --jobs 3 "$@"

@@ -8,10 +8,10 @@ from statistics import fmean
 import pytest
 from helpers import response
 
-from opd import compare, evaluate
+from opd import compare
 from opd.errors import InputError
 from opd.measures import CONVERSATIONS, MEASURES
-from opd.record import dump
+from opd.record import dump, evaluation
 from tip import reproduce
 from tip.results import turns
 from tip.results.types import Evaluation
@@ -45,7 +45,7 @@ ROWS = [
 
 
 def test_measures_of_conversations_by_hand(tmp_path):
-    figures = evaluate.summarise(ROWS)
+    figures = evaluation.summarise(ROWS)
     assert figures["greedy"] == 0.5 and figures["mean_at_k"] == pytest.approx(1 / 6)
     assert figures["share_at_k"] == pytest.approx((1.75 / 3 + 0.5 / 3) / 2)
     assert figures["share_best_at_2"] == pytest.approx((2.5 / 3 + 1.0 / 3) / 2)  # 1 .5 1 and 0 .5 .5
@@ -61,11 +61,11 @@ def test_measures_of_conversations_by_hand(tmp_path):
 
 def test_what_was_not_measured_is_none_and_not_zero():
     two = [row for row in ROWS if row["sample"] < 2]
-    assert evaluate.summarise(two)["share_best_at_2"] is None  # the best of two is then the best of all
-    greedy = evaluate.summarise([row for row in ROWS if row["sample"] < 0])
+    assert evaluation.summarise(two)["share_best_at_2"] is None  # the best of two is then the best of all
+    greedy = evaluation.summarise([row for row in ROWS if row["sample"] < 0])
     assert [greedy[name] for name in CONVERSATIONS] == [None, None, None, 1.0]
     graded = [response("p", 0, True)]
-    assert not set(CONVERSATIONS) & evaluate.summarise(graded).keys()
+    assert not set(CONVERSATIONS) & evaluation.summarise(graded).keys()
     assert all(MEASURES[name].of(graded) is None for name in CONVERSATIONS)
     titles = [Evaluation(8, 16, {}, None, {}).title(name) for name in MEASURES]
     assert titles == ["greedy", "mean@16", "share@16", "best@2", "best@16", "delivered"]
@@ -90,7 +90,7 @@ def test_the_table_holds_every_measure_and_says_that_it_is_not_the_papers(table)
     for label, arm in found["arms"].items():
         measured = arm["evaluations"]["2"]["tiny_planning"]["metrics"]
         assert set(measured) == set(MEASURES)
-        rows = evaluate.read_responses(Path(found["folders"][label]["0"]) / "eval/step_000002/tiny_planning.jsonl")
+        rows = evaluation.read_responses(Path(found["folders"][label]["0"]) / "eval/step_000002/tiny_planning.jsonl")
         best = []
         for problem in {row["id"] for row in rows}:
             shares = [row["share"] for row in rows if row["id"] == problem and row["sample"] >= 0]

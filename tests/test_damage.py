@@ -17,9 +17,9 @@ import pytest
 from runs import forked, status, words
 from safetensors.torch import load_file
 
-from opd import cli, evaluate, train
+from opd import cli, train
 from opd.errors import Interrupted
-from opd.record import checkpoint
+from opd.record import checkpoint, evaluation
 
 DAMAGES = int(os.environ.get("OPD_DAMAGES", "24"))
 SETTINGS = (
@@ -217,7 +217,7 @@ def check_right(folder, finished):
     assert weights(folder) == weights(finished)
     rows = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(ROWS) and json.loads((folder / "summary.json").read_text())["steps"] == len(ROWS)
-    assert all(evaluate.finished(folder / "eval" / name, ["tiny"]) for name in EVALUATIONS)
+    assert all(evaluation.finished(folder / "eval" / name, ["tiny"]) for name in EVALUATIONS)
     assert checkpoint.newest(folder).name == "step_000006"
 
 

@@ -18,6 +18,7 @@ from opd.config import load_config
 from opd.data import Problem, Prompt, make_prompts
 from opd.errors import InputError
 from opd.hooks import UniformWeighter
+from opd.record import evaluation
 from opd.record.identity import differences, identity_of, start_folder
 from opd.responses import Subject
 from opd.rollout import environment
@@ -292,7 +293,7 @@ def evaluated(out, limits=None, stop=lambda together: None, batch_size=3):
     subject = Subject(lm, Scripted(lm), 76, pair_of(lm, planner(2, name="teacher"), LOSS, 76))
     config = tiny_config(f"rollout.batch_size={batch_size}", "eval.reverse_kl_samples=null")
     figures = evaluate.evaluate(subject, [loaded], config, out, None, stop)
-    return figures["talk"], evaluate.read_responses(out / "talk.jsonl")
+    return figures["talk"], evaluation.read_responses(out / "talk.jsonl")
 
 
 def test_an_environment_scores_the_conversations_of_an_evaluation(tmp_path):
@@ -312,8 +313,8 @@ def test_an_environment_scores_the_conversations_of_an_evaluation(tmp_path):
     assert figures["turns_mean"] == sum(len(r["turns"]) for r in rows) / 12 and figures["maj_at_k"] is None
     assert figures["environment"] == "echo-1" and figures["benchmark"]["environment"]["max_turn_tokens"] == 12
     assert figures["reverse_kl"] > 0 and {"turns", "length"} & {r["finish_reason"] for r in rows}
-    logged = evaluate.scalars({"talk": figures}, "eval")
-    assert logged["eval/talk/share_at_k"] == figures["share_at_k"] and "share@3" in evaluate.line({"talk": figures})
+    logged = evaluation.scalars({"talk": figures}, "eval")
+    assert logged["eval/talk/share_at_k"] == figures["share_at_k"] and "share@3" in evaluation.line({"talk": figures})
 
 
 def test_an_evaluation_that_was_stopped_in_the_middle_is_the_same(tmp_path):

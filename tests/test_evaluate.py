@@ -23,6 +23,7 @@ from opd.data import Prompt, Rollout
 from opd.errors import InputError
 from opd.grading import Grader, Verdict
 from opd.models import sampled_vocabulary
+from opd.record import evaluation
 from opd.record.record import rollout_metrics
 from opd.responses import Subject
 from opd.rollout.local import TransformersSampler
@@ -117,7 +118,7 @@ def majority_of(texts, answer, grader):
     started = [evaluate.start_grading(lm, rollout, grader, False) for _, rollout in numbered]
     rows = evaluate.graded(lm, [(*pair, start) for pair, start in zip(numbered, started, strict=True)], grader)
     assert rows[0]["vote"] is None  # the greedy response takes no part
-    return evaluate.summarise(rows)["maj_at_k"]
+    return evaluation.summarise(rows)["maj_at_k"]
 
 
 def test_what_votes_and_what_votes_together():
@@ -146,7 +147,7 @@ def test_a_summary_by_hand():
     rows = [row("a", -1, True), row("b", -1, None)]
     rows += [row("a", i, c, e) for i, (c, e) in enumerate([(True, "7"), (True, "7"), (False, "8"), (False, None)])]
     rows += [row("b", i, c, e) for i, (c, e) in enumerate([(False, "1"), (None, "2"), (False, "1"), (True, "3")])]
-    found = evaluate.summarise(rows)
+    found = evaluation.summarise(rows)
     assert (found["problems"], found["k"], found["greedy"], found["ungraded"]) == (2, 4, 0.5, 2)
     assert found["greedy_se"] == pytest.approx(0.5)  # of 1 and 0
     a, b = 2 / 4, 1 / 4
@@ -157,12 +158,12 @@ def test_a_summary_by_hand():
     assert found["pass_at"]["1"] == pytest.approx(found["mean_at_k"])
     assert found["pass_at"]["2"] == pytest.approx((5 / 6 + 3 / 6) / 2) and found["pass_at"]["4"] == 1.0
     assert found["maj_at_k"] == 0.5 and found["unformatted"] == 0.1 and found["truncated"] == 0.0
-    assert evaluate.line({"b": found}).endswith("ungraded 2")
+    assert evaluation.line({"b": found}).endswith("ungraded 2")
 
 
 def test_a_benchmark_that_is_almost_wholly_ungraded_is_almost_wholly_wrong():
     rows = [row(f"p{i}", sample, True if i == 41 else None) for i in range(100) for sample in (-1, 0, 1)]
-    found = evaluate.summarise(rows)
+    found = evaluation.summarise(rows)
     for figure in ("greedy", "mean_at_k", "maj_at_k"):
         assert found[figure] == pytest.approx(0.01)
     assert found["pass_at"] == {"1": pytest.approx(0.01), "2": pytest.approx(0.01)}
@@ -301,7 +302,7 @@ def test_acceptance_is_that_of_the_scored_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "score_update", lambda *a: seen.append(scoring(*a)) or seen[-1])
     config = tiny_config("eval.reverse_kl_samples=null")
     found = evaluate.evaluate(subject, [loaded], config, tmp_path, Decided())["one"]
-    rows, (stats,) = evaluate.read_responses(tmp_path / "one.jsonl"), seen
+    rows, (stats,) = evaluation.read_responses(tmp_path / "one.jsonl"), seen
     lengths, accepted = [], []
     for i, line in enumerate(rows):
         own = stats.rows(stats.sequence_id == i)
@@ -312,17 +313,17 @@ def test_acceptance_is_that_of_the_scored_tokens(tmp_path, monkeypatch):
             for b in range(len(kept))
         ]
         assert line["tokens"] == len(kept) and line["acceptance"] == pytest.approx(statistics.fmean(kept), abs=1e-6)
-        assert line[evaluate.ACCEPTED] == pytest.approx(statistics.fmean(of_blocks), abs=1e-6)
+        assert line[evaluation.ACCEPTED] == pytest.approx(statistics.fmean(of_blocks), abs=1e-6)
         lengths, accepted = lengths + of_blocks, accepted + kept
     assert found["acceptance"] == pytest.approx(statistics.fmean(accepted)) and 0 < found["acceptance"] < 1
-    assert found["accepted_of_4"] == pytest.approx(statistics.fmean(lengths)) and evaluate.ACCEPTED == "accepted_of_4"
-    assert "accepted as drafts" in evaluate.line({"one": found})
+    assert found["accepted_of_4"] == pytest.approx(statistics.fmean(lengths)) and evaluation.ACCEPTED == "accepted_of_4"
+    assert "accepted as drafts" in evaluation.line({"one": found})
 
 
 def test_greedy_alone_and_samples_alone():
-    greedy = evaluate.summarise([row("a", -1, True), row("b", -1, False)])
+    greedy = evaluation.summarise([row("a", -1, True), row("b", -1, False)])
     assert greedy["mean_at_k"] is None and greedy["pass_at"] == {} and greedy["greedy_se"] == pytest.approx(0.5)
-    sampled = evaluate.summarise(
+    sampled = evaluation.summarise(
         [row("a", 0, True, reverse_kl=0.5, tokens=4), row("a", 1, False, reverse_kl=2.0, tokens=1)]
     )
     assert sampled["greedy"] is None and sampled["mean_at_k"] == 0.5 and sampled["reverse_kl"] == pytest.approx(4 / 5)
@@ -330,9 +331,9 @@ def test_greedy_alone_and_samples_alone():
 
 def test_the_greedy_responses_divergence_counts_only_without_samples():
     greedy = [row("a", -1, True, reverse_kl=3.0, tokens=2), row("b", -1, True, reverse_kl=1.0, tokens=6)]
-    assert evaluate.summarise(greedy)["reverse_kl"] == pytest.approx((3 * 2 + 1 * 6) / 8)
+    assert evaluation.summarise(greedy)["reverse_kl"] == pytest.approx((3 * 2 + 1 * 6) / 8)
     sampled = [row("a", 0, True, reverse_kl=0.5, tokens=4), row("b", 0, True, reverse_kl=2.0, tokens=1)]
-    assert evaluate.summarise([row("a", -1, True), *sampled])["reverse_kl"] == pytest.approx((0.5 * 4 + 2 * 1) / 5)
+    assert evaluation.summarise([row("a", -1, True), *sampled])["reverse_kl"] == pytest.approx((0.5 * 4 + 2 * 1) / 5)
 
 
 DATA = os.environ.get("OPD_TEST_DATA")

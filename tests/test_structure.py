@@ -72,8 +72,6 @@ def test_no_import_goes_in_a_circle():
 @pytest.mark.parametrize("path", [p for p in OPD if p.parts[1] in WINGS], ids=str)
 def test_wings_are_not_above_the_hall(path):
     upwards = set(imports(path)) & HALL
-    if path.parts[1] == "record":
-        upwards -= {"opd.evaluate"}  # a run's folder holds its evaluations
     if path.parts[1] == "rollout":
         upwards -= {"opd.plan"}  # it knows the size of a model
     assert not upwards

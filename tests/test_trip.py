@@ -19,7 +19,7 @@ from opd import train as training
 from opd.benchmarks import load_benchmarks
 from opd.config import load_config
 from opd.device import pick_device
-from opd.record import dump
+from opd.record import dump, evaluation
 from opd.responses import Subject
 from opd.rollout.local import TransformersSampler
 from tip import analyze
@@ -156,7 +156,7 @@ def test_the_teacher_plans_and_the_student_does_not_yet(tmp_path):
     assert teacher["greedy"] >= 0.95 and 0.15 <= student["greedy"] <= 0.45
     assert teacher["share_greedy"] > student["share_greedy"] > student["greedy"]
     assert teacher["delivered"] == 1 and teacher["turns_mean"] == 4 and teacher["share_at_k"] is None
-    for row in evaluate.read_responses(tmp_path / "student" / "tiny_planning.jsonl"):
+    for row in evaluation.read_responses(tmp_path / "student" / "tiny_planning.jsonl"):
         assert set(row["parts"]) == set(trip.PARTS) and row["share"] == sum(row["parts"].values()) / 4
 
 
@@ -296,7 +296,7 @@ def test_distillation_teaches_the_student_to_plan(tmp_path):
     """40 updates on all tokens lift the greedy success from 30 to 80 of 100; this is another test set's half of it."""
     config, _ = load_config(CONFIG, [f"output_dir={tmp_path}", "eval.every=0", "eval.k=0", "eval.limit=128"])
     folder = training.run(config)
-    figures = evaluate.read_summary(folder / "eval/step_000040")["tiny_planning"]
+    figures = evaluation.read_summary(folder / "eval/step_000040")["tiny_planning"]
     assert figures["greedy"] >= 0.7
 
 

@@ -10,12 +10,12 @@ refused: their accuracies do not compare.
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd.benchmarks import GREEDY
 from opd.cli import command_line, main
 from opd.compare import evaluation_folder
 from opd.errors import InputError
-from opd.evaluate import read_responses
 from opd.files import filled, lock
+from opd.measures import GREEDY
+from opd.record.evaluation import read_responses
 from tip.commands import COMMANDS
 from tip.results import files
 from tip.results.collect import collect

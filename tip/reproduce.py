@@ -18,7 +18,9 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -200,10 +202,16 @@ def _run_seeds(table: Table, base: Config, seeds: list[int], options: Namespace,
             student_of(base, seed)  # before the bars, because its training shows a bar of its own
         with Progress(table.name, runs, "runs") as progress:
             return sum(run_seed(table, options, seed, advance=progress.advance) for seed in seeds)
+    Thread(target=_import_results, daemon=True).start()
     if at_once <= len(seeds) and not sharded:
         return run_jobs(arguments, [Job(seed) for seed in seeds], at_once, logs)
     jobs = [Job(seed, arm.label) for seed in seeds for arm in table.arms]
     return run_jobs(arguments, jobs, 1 if sharded else at_once, logs)
+
+
+def _import_results() -> None:
+    """Imports what writes the table while other processes train; it takes seconds, which would come after the runs."""
+    import_module("tip.results.files")
 
 
 if __name__ == "__main__":

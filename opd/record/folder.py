@@ -11,14 +11,13 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from opd import evaluate
 from opd.arguments import path_fault
 from opd.benchmarks import VALIDATION
 from opd.cli import command_line, say
 from opd.config import ROOT
 from opd.errors import InputError
 from opd.files import check, read_object, step_number, whole_rows, writable, write_whole
-from opd.record import checkpoint
+from opd.record import checkpoint, evaluation
 from opd.record.identity import differences
 from opd.record.metrics import Row, Warned, read_metrics
 
@@ -29,9 +28,9 @@ DONE = "done"
 class Evaluations(TypedDict):
     """The figures of each model by benchmark; None where it was not evaluated."""
 
-    teacher: dict[str, evaluate.Figures] | None
-    step_0: dict[str, evaluate.Figures] | None
-    final: dict[str, evaluate.Figures] | None
+    teacher: dict[str, evaluation.Figures] | None
+    step_0: dict[str, evaluation.Figures] | None
+    final: dict[str, evaluation.Figures] | None
 
 
 class Tokens(TypedDict):
@@ -194,7 +193,7 @@ def _check_history(run_dir: Path, step: int, every: int, names: Collection[str])
         )
     for number in range(0, step, every or step) if names else ():
         folder = run_dir / "eval" / f"step_{number:06d}"
-        if evaluate.finished(folder, names) is None:
+        if evaluation.finished(folder, names) is None:
             raise InputError(f"{folder}: the evaluation after update {number} is damaged or missing. {then}")
 
 
@@ -247,7 +246,7 @@ def write_summary(run_dir: Path, names: Collection[str]) -> Summary:
     """Writes summary.json: the final figures of a run, from its own files. `names` are its benchmarks."""
     rows = read_metrics(run_dir)
     folders = (folder for folder in (run_dir / "eval").glob("*") if folder.is_dir())
-    evaluations = {f.name: figures for f in folders if (figures := evaluate.finished(f, names)) is not None}
+    evaluations = {f.name: figures for f in folders if (figures := evaluation.finished(f, names)) is not None}
     steps = sorted((n for n in evaluations if step_number(Path(n)) is not None), key=lambda n: step_number(Path(n)))
     timed = [evaluations[name] for name in (*steps, "teacher") if name in evaluations]
     phases = sorted({name for row in rows for name in row if name.startswith("time/")})

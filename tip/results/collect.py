@@ -21,9 +21,9 @@ import torch
 from opd.accuracy import Interval, paired_interval, standard_error
 from opd.compare import finished_evaluations, per_problem
 from opd.errors import InputError
-from opd.evaluate import Figures, read_summary
 from opd.files import whole_rows
 from opd.measures import MEASURES
+from opd.record.evaluation import Figures, read_summary
 from opd.record.folder import ConfigFile, read_final, read_record
 from opd.record.metrics import Warned, read_metrics
 from tip.results import turns

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from opd.accuracy import Interval, paired_interval
 from opd.compare import finished_evaluations
-from opd.evaluate import ACCEPTED, read_responses
+from opd.record.evaluation import ACCEPTED, read_responses
 from tip.results.grid import difference_cell, grid
 from tip.results.types import Results
 
