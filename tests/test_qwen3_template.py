@@ -19,9 +19,8 @@ from data.deepplanning.calls import parse_calls
 from opd import train as training
 from opd.config import ROOT, EnvironmentSection
 from opd.data import Problem, Rollout, make_prompts
-from opd.evaluate import read_responses
 from opd.models import LanguageModel, load
-from opd.record import dump
+from opd.record import dump, evaluation
 from opd.rollout import Decoding
 from opd.rollout.environment import Score
 from opd.rollout.replies import Replies
@@ -261,5 +260,5 @@ def test_a_run_learns_from_what_the_student_says_alone(pair, tmp_path, monkeypat
             text.count("<tool_response>") == text.count("</tool_response>") > 0 for text in row["replies"].values()
         )
         assert row["turn"] == [turn for turn, (a, b) in enumerate(rollout.turns) for _ in range(a, b)]
-    (teacher,) = read_responses(folder / "eval" / "teacher" / "shop.jsonl")
+    (teacher,) = evaluation.read_responses(folder / "eval" / "teacher" / "shop.jsonl")
     assert teacher["correct"] and teacher["extracted"] == "8" and teacher["turns"] == list(TURNS)
