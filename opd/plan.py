@@ -142,7 +142,7 @@ def make_plan(
     gradients = held.pop("gradients")
     kept = 4 if config.teacher.weights == "ema" else t_bytes  # an average is float32
     kept = 0 if config.teacher_is_student else kept
-    scoring = _teacher_memory(teacher, kept, config.teacher.placement, processes, host)
+    scoring = _teacher_memory(teacher, kept, _teacher_placement(config.teacher, zero), processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
     teacher_states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
     limit = teacher_states if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
@@ -306,6 +306,13 @@ def _student_memory(
     else:
         device["gradients"] = 4 * part + buckets
     return device, host
+
+
+def _teacher_placement(section: TeacherSection, zero: dict | None) -> str:
+    """Where the teacher lies, as teacher.placement says it. An average lies where ZeRO-3 has the student."""
+    if section.weights != "ema" or zero is None or zero["stage"] < 3:
+        return section.placement
+    return "host" if zero.get("offload_param") else "sharded"
 
 
 def _teacher_memory(

@@ -30,7 +30,7 @@ from opd.rollout.local import TransformersSampler
 from opd.step import Pair, train_step
 from opd.teacher.cache import Cache
 from opd.teacher.local import LocalTeacher
-from opd.teacher.self import Average
+from opd.teacher.self import Average, live
 from tip.config import TipConfig
 from tip.weighter import TipWeighter
 
@@ -54,9 +54,7 @@ def step(batches, weighter=None, *, teacher=None, loss=LOSS, measure=frozenset()
     engine = engine_for(student)
     finish = engine.finish
     engine.finish = lambda apply: (seen.append(flat_gradient(student.model)), finish(apply))[1]
-    pair = pair_of(
-        student, replace(student, name="teacher") if teacher == "live" else random_lm(1, name="teacher"), loss
-    )
+    pair = pair_of(student, live(student) if teacher == "live" else random_lm(1, name="teacher"), loss)
     weighter = weighter or UniformWeighter()
     return train_step(pair, engine, batches, weighter, step=1, seed=0, measure=measure), seen[0]
 
@@ -254,7 +252,6 @@ def test_spilled_states_of_a_self_teacher_are_those_in_memory(tmp_path):
     student = random_lm(1)
     batches = one_each(with_privileged(random_rollouts(student)))
     kept, spilled = (
-        LocalTeacher(replace(student, name="teacher"), cache).hidden_states(batches)
-        for cache in (Cache(), Cache(0, tmp_path / "states"))
+        LocalTeacher(live(student), cache).hidden_states(batches) for cache in (Cache(), Cache(0, tmp_path / "states"))
     )
     assert all(torch.equal(a, b) for a, b in zip(kept, spilled, strict=True)) and len(kept) == len(batches)
