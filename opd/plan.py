@@ -140,8 +140,7 @@ def make_plan(
     work = _Work.of(config, processes)
     held, host = _student_memory(student, s_bytes, zero, processes)  # on the device, in host memory
     gradients = held.pop("gradients")
-    kept = 4 if config.teacher.weights == "ema" else t_bytes  # an average is float32
-    kept = 0 if config.teacher_is_student else kept
+    kept = _kept_bytes_each(config)
     scoring = _teacher_memory(teacher, kept, _teacher_placement(config.teacher, zero), processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
     teacher_states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
@@ -154,9 +153,7 @@ def make_plan(
         beside_student = {name: size for name, size in held.items() if name != "optimizer"}
         beside_teacher = scoring if kept else beside_student
         learning = held | {"teacher head": teacher.head * kept}
-    loads_float32 = (
-        zero is not None and zero["stage"] in (1, 2) and s_bytes == 2 and not student.adapters
-    )  # DeepSpeed rounds it
+    loads_float32 = zero is not None and zero["stage"] in (1, 2) and s_bytes == 2 and not student.adapters
     phases = {
         "loading": scoring | {"float32 weights": 4 * student.parameters} if loads_float32 else {},
         "rollout": beside_student | _generation(config, student, work.together, config.rollout.max_response_tokens),
@@ -180,6 +177,13 @@ def make_plan(
     saved = (16 if config.teacher.weights == "ema" else 12) * student.learning  # weights, two moments, an average
     lighter = _lighter(config, student, work, sum(learning.values()) + gradients)
     return Plan(parameters, student.adapters, processes, phases, host, spilled, saved, seconds, updates, lighter)
+
+
+def _kept_bytes_each(config: Config) -> int:
+    """Bytes of a number of the weights that the teacher keeps beside the student; an average is float32."""
+    if config.teacher_is_student:
+        return 0
+    return 4 if config.teacher.weights == "ema" else _bytes_each(config.teacher)
 
 
 @dataclass(frozen=True)
