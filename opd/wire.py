@@ -10,13 +10,14 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 
 from opd.errors import InputError
 
 CONNECTING = 120  # seconds until a server on another host must have time for this run
-HANDSHAKE = 20  # seconds in which who connects must show that it has the key
+HANDSHAKE = 20  # seconds in which each end must show that it has the key
 
 Address = tuple[str, int] | str  # host and port, or the path of a Unix socket
 
@@ -75,9 +76,10 @@ def connect(
     while True:
         try:
             connection = Client(address)
-            limit(connection, timeout)
+            limit(connection, min(timeout, HANDSHAKE))
             answer_challenge(connection, key)
             deliver_challenge(connection, key)
+            limit(connection, timeout)
             return connection
         except AuthenticationError:
             raise
@@ -100,3 +102,9 @@ def receive(connection: Connection, patience: float, allowance: str, waiting: Ca
         if time.monotonic() >= until:
             raise ServerLost(f"it gave no sign of life for {allowance}")
     return connection.recv_bytes()
+
+
+def hang_up(connection: Connection) -> None:
+    """Ends a connection that another thread may be reading; to that thread it looks as if the other end had ended."""
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as raw:
+        raw.shutdown(socket.SHUT_RDWR)

@@ -21,23 +21,13 @@ from opd import models
 from opd.config import Config
 from opd.engine import Engine
 from opd.models import LanguageModel
-from opd.teacher.local import load_teacher
 
 
-def open_teacher(config: Config, student: LanguageModel, device: torch.device) -> LanguageModel:
-    """The teacher's model at the beginning of a run. Raises InputError as opd.models.load does.
-
-    Args:
-        student: the model that teaches with teacher.weights live; no other teacher uses it.
-    """
-    weights = config.teacher.weights
-    if weights == "live":
-        return live(student)
-    if weights == "ema":
-        lm = models.load(config.student, device, "student")  # float32 under autocast, as the student computes
-        lm.model.requires_grad_(False)
-        return replace(lm, name="teacher")
-    return load_teacher(config, device)
+def averaged(config: Config, device: torch.device) -> LanguageModel:
+    """A second student, which takes the average of its weights. Raises InputError as opd.models.load does."""
+    lm = models.load(config.student, device, "student")  # float32 under autocast, as the student computes
+    lm.model.requires_grad_(False)
+    return replace(lm, name="teacher")
 
 
 def live(student: LanguageModel) -> LanguageModel:
