@@ -117,7 +117,7 @@ class Line:
             raise self._broken(error) from None
 
     def _broken(self, error: BaseException) -> ServerLost:
-        return ServerLost(f"the connection is lost ({type(error).__name__})")
+        return ServerLost(f"the connection broke ({type(error).__name__})")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ runs can share a server, and one that is lost costs nothing but time.
 import json
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
@@ -73,12 +74,14 @@ class TeacherServer:
                 admit(connection, key, HANDSHAKE)
             except (AuthenticationError, OSError, EOFError) as error:
                 return _say(f"refused a connection ({error})")
-            try:
-                _tell(connection, **self.about)
-                while True:
-                    self._answer(connection)
-            except (OSError, EOFError):  # its trainer has ended, or sends more than the limits
-                return None
+            self.answer_all(connection)
+
+    def answer_all(self, connection: Connection) -> None:
+        """Says what the teacher is, and answers one trainer until it ends or sends more than the limits."""
+        with suppress(OSError, EOFError):
+            _tell(connection, **self.about)
+            while True:
+                self._answer(connection)
 
     def _answer(self, connection: Connection) -> None:
         """Answers one request. A failure of the model is said, and costs neither the connection nor the server."""
