@@ -242,7 +242,7 @@ def keep_teacher(run_dir: Path, weights: str) -> None:
 
     Raises InputError where other weights have taught this run before.
     """
-    path = run_dir / "teacher.json"
+    path = run_dir / "teacher_weights.json"
     if not path.exists():
         return write_whole(path, json.dumps({"weights": weights}) + "\n")
     before = read_object(path, "which weights have taught a run").get("weights")
