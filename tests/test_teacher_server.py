@@ -42,6 +42,7 @@ from tip import analyze
 
 TEACHER = "data/tiny/pairs/chain/teacher"
 CPU = torch.device("cpu")
+STARTED = []  # process ids of servers; none outlives the tests, also where one fails
 
 
 def free_address():
@@ -54,10 +55,13 @@ def start(address, *settings):
     """A server process; forked, so that it need not import torch again."""
     words = [word for setting in settings for word in ("--set", setting)]
     arguments = ["--config", "configs/tiny.json", "--listen", address, *words]
-    return forked(lambda: teacher_server.command(arguments), os.devnull)
+    STARTED.append(forked(lambda: teacher_server.command(arguments), os.devnull))
+    return STARTED[-1]
 
 
 def end(process, how=signal.SIGKILL):
+    if process in STARTED:
+        STARTED.remove(process)  # its id may be another process's from now on
     os.kill(process, how)
     return status(process)
 
@@ -85,6 +89,9 @@ def addresses():
     with server() as (a, _), server() as (b, _):
         yield a, b
     del os.environ[KEY]
+    for process in list(STARTED):
+        with suppress(ProcessLookupError, ChildProcessError):
+            end(process)
 
 
 def config_of(*addresses, settings=()):
