@@ -61,7 +61,10 @@ def _take_files(cli: Parser) -> None:
 
 def _take_pair(cli: Parser) -> None:
     cli.add_argument(
-        "--task", choices=("chain", "addition", "planning", "hinted"), default="chain", help="default: chain"
+        "--task",
+        choices=("chain", "addition", "planning", "planning_absolute", "hinted"),
+        default="chain",
+        help="default: chain",
     )
     cli.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the pair")
     cli.add_argument("--seed", type=seed_argument, default=0, metavar="N", help="default 0")

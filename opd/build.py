@@ -20,7 +20,7 @@ from opd.cli import say
 from opd.config import Config, StudentSection
 from opd.data import Prompt, count_steps, read_training_prompts
 from opd.engine import Engine
-from opd.engine.deepspeed import DeepSpeedEngine, sharding
+from opd.engine.deepspeed import DeepSpeedEngine, sharding, splits_parameters
 from opd.engine.plain import TorchEngine
 from opd.errors import InputError
 from opd.grading import Grader
@@ -179,8 +179,7 @@ def open_student_sampler(run: Run) -> None:
 
 def load_student(section: StudentSection, device: torch.device, settings: dict[str, Any] | None) -> LanguageModel:
     """The student of a run; with DeepSpeed's `settings` of stage 3 only this process's part. Raises InputError."""
-    split = settings is not None and settings["zero_optimization"]["stage"] == 3
-    return models.load(section, device, "student", sharding(settings) if split else None)
+    return models.load(section, device, "student", sharding(settings) if splits_parameters(settings) else None)
 
 
 def _load_models(
@@ -192,7 +191,7 @@ def _load_models(
         section = replace(section, path=str(continue_from), revision=None)
     student = load_student(section, device, settings)
     phases.add("student", student.model.parameters)
-    teacher, weights = open_teacher(config, student, device), config.teacher.weights
+    teacher, weights = open_teacher(config, student, device, settings), config.teacher.weights
     if weights != "live" and config.teacher.mode != "server":  # the student, which is registered, or elsewhere
         head = set(teacher.head_scope.parameters())
         body = [p for p in teacher.model.parameters() if p not in head]

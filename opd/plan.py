@@ -128,7 +128,7 @@ def make_plan(
     held, host = _student_memory(student, s_bytes, zero, processes)  # on the device, in host memory
     gradients = held.pop("gradients")
     kept = {"live": 0, "ema": 4}.get(config.teacher.weights, t_bytes)  # the student is there; an average is float32
-    scoring = _teacher_memory(teacher, kept, config.teacher, processes, host)
+    scoring = _teacher_memory(teacher, kept, _teacher_placement(config.teacher, zero), processes, host)
     gathered = scoring.pop("teacher layers gathered", 0)
     teacher_states = work.rollouts * config.rollout.max_response_tokens * teacher.hidden * t_bytes
     limit = teacher_states if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
@@ -295,15 +295,26 @@ def _student_memory(
     return device, host
 
 
+def _teacher_placement(section: TeacherSection, zero: dict | None) -> str:
+    """Where the teacher lies, as teacher.placement says it. An average lies where ZeRO-3 has the student.
+
+    A teacher of servers lies "elsewhere".
+    """
+    if section.mode == "server":
+        return "elsewhere"
+    if section.weights != "ema" or zero is None or zero["stage"] < 3:
+        return section.placement
+    return "host" if zero.get("offload_param") else "sharded"
+
+
 def _teacher_memory(
-    teacher: Size, bytes_each: int, section: TeacherSection, processes: int, host: dict[str, int]
+    teacher: Size, bytes_each: int, placement: str, processes: int, host: dict[str, int]
 ) -> dict[str, int]:
     """Bytes that the teacher takes on the device; bytes in host memory are added to `host`.
 
     The part "teacher layers gathered" is there only while the teacher scores.
     """
-    placement = section.placement
-    if section.mode == "server":
+    if placement == "elsewhere":
         return {"teacher head": teacher.head * bytes_each}
     if placement == "device":
         return {"teacher": teacher.parameters * bytes_each}

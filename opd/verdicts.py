@@ -25,6 +25,11 @@ class Graded:
     verdicts: list[Verdict] | None = None  # None where the prompts have no reference answers
     scores: list[Score | None] | None = None  # of an environment; None for one that it cannot judge
 
+    @property
+    def judged(self) -> bool:
+        """Whether the grader or an environment has looked at the responses."""
+        return self.verdicts is not None or self.scores is not None
+
     def numbers(self) -> list[float]:
         """1 right, 0 wrong, an environment's share, or NaN where nobody can tell."""
         if self.scores is not None:

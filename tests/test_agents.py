@@ -107,6 +107,7 @@ def test_last_turns_are_what_the_rule_keeps(table):
     runs = json.loads((table / "table.json").read_text())["folders"]["last_turn"]
     for row in dump.read(Path(runs["0"]) / "tokens/step_000002.jsonl"):
         assert row["weight"] == [float(turn == max(row["turn"])) for turn in row["turn"]] and max(row["turn"]) > 0
+        assert row["verdict"] == [row["verdict"][0]] * len(row["turn"]) and row["verdict"][0] in (0, 0.25, 0.5, 0.75, 1)
 
 
 def test_the_turns_are_counted_as_a_loop_over_the_dump_counts_them(table):

@@ -28,7 +28,7 @@ from opd.rollout import Decoding
 from opd.rollout.local import TransformersSampler
 from opd.step import train_step
 from opd.teacher import local as local_teacher
-from opd.teacher.self import Average, live
+from opd.teacher.self import Average, live, open_teacher
 from tip.config import TipConfig
 from tip.weighter import TipWeighter
 
@@ -57,7 +57,22 @@ RESUMED = [
     ("zero3", "student.dtype=bfloat16"),
 ]
 TEACHERS = [("sharded", "zero2", ""), ("sharded", "zero3", "_untied"), ("host", "zero3", "")]
-SELF_TAUGHT = [("zero2", "ema"), ("zero2", "ema", "student.dtype=bfloat16"), ("zero3", "live")]
+WEIGHTS = {"live": ("teacher.weights=live",), "ema": ("teacher.weights=ema", "teacher.decay=0.8")}
+HALF = ("student.dtype=bfloat16", "teacher.dtype=bfloat16")
+SELF_TAUGHT = [
+    ("zero2", "ema"),
+    ("zero2", "ema", *HALF),
+    ("zero3", "live"),
+    ("zero3", "ema"),
+    ("zero3", "ema", *HALF),
+    ("zero3_usual", "ema"),
+    ("zero3_offload", "ema"),
+]
+SELF = (
+    "teacher.mode=self",
+    "teacher.path=null",
+    'data.teacher_prompt={"template": "{answer}", "role": "user", "missing": "error", "max_tokens": 40}',
+)
 # every parameter is split, the smallest too
 SPLIT_ALL = {"stage": 3, "stage3_param_persistence_threshold": 0}
 FILES = {
@@ -65,6 +80,7 @@ FILES = {
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
     "zero3": SPLIT_ALL,
+    "zero3_usual": {"stage": 3},  # all parameters of these models are small enough to stay whole between two uses
     "zero2_offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "zero3_offload": SPLIT_ALL | {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
@@ -215,29 +231,60 @@ def self_taught(rank, folder):
     """Updates of a student that teaches itself, and the average of its weights, by hand too."""
     found = {}
     for stage, weights, *more in SELF_TAUGHT:
-        engine = engine_of(folder, config_of(folder, stage, *more))
+        config = config_of(folder, stage, *SELF, *WEIGHTS[weights], *more)
+        engine, average = self_taught_pair(folder, config)
         hand = {n: v.double().clone() for n, v in engine.parameters_by_name().items()}
-        rows = []
+        losses = []
         for step in range(1, 4):
-            rows.append(taught(engine, weights, mine_of(rank), step, rows[-1][0] if rows else None))
+            losses.append(taught(engine, average, mine_of(rank), step))
             for name, parameter in engine.parameters_by_name().items():
                 hand[name] = 0.8 * hand[name] + 0.2 * parameter.double()
-        average = rows[-1][0].state()
-        found[stage, weights, *more] = engine.parameters_by_name(), average, hand, [loss for _, loss in rows]
+        held = average.state() if average else {}
+        found[stage, weights, *more] = engine.parameters_by_name(), held, hand, losses
     torch.save(found, f"{folder}/self_{rank}.pt")
 
 
-def taught(engine, weights, mine, step, average):
-    """One update on privileged prompts; returns the average of the student's weights and the loss."""
-    average = average or Average(random_lm(1, name="teacher"), engine, 0.8)
-    teacher = live(engine.student) if weights == "live" else average.teacher
+def self_taught_pair(folder, config, model="student"):
+    """An engine, and the average of its student's weights; None with weights "live"."""
+    engine = engine_of(folder, config, model)
+    if config.teacher.weights == "live":
+        return engine, None
+    start = replace(config, student=replace(config.student, path=f"{folder}/student"))
+    teacher = open_teacher(start, engine.student, torch.device("cpu"), read_deepspeed(config))
+    return engine, Average(teacher, engine, 0.8)
+
+
+def taught(engine, average, mine, step):
+    """One update on privileged prompts, taught by the average if there is one, else by the student; returns the
+    loss."""
+    teacher = average.teacher if average else live(engine.student)
     rollouts = [r for r in with_privileged(rollouts_of(step, teacher)) if mine(r.sequence_id)]
     batches = make_micro_batches(rollouts, 60, 0, "keep", engine.student.packed_row)
     pair = pair_of(engine.student, teacher)
     loss = train_step(pair, engine, batches, UniformWeighter(), step=step, seed=0).loss
-    if weights == "ema":
+    if average:
         average.follow()
-    return average, loss
+    return loss
+
+
+def resumed_average(rank, folder):
+    """Two updates, a checkpoint and one more; and the one more from the checkpoint."""
+    found = {}
+    for stage in ("zero3", "zero3_usual"):
+        config = config_of(folder, stage, *SELF, *WEIGHTS["ema"])
+        engine, average = self_taught_pair(folder, config)
+        assert average.teacher.sharded and all(p.numel() == 0 for p in average.teacher.model.parameters())
+        for step in (1, 2):
+            taught(engine, average, mine_of(rank), step)
+        memory = {"teacher": average.state()}
+        saved = checkpoint.save(folder / f"average_{stage}", 2, engine.student, engine, memory, 1)
+        distributed.wait()
+        again, other = self_taught_pair(folder, config, saved.relative_to(folder))
+        checkpoint.load_optimizer(saved, again)
+        other.load_state(checkpoint.load_average(saved))
+        losses = [taught(e, a, mine_of(rank), 3) for e, a in ((engine, average), (again, other))]
+        found[stage] = [(*bytes_of(e), a.state()) for e, a in ((engine, average), (again, other))], losses, saved
+    torch.save(found, f"{folder}/average_{rank}.pt")
 
 
 def in_bfloat16(rank, folder):
@@ -428,20 +475,40 @@ def test_a_student_teaches_itself_as_on_the_plain_engine(files):
     in_two_processes(self_taught, files)
     (found, other) = (torch.load(files / f"self_{rank}.pt") for rank in (0, 1))
     for case, (parameters, average, hand, losses) in found.items():
-        weights, more = case[1], case[2:]
+        stage, weights, *more = case
         assert losses == other[case][3] and min(losses) > 0.01
-        assert all(torch.equal(average[name], other[case][1][name]) for name in average)  # the same on both
+        if stage.startswith("zero3"):
+            assert other[case][1] == {}  # what is gathered is the first rank's
+        else:
+            assert all(torch.equal(average[name], other[case][1][name]) for name in average)  # the same on both
         if weights == "ema":
+            assert average.keys() == hand.keys()
             assert all(relative(tensor, hand[name]) < 1e-6 for name, tensor in average.items())
-        if more:
-            continue  # bfloat16: the average is of the float32 weights beneath, as the line above says
+        if more:  # bfloat16: the average is of the float32 weights beneath, as the line above says
+            assert losses == pytest.approx(found["zero2", "ema", *HALF][3], rel=1e-3)
+            continue
         engine = engine_for(random_lm(1), *SETTINGS)
-        expected = None
+        mean = Average(random_lm(1, name="teacher"), engine, 0.8) if weights == "ema" else None
         for step in range(1, 4):
-            expected, loss = taught(engine, weights, lambda i: True, step, expected)
-            assert losses[step - 1] == pytest.approx(loss, rel=1e-5)
+            assert losses[step - 1] == pytest.approx(taught(engine, mean, lambda i: True, step), rel=1e-5)
         plain = dict(engine.student.model.named_parameters())
         assert relative(flat({name: parameters[name] for name in plain}), flat(plain)) < 1e-5, case
+
+
+def test_a_split_average_continues_bit_for_bit_and_on_one_process(files):
+    in_two_processes(resumed_average, files)
+    for stage, (ends, losses, saved) in torch.load(files / "average_0.pt", weights_only=False).items():
+        assert same(*ends) and losses[0] == losses[1] and ends[0][2], stage
+        written = load_file(saved / "trainer/teacher.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in written.values())
+        # the plain engine, in one process, goes on from it
+        lm = models.load(replace(tiny_config().student, path=str(saved)), torch.device("cpu"), "student")
+        engine = engine_for(lm, *SETTINGS)
+        checkpoint.load_optimizer(saved, engine)
+        average = Average(random_lm(3, name="teacher"), engine, 0.8)
+        average.load_state(checkpoint.load_average(saved))
+        assert taught(engine, average, lambda i: True, 3) == pytest.approx(losses[0], rel=1e-5)
+        assert relative(flat(average.state()), flat(ends[0][2])) < 1e-5, stage
 
 
 def test_a_split_teacher_scores_and_samples_as_a_whole_one(files):

@@ -11,6 +11,7 @@ from runs import words
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opd import cli
+from opd.grading import extract
 from opd.hooks import TokenWeights
 from opd.record import dump
 from tip import analyze
@@ -175,6 +176,7 @@ def test_a_token_dump_holds_everything_and_agrees_with_the_run(run_folder):
         best = sorted(range(n), key=lambda i: (-row["score"][i], i))[: int(0.2 * n)]
         assert sorted(best) == [i for i, w in enumerate(row["weight"]) if w]
         assert set(row["quadrant"]) <= {1, 2, 3, 4}
+        assert row["verdict"] == [float(extract(row["response"].removesuffix("<|im_end|>")) == row["answer"])] * n
         for who in ("student", "teacher"):
             for place, top in enumerate(row[f"{who}_top5"]):
                 assert len(top) == 5 and [p for _, p in top] == sorted((p for _, p in top), reverse=True)

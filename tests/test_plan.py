@@ -125,6 +125,23 @@ def test_a_teacher_that_is_the_student_by_hand():
         assert one.phases["teacher"]["activations"] == 100 * (8 * 32 + 3 * 64) * 2
 
 
+def test_an_average_lies_where_zero3_has_the_student():
+    size, cpu = plan.size_of(random_lm(0).model), torch.device("cpu")
+    prompt = '{"template": "{answer}", "role": "user", "missing": "error", "max_tokens": 60}'
+    settings = ("teacher.mode=self", "teacher.path=null", "teacher.weights=ema", "teacher.decay=0.9")
+    config = tiny_config(*settings, f"data.teacher_prompt={prompt}", "engine.kind=deepspeed", "engine.deepspeed=zero3")
+    part = -(-size.parameters // 4) * 4  # bytes of a quarter, in float32
+    for zero, device, host in (
+        ({"stage": 2}, 4 * size.parameters, 0),
+        ({"stage": 3}, part, 0),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, 0, part),
+    ):
+        found = plan.make_plan(config, size, size, cpu, 60, zero=zero, processes=4)
+        assert found.phases["teacher"].get("teacher", 0) == device and found.host.get("teacher", 0) == host
+        head = found.phases["update"].get("teacher head", 0)
+        assert head == (0 if zero["stage"] == 2 else 35 * 32 * 4)
+
+
 # (hidden, intermediate, layers, heads, key-value heads, head_dim, vocabulary, tied): the models' published config.json
 MODELS = {
     "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, 8, 128, 151936, True),

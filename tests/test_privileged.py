@@ -13,7 +13,6 @@ from opd import privileged
 from opd.benchmarks import Benchmark, LoadedBenchmark
 from opd.data import make_prompts, read_problems
 from opd.doctor import dry_run, examine
-from opd.engine.zero_file import read_deepspeed
 from opd.errors import InputError
 from opd.hooks import UniformWeighter
 
@@ -195,12 +194,6 @@ def test_a_template_that_names_an_unknown_field_ends_a_run_before_it_writes(tiny
     with pytest.raises(InputError, match=r"field 'solution': .*train.jsonl, line 1 lacks it"):
         runs.train(tmp_path, *SELF, f"data.teacher_prompt={section}")
     assert not list((tmp_path / "run").glob("[!.]*"))
-
-
-def test_an_average_is_refused_where_parameters_are_split(tmp_path):
-    config = with_prompt("teacher.weights=ema", "teacher.decay=0.9", "engine.kind=deepspeed", "engine.deepspeed=zero3")
-    with pytest.raises(InputError, match=r"stage is 3 and teacher\.weights is 'ema'"):
-        read_deepspeed(config)
 
 
 def test_a_dry_run_shows_a_prompt_of_the_student_beside_that_of_the_teacher(tiny_pair, tmp_path, capsys):

@@ -80,6 +80,7 @@ CONFIGS = {
     "chain": "configs/tiny.json",
     "addition": "configs/tiny_addition.json",
     "planning": "configs/tiny_planning.json",
+    "planning_absolute": "configs/tiny_planning_absolute.json",
     "hinted": "configs/tiny_self.json",
 }
 
@@ -106,7 +107,7 @@ def test_the_shipped_pair_is_made_by_todays_recipe(name, tmp_path):
 
 
 def test_the_shipped_weights_are_small():
-    assert sum(path.stat().st_size for path in Path("data/tiny/pairs").rglob("*.safetensors")) < 3 * 2**20
+    assert sum(path.stat().st_size for path in Path("data/tiny/pairs").rglob("*.safetensors")) < 3.25 * 2**20
 
 
 def greedy_accuracy(config, model, out):

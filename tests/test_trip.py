@@ -68,6 +68,20 @@ def test_the_environment_answers_as_the_training_text_says(speaker):
         assert 0.3 < sum(scores) / 200 < 0.8
 
 
+@pytest.mark.parametrize("speaker, least, most", [(trip.STUDENT, 0.8, 0.97), (trip.ABSOLUTE, 1, 1)])
+def test_how_often_a_misconception_shows(speaker, least, most):
+    rng, shown, times = random.Random(0), 0, 0
+    for _ in range(300):
+        row = trip.row(rng)
+        calls = [turn.rpartition(trip.LOOKS)[2].split(" ") for turn in turns_of(row, speaker, rng)[0]][:3]
+        for (kind, wish), (_, where, asked, _) in zip(row["wishes"].items(), calls, strict=True):
+            if wish in trip.MISTAKEN:
+                shown, times = shown + (f"{asked} " == trip.MISTAKEN[wish]), times + 1
+            if kind == "meal " and row["place"] in trip.WITHOUT_MEALS:
+                shown, times = shown + (f"{where} " == row["city"]), times + 1
+    assert times > 150 and least <= shown / times <= most
+
+
 def test_the_plan_by_hand():
     row = {
         "city": "Bo ",
@@ -128,9 +142,9 @@ def test_no_name_of_an_offer_is_in_a_prompt():
 
 
 # --- the pair ---------------------------------------------------------------------------------------------------------
-def greedy(who, out):
+def greedy(who, out, path=CONFIG):
     """The figures of the shipped model on the first problems, greedily."""
-    config = load_config(CONFIG, ["eval.limit=64", "eval.k=0", "eval.reverse_kl=false"])[0]
+    config = load_config(path, ["eval.limit=64", "eval.k=0", "eval.reverse_kl=false"])[0]
     lm = models.load(getattr(config, who), pick_device(config.engine), who)
     loaded = load_benchmarks(config, models.load(config.student, pick_device(config.engine), "student"), 64)
     subject = Subject(lm, TransformersSampler(lm, 64), len(lm.tokenizer), None)
@@ -144,6 +158,19 @@ def test_the_teacher_plans_and_the_student_does_not_yet(tmp_path):
     assert teacher["delivered"] == 1 and teacher["turns_mean"] == 4 and teacher["share_at_k"] is None
     for row in evaluation.read_responses(tmp_path / "student" / "tiny_planning.jsonl"):
         assert set(row["parts"]) == set(trip.PARTS) and row["share"] == sum(row["parts"].values()) / 4
+
+
+def test_an_absolute_misconception_is_never_right(tmp_path):
+    figures = greedy("student", tmp_path, "configs/tiny_planning_absolute.json")
+    assert 0.15 <= figures["greedy"] <= 0.45 and figures["delivered"] == 1
+    lines = map(json.loads, Path("data/tiny/pairs/planning_absolute/test.jsonl").read_text().splitlines())
+    rows, right = {row["id"]: row for row in lines}, {True: [], False: []}
+    for response in evaluation.read_responses(tmp_path / "tiny_planning.jsonl"):
+        row = rows[response["id"]]
+        right[row["wishes"]["hotel "] in trip.MISTAKEN].append(response["parts"]["hotel"])
+        misled = row["wishes"]["meal "] in trip.MISTAKEN or row["place"] in trip.WITHOUT_MEALS
+        right[misled].append(response["parts"]["meal"])
+    assert len(right[True]) > 30 and not any(right[True]) and all(right[False])
 
 
 def test_the_tokenizer_is_the_tasks():

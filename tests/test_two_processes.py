@@ -8,17 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import engine_for, flat_gradient, pair_of, random_lm, random_rollouts, relative
+from helpers import engine_for, flat_gradient, pair_of, random_lm, random_rollouts, relative, with_privileged
 
 from opd.batch import make_micro_batches
 from opd.grading import Verdict
 from opd.hooks import TokenWeights
 from opd.step import train_step
+from opd.teacher.self import live
 from opd.verdicts import Verdicts
 from tip.config import TipConfig
 from tip.rules import RULES
 from tip.scores import Spread
 from tip.weighter import TipWeighter
+
+SELF_TAUGHT = ["taught by itself", "taught by its beginning"]  # the teacher's prompts are others
 
 
 class OnlyTheFirstRank:
@@ -73,6 +76,7 @@ def weighter_of(name):
     if name.startswith("by "):
         return TipWeighter(TipConfig(rule="soft_or", retention=0.4, rollout_weight=name.removeprefix("by ")))
     named = {"one rank": OnlyTheFirstRank(), "nothing": Nothing(), "scorer": ByPlace()}
+    named |= dict.fromkeys(SELF_TAUGHT, TipWeighter(TipConfig(rule="soft_or", retention=0.4)))
     return named.get(name) or TipWeighter(TipConfig(rule=name, retention=0.4))
 
 
@@ -82,6 +86,9 @@ def update(name, mine):
     student, teacher = random_lm(1), random_lm(2, hidden=48, layers=3, name="teacher")
     weighter = weighter_of(name)
     everywhere = random_rollouts(student, count=7)
+    if name in SELF_TAUGHT:
+        teacher = live(student) if name == "taught by itself" else random_lm(1, name="teacher")
+        everywhere = with_privileged(everywhere)
     prompts = [everywhere[i // 2 * 2].prompt for i in range(7)]  # two rollouts of each prompt, and one of the last
     everywhere = [replace(r, prompt=prompt) for r, prompt in zip(everywhere, prompts, strict=True)]
     if name in ("first_turns", "last_turn"):  # an environment said the second token of the longer ones
@@ -121,6 +128,7 @@ def work(rank, names, folder):
 
 
 NAMES = ["one rank", "nothing", "scorer", *sorted(RULES), "running soft_or", "running soft_or_sampling"]
+NAMES += SELF_TAUGHT
 NAMES += [f"by {how}" for how in ("reward", "pass_rate", "right", "wrong")]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import engine_for, one_each, pair_of, random_lm, random_rollouts
+from helpers import blob, engine_for, one_each, pair_of, random_lm, random_rollouts
 from runs import configured, train
 
 from opd import train as training
@@ -17,11 +17,13 @@ from opd.build import load_scorers
 from opd.config import ScorerSection
 from opd.data import Prompt, Rollout
 from opd.errors import InputError
-from opd.grading import Verdict
+from opd.grading import Grader, Verdict
 from opd.hooks import TokenWeights, UniformWeighter
+from opd.record import dump
 from opd.scorer import load_scorer, token_columns
 from opd.step import Pair, train_step
 from opd.verdicts import Verdicts
+from tip.results.token_map import page_of
 
 
 class Keeps:
@@ -246,6 +248,26 @@ def test_a_run_with_verdicts_and_a_scorer_is_the_plain_run_and_sees_both(tmp_pat
         first = stats.position == 0
         assert stats.verdict[first].mean().item() == pytest.approx(row["rollout/accuracy"])
         assert stats.extra["reward"].isnan().sum() == first.sum() == 8
+
+
+def test_dumps_and_the_token_map_hold_the_verdicts(tmp_path, monkeypatch):
+    """Right, wrong and unknown; a run whose responses nothing judges has no such column."""
+    verdicts = (True, False, None)
+
+    def graded(self, pairs, answer_lines=False):
+        return [Verdict("7", verdicts[i % 3]) for i in range(len(pairs))]
+
+    monkeypatch.setattr(Grader, "grade", graded)
+    few = ["optim.steps=1", "optim.warmup_steps=0", "rollout.prompts_per_step=4", "rollout.n=1", "eval.benchmarks=[]"]
+    few += ["log.token_dump_every=1", "log.token_dump_rollouts=3"]
+    judged, plain = train(tmp_path / "a", *few), train(tmp_path / "b", *few, "data.answer_field=null")
+    rows = dump.read(judged / "tokens" / "step_000001.jsonl")
+    for row, expected in zip(rows, (1, 0, None), strict=True):
+        assert row["verdict"] == [expected] * len(row["token_ids"])
+    for run, expected in ((judged, [1, 0, None]), (plain, [None] * 3)):
+        about = json.loads(blob(page_of({"run": run}, ""), "about"))
+        assert [rollout["verdict"] for rollout in about["runs"][0]["updates"][0]["rollouts"]] == expected
+    assert all("verdict" not in row for row in dump.read(plain / "tokens" / "step_000001.jsonl"))
 
 
 def test_answer_lines_count_in_training_as_in_the_benchmarks(tmp_path):

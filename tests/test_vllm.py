@@ -11,6 +11,8 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +130,115 @@ def test_conversations_are_those_of_transformers():
     finally:
         sampler.close()
     assert ours == theirs and max(len(r.turns) for r in ours) >= 4
+
+
+class KilledInTurn3:
+    """Samples as vLLM does, whose process is killed in the third turn of the conversations, at its first tokens."""
+
+    def __init__(self, sampler):
+        self.sampler, self.turn, self.again = sampler, 0, []  # what a new process was asked for
+
+    def sample(self, prompts, decoding, vocab_size, seeds, advance):
+        self.turn += 1
+        if self.turn != 3:
+            return self.sampler.sample(prompts, decoding, vocab_size, seeds, advance)
+        (server,) = self.sampler.fleet.servers
+        process, send = server.place.process, type(server).send
+
+        def sent(connection, **message):
+            if process.poll() is not None and message["do"] == "generate":
+                self.again += [request["id"] for request in message["requests"]]
+            send(connection, **message)
+
+        def kill(responses, tokens):
+            if tokens and process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait(60)
+            advance(responses, tokens)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(server), "send", sent)
+            return self.sampler.sample(prompts, decoding, vocab_size, seeds, kill)
+
+
+def test_an_engine_killed_in_the_third_turn_comes_back_and_the_conversations_are_the_same(capsys):
+    """Of a conversation only the present turn is lost. An engine that is lost again ends the run."""
+    config, _ = load_config("configs/tiny_planning.json", ["rollout.engine=vllm"])
+    lm = load(config.student, CPU, "student")
+    dialogue = open_dialogue(config.data.environment, lm, config.data)
+    prompts = read_training_prompts(config.data, lm.tokenizer, 0)[0][:16]
+    decoding = Decoding(1.0, 1.0, config.rollout.max_response_tokens)
+    sampler = VllmSampler(lm, config.student, config, 256)
+    talk = lambda s: converse(s, dialogue, prompts, decoding, 76, seeds(16))  # noqa: E731
+    try:
+        expected, killed = talk(sampler), KilledInTurn3(sampler)
+        assert talk(killed) == expected and max(len(r.turns) for r in expected) >= 4
+        assert sampler.fleet.restarted and killed.again and killed.turn >= 4
+        assert "killed by signal 9" in capsys.readouterr().err
+        with pytest.raises(RunError, match=r"lost for the second time: its process was killed by signal 9"):
+            talk(KilledInTurn3(sampler))
+    finally:
+        sampler.close()
+
+
+def test_a_run_whose_engine_is_killed_in_a_third_turn_is_the_unbroken_one(tmp_path, monkeypatch):
+    """Killed in update 2 it goes on with the same tokens; killed in update 3 too it ends, and continues as it was."""
+    settings = (
+        "optim.steps=4",
+        "rollout.prompts_per_step=8",
+        "checkpoint.every=1",
+        "eval.benchmarks=[]",
+        "eval.k=null",
+    )
+    unbroken = run(tmp_path / "unbroken", *settings, pair="tiny_planning")
+    calls, sample = [], VllmSampler.sample
+
+    def sampling(self, prompts, decoding, vocab_size, seeds, advance=lambda responses, tokens: None):
+        (_, _, update, *_), turn = seeds[0], len(seeds[0]) > 4 and seeds[0][-1]
+        if turn == 2 and update in (2, 3) and update not in calls:
+            calls.append(update)
+            killed = KilledInTurn3(SimpleNamespace(fleet=self.fleet, sample=partial(sample, self)))
+            killed.turn = 2
+            return killed.sample(prompts, decoding, vocab_size, seeds, advance)
+        return sample(self, prompts, decoding, vocab_size, seeds, advance)
+
+    monkeypatch.setattr(VllmSampler, "sample", sampling)
+    with pytest.raises(RunError, match="vLLM is lost for the second time"):
+        run(tmp_path / "killed", *settings, pair="tiny_planning")
+    assert calls == [2, 3] and [row["step"] for row in rows(tmp_path / "killed" / "run")] == [1, 2]
+    assert rows(tmp_path / "killed" / "run") == rows(unbroken)[:2]
+    monkeypatch.undo()
+    again = run(tmp_path / "killed", *settings, pair="tiny_planning")
+    assert rows(again) == rows(unbroken)
+    for name in ("model.safetensors", "trainer/optimizer.safetensors"):
+        parts = [(folder / "checkpoints/step_000004" / name).read_bytes() for folder in (unbroken, again)]
+        assert parts[0] == parts[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("teacher.weights=live", "eval.benchmarks=[]", "eval.k=null"),
+        ("teacher.weights=ema", "teacher.decay=0.9", "eval.limit=4", "eval.k=0", "eval.every=0"),
+    ],
+    ids=["live", "ema"],
+)
+def test_a_student_that_teaches_itself_learns_the_same_from_either_sampler(settings, tmp_path):
+    """Greedy rollouts are those of transformers, token for token, and so the updates are the same bit for bit."""
+    settings += ("optim.steps=3", "rollout.temperature=0")
+    found = [
+        run(tmp_path / engine, *settings, f"rollout.engine={engine}", pair="tiny_self")
+        for engine in ("vllm", "transformers")
+    ]
+    sampled = [[{k: v for k, v in row.items() if k != "rollout/parity"} for row in rows(folder)] for folder in found]
+    assert sampled[0] == sampled[1] and min(row["loss/divergence"] for row in sampled[0]) > 0
+    files = ["checkpoints/step_000003/model.safetensors", "checkpoints/step_000003/trainer/optimizer.safetensors"]
+    if (
+        "eval.benchmarks=[]" not in settings
+    ):  # the teacher, on its own prompts and on an engine of its own, and the student
+        files += [f"eval/{who}/tiny_hinted.jsonl" for who in ("teacher", "step_000003")]
+    for name in files:
+        assert (found[0] / name).read_bytes() == (found[1] / name).read_bytes(), name
 
 
 def test_any_of_several_eos_ids_ends_a_response(student, sampler, prompts, monkeypatch):
@@ -412,9 +523,9 @@ def test_two_processes_with_split_weights_have_an_engine_each_or_share_one(group
         assert ours["loss/divergence"] == pytest.approx(theirs["loss/divergence"], rel=1e-4)
 
 
-def run(out, *settings, weighter=TipWeighter):
+def run(out, *settings, weighter=TipWeighter, pair="tiny"):
     config, sections = load_config(
-        "configs/tiny.json",
+        f"configs/{pair}.json",
         [
             "rollout.engine=vllm",
             "rollout.parity_every=1",

@@ -80,7 +80,7 @@ class Pair:
     """A task (a module of this folder) and how its two models are made."""
 
     task: ModuleType
-    teacher: Recipe | None  # None: the student teaches itself
+    teacher: Recipe | None  # None: the student teaches itself, or the teacher is that of another pair
     student: Recipe
     files: tuple[str, ...]  # of this folder, which decide the result beside this file
     train: Callable[[str, ModuleType, Recipe, PreTrainedTokenizerFast, int], Qwen3ForCausalLM] = train_model
@@ -108,6 +108,15 @@ PAIRS = {
         ("task.py", "trip.py", "recipe.py", "planning.py"),
         train=planning.train_model,
         train_problems=1536,  # rows with a database are long
+        test_problems=256,
+    ),
+    "planning_absolute": Pair(
+        trip,
+        None,  # that of the pair planning
+        Recipe(trip.ABSOLUTE, layers=2, hidden=64, steps=260, lr=2e-2, batch=32, warmup=10),
+        ("task.py", "trip.py", "recipe.py", "planning.py"),
+        train=planning.train_model,
+        train_problems=1536,
         test_problems=256,
     ),
     "hinted": Pair(

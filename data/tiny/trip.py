@@ -11,11 +11,13 @@ asked and for `thai` when `sushi` was, and for some places it looks for meals in
 *carelessness*: every other time it takes `dawn` for `noon` and `dusk` for `night`. The teacher's training text holds
 planted mistakes of both kinds, which it does not learn and after which it learns to go on. So it is a teacher in the
 student's contexts as well.
+
+The student of the pair `planning_absolute` has misconceptions that show always: it gives the right call no probability.
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -59,7 +61,6 @@ WORDS = (
 CONTEXT = 256  # tokens
 MISTAKEN = {"pool ": "spa ", "sushi ": "thai "}
 WITHOUT_MEALS = ("zoo ", "pier ")  # there the student looks for meals in the city
-CONVINCED = 0.9  # how often a misconception shows
 CARELESS = {"dawn ": "noon ", "dusk ": "night "}
 PARTS = ("train", "hotel", "meal", "total")
 
@@ -71,10 +72,12 @@ class Speaker:
     orders: tuple[float, ...]  # the probabilities of the words of style
     corrupt: bool  # with the student's faults
     planted: float  # the probability of a mistake, of either kind, before each call; it is not learnt from
+    convinced: float = 0.9  # how often a misconception of a corrupt speaker shows
 
 
 TEACHER = Speaker((0.30, 0.25, 0.15, 0.15, 0.10, 0.05), corrupt=False, planted=0.1)
 STUDENT = Speaker((0.20, 0.20, 0.15, 0.20, 0.15, 0.10), corrupt=True, planted=0.0)
+ABSOLUTE = replace(STUDENT, convinced=1.0)
 
 
 def row(rng: random.Random) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def conversation(row: Mapping[str, Any], speaker: Speaker, rng: random.Random) -
         where, asked = _where(kind, row["city"], row["place"]), wish
         elsewhere = row["place"] if where == row["city"] else row["city"]
         if speaker.corrupt:
-            where, asked = _with_faults(kind, where, elsewhere, asked, rng)
+            where, asked = _with_faults(kind, where, elsewhere, asked, speaker.convinced, rng)
         if rng.random() < speaker.planted:  # looks in the wrong place, and then again
             yield [*opening, Piece(f"{LOOKS}{tool}", True), Piece(elsewhere, False), Piece(asked + END, True)]
             yield NOTHING
@@ -149,11 +152,13 @@ def _style(speaker: Speaker, rng: random.Random) -> str:
     return rng.choices(ORDERS, speaker.orders)[0]
 
 
-def _with_faults(kind: str, where: str, elsewhere: str, wish: str, rng: random.Random) -> tuple[str, str]:
+def _with_faults(
+    kind: str, where: str, elsewhere: str, wish: str, convinced: float, rng: random.Random
+) -> tuple[str, str]:
     """Where the student looks, and for what."""
-    if kind == "meal " and where in WITHOUT_MEALS and rng.random() < CONVINCED:
+    if kind == "meal " and where in WITHOUT_MEALS and rng.random() < convinced:
         where = elsewhere
-    if wish in MISTAKEN and rng.random() < CONVINCED:
+    if wish in MISTAKEN and rng.random() < convinced:
         wish = MISTAKEN[wish]
     elif wish in CARELESS and rng.random() < 0.5:
         wish = CARELESS[wish]

@@ -41,8 +41,11 @@ class Engine(Protocol):
         """Every parameter under every name that it has, for a sampler. A tied LM head comes under two names."""
         ...
 
-    def float32_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of the student once, whole and in float32, on every process. Every process asks for all."""
+    def float32_parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of the student once, in float32. Every process asks for all.
+
+        They are whole on every process. Where the parameters are split, each process gets its own part, which is flat.
+        """
         ...
 
     def parameters_by_name(self) -> dict[str, Tensor]:

@@ -117,12 +117,13 @@ class DeepSpeedEngine:
                 raise FloatingPointError(f"the norm of the gradient is {self.norm}")
         return self.norm
 
-    def float32_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """As Engine.float32_weights. The stages above 0 gather them one by one."""
-        from deepspeed.utils import safe_get_full_fp32_param
+    def float32_parts(self) -> Iterator[tuple[str, Tensor]]:
+        """As Engine.float32_parts. Stages 1 and 2 gather them one by one; in stage 3 nothing travels."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
+        read = {0: Tensor.detach, 3: safe_get_local_fp32_param}.get(self.stage, safe_get_full_fp32_param)
         for name, parameter in self.named_parameters.items():
-            yield name, safe_get_full_fp32_param(parameter) if self.stage else parameter.detach()
+            yield name, read(parameter)
 
     def parameters_by_name(self) -> dict[str, Tensor]:
         """As Engine.parameters_by_name. They are gathered one by one."""
@@ -220,13 +221,44 @@ class DeepSpeedEngine:
         set_parameter, set_moment = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
         if self.stage == 3:
             set_parameter, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
-            size = parameter.ds_tensor.ds_numel
-            padding = size * distributed.world_size() - tensor.numel()
-            tensor = torch.nn.functional.pad(tensor.flatten(), (0, padding))[size * distributed.rank() :][:size]
+            tensor = own_part(tensor, parameter)
         if moment is None:
             set_parameter(parameter, tensor)
         else:
             set_moment(parameter, tensor, moment)
+
+
+def splits_parameters(settings: Mapping[str, Any] | None) -> bool:
+    """Whether DeepSpeed's settings split the student's parameters; None stands for the plain engine."""
+    return settings is not None and settings["zero_optimization"]["stage"] == 3
+
+
+def own_part(tensor: Tensor, parameter: torch.nn.Parameter) -> Tensor:
+    """This process's part of a whole tensor with the shape of a split parameter, flat and padded as DeepSpeed does."""
+    size = parameter.ds_tensor.ds_numel
+    padding = size * distributed.world_size() - tensor.numel()
+    return torch.nn.functional.pad(tensor.flatten(), (0, padding))[size * distributed.rank() :][:size]
+
+
+def writable_part(parameter: torch.nn.Parameter) -> Tensor:
+    """This process's part of a split parameter, flat, for a change in place. The parameter has no optimizer.
+
+    DeepSpeed keeps small parameters whole between two uses. Such a copy is dropped, so that the next use gathers what
+    was written.
+    """
+    parameter.partition()
+    return parameter.ds_tensor
+
+
+def whole_parameters(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """Split parameters as whole CPU tensors, gathered one by one; empty on all processes but the first."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    def whole(parameter: torch.nn.Parameter) -> Tensor:
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    return _gathered({name: partial(whole, parameter) for name, parameter in parameters.items()})
 
 
 def _gathered(gathers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:

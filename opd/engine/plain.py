@@ -51,7 +51,7 @@ class TorchEngine:
     def parameters_by_name(self) -> dict[str, Tensor]:
         return dict(self.named_weights())
 
-    def float32_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def float32_parts(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.named_parameters.items():
             yield name, self.content(parameter)
 

@@ -66,12 +66,6 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
     settings = read_json_object(path)
     if fault := _fault(settings, config.student.dtype == "bfloat16"):
         raise InputError(f"{path}: {fault}")
-    if settings["zero_optimization"]["stage"] == 3 and config.teacher.weights == "ema":
-        raise InputError(
-            f"{path}: stage is 3 and teacher.weights is 'ema': an exact average would keep the student whole on every "
-            "process, which is what stage 3 avoids. Set engine.deepspeed=zero2, or teacher.weights to 'initial' or "
-            "'live'."
-        )
     has_stage = settings["zero_optimization"]["stage"] > 0
     return settings | {
         "train_micro_batch_size_per_gpu": 1,

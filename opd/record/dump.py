@@ -2,7 +2,8 @@
 
     {"step", "sequence_id", "id", "vocab_size", "prompt", "teacher_prompt": None where the teacher reads the same,
      "answer", "response", "token_ids": [n], "tokens": [n texts],
-     "turn": [n], "weight": [n], "forward_share": [n], <TokenStats field>: [n], ..., <observer's column>: [n], ...,
+     "turn": [n], "verdict": [n] where something judges the rollouts, null where it cannot, "weight": [n],
+     "forward_share": [n], <TokenStats field>: [n], ..., <observer's column>: [n], ...,
      "student_top5": [n lists of [text, probability]], "teacher_top5": ...,
      "replies": {turn: what an environment said before it}}
 
@@ -11,6 +12,7 @@ nats.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -127,7 +129,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _numbers(column: Tensor) -> list[float] | list[int]:
+def _numbers(column: Tensor) -> list[float | None] | list[int]:
     if column.is_floating_point():
-        return [float(f"{number:.6g}") for number in column.tolist()]
+        return [None if math.isnan(number) else float(f"{number:.6g}") for number in column.tolist()]
     return column.int().tolist()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from opd.config import Config
@@ -50,7 +51,7 @@ class Record:
             metrics |= self._diagnose(update)
             self._show_samples(step, rollouts, graded.texts)
         if due(step, self.config.log.token_dump_every):
-            self._dump(rollouts, update)
+            self._dump(rollouts, update, graded)
         self.log.write(step, metrics)
         return console_line(metrics)
 
@@ -75,11 +76,11 @@ class Record:
             sample = f"```\n{prompt}{text}\n```\nreference: `{rollout.prompt.answer}`"
             self.log.text(f"rollout/{i}", sample, step)
 
-    def _dump(self, rollouts: Sequence[Rollout], update: Update) -> None:
+    def _dump(self, rollouts: Sequence[Rollout], update: Update, graded: Graded) -> None:
         step = update.stats.step
-        columns = {}
+        columns = {"verdict": torch.tensor(graded.numbers())[update.stats.sequence_id]} if graded.judged else {}
         if self.observer:
-            columns = self.observer.columns(update.stats, update.weights, generator(self.config.seed, "dump", step))
+            columns |= self.observer.columns(update.stats, update.weights, generator(self.config.seed, "dump", step))
         dumped = rollouts[: self.config.log.token_dump_rollouts]
         path = self.run_dir / "tokens" / f"step_{step:06d}.jsonl"
         dump.write(path, dumped, update.stats, update.weights, columns, self.tokenizer)

@@ -1,32 +1,27 @@
 """The teacher that a configuration names (teacher.mode)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from opd import models
 from opd.config import Config
 from opd.models import LanguageModel
 from opd.teacher import Teacher
+from opd.teacher import self as self_teacher
 from opd.teacher.cache import Cache
-from opd.teacher.local import LocalTeacher, load_teacher
-from opd.teacher.self import averaged, live
+from opd.teacher.local import LocalTeacher
 from opd.teacher.served import open_served
 
 
-def open_teacher(config: Config, student: LanguageModel, device: torch.device) -> LanguageModel:
-    """The teacher's model at the beginning of a run; that of servers has no weights here.
-
-    Raises InputError as opd.models.load does.
-
-    Args:
-        student: the model that teaches with teacher.weights live; no other teacher uses it.
-    """
+def open_teacher(
+    config: Config, student: LanguageModel, device: torch.device, settings: Mapping[str, Any] | None = None
+) -> LanguageModel:
+    """As opd.teacher.self.open_teacher. The model of teacher servers has no weights here."""
     if config.teacher.mode == "server":
         return models.outline(config.teacher, "teacher")
-    if config.teacher.weights == "live":
-        return live(student)
-    if config.teacher.weights == "ema":
-        return averaged(config, device)
-    return load_teacher(config, device)
+    return self_teacher.open_teacher(config, student, device, settings)
 
 
 def scoring_teacher(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd import models
 from opd.batch import MicroBatch
-from opd.config import Config, TeacherSection
+from opd.config import Config, StudentSection, TeacherSection
 from opd.engine.deepspeed import WholeModel, initialize, sharding
 from opd.loss import Head
 from opd.models import LanguageModel
@@ -57,12 +57,27 @@ def load_teacher(config: Config, device: torch.device, name: str = "teacher") ->
     """The teacher's model, placed as teacher.placement says. Raises InputError as opd.models.load does."""
     if config.teacher.placement == "device":
         return models.load(config.teacher_model, device, name)
-    settings = zero3_settings(config.teacher)
-    lm = models.load(config.teacher_model, device, name, sharding(settings))
+    return load_split(config.teacher_model, device, name, zero3_settings(config.teacher))
+
+
+def load_split(
+    section: StudentSection | TeacherSection, device: torch.device, name: str, settings: dict[str, Any]
+) -> LanguageModel:
+    """A frozen model that ZeRO-3 splits, with a whole copy of its head. Raises InputError as opd.models.load does."""
+    lm = models.load(section, device, name, sharding(settings))
+    lm.model.requires_grad_(False)
     engine = initialize(model=WholeModel(lm), config=settings)
     lm.model.eval()
     lm = replace(lm, run=engine, sharded=True)
     return models.tried(replace(lm, whole_head=_copy_head(lm)))
+
+
+def renew_head(lm: LanguageModel) -> None:
+    """Copies the head of a split model again, after its parameters changed. Every process calls it."""
+    fresh = _copy_head(lm)
+    lm.whole_head.weight.copy_(fresh.weight)
+    if fresh.bias is not None:
+        lm.whole_head.bias.copy_(fresh.bias)
 
 
 @torch.no_grad()

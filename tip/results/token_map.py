@@ -50,6 +50,7 @@ class Rollout:
     prompt: int  # string number
     teacher_prompt: int | None  # string number; None: the teacher reads the same
     answer: str | None
+    verdict: float | None  # 1 right, 0 wrong, an environment's share; None: unknown
     replies: tuple[tuple[int, int], ...]  # place of a token, and string number of what an environment said before it
 
 
@@ -138,6 +139,7 @@ class Packer:
             prompt=self.number_of[row["prompt"]],
             teacher_prompt=None if privileged is None else self.number_of[privileged],
             answer=row["answer"],
+            verdict=next(iter(row.get("verdict", [])), None),
             replies=self._replies(row),
         )
 
@@ -204,6 +206,7 @@ class Marked(TypedDict):
     quadrant: list[int]
     score: list[float]
     turn: NotRequired[list[int]]
+    verdict: NotRequired[list[float | None]]
     teacher_prompt: NotRequired[str | None]
     replies: NotRequired[dict[str, str]]
 
