@@ -39,8 +39,8 @@ from opd.scorer import Scorer, load_scorer
 from opd.step import Pair
 from opd.stop import Stop
 from opd.teacher.cache import Cache, clear_folder
-from opd.teacher.local import LocalTeacher
-from opd.teacher.self import Average, live, open_teacher
+from opd.teacher.choose import open_teacher, scoring_teacher
+from opd.teacher.self import Average, live
 from opd.verdicts import Verdicts
 
 SPILLED = "teacher_states"  # folder of a run for the hidden states that teacher.cache_gb has no room for
@@ -92,7 +92,7 @@ class Run:
     @property
     def pair_outside_updates(self) -> Pair:
         """The pair for scoring outside of an update, which asks for few states at a time: none of them go to disk."""
-        return replace(self.pair, teacher=LocalTeacher(self.teacher))
+        return replace(self.pair, teacher=self.pair.teacher.in_memory())
 
     @property
     def longest(self) -> int:
@@ -123,7 +123,9 @@ def build(
     engine = _make_engine(student, config, inputs.total_steps, settings, phases)
     teacher = live(engine.student) if weights == "live" else teacher
     limit = None if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
-    scoring = LocalTeacher(teacher, Cache(limit, config.run_dir / SPILLED))
+    scoring = scoring_teacher(config, teacher, device, Cache(limit, config.run_dir / SPILLED))
+    if config.teacher.mode == "server":
+        phases.add("teacher head", scoring.head_tensors, frozen=True)
     grader = Grader()
     verdicts = Verdicts(grader, student.tokenizer, inputs.answer_lines, inputs.dialogue)
     run = Run(
@@ -190,7 +192,7 @@ def _load_models(
     student = load_student(section, device, settings)
     phases.add("student", student.model.parameters)
     teacher, weights = open_teacher(config, student, device, settings), config.teacher.weights
-    if weights != "live":  # the student, which is registered
+    if weights != "live" and config.teacher.mode != "server":  # the student, which is registered, or elsewhere
         head = set(teacher.head_scope.parameters())
         body = [p for p in teacher.model.parameters() if p not in head]
         phases.add("teacher", lambda: body, frozen=weights != "ema")
@@ -270,6 +272,8 @@ def _enter_folder(run: Run, continue_from: Path | None) -> None:
     config, run_dir = run.config, run.config.run_dir
     if distributed.is_first():
         folder.write_identity(run_dir, run.identity)
+        if config.teacher.mode == "server":
+            folder.keep_teacher(run_dir, run.pair.teacher.weights)
     if continue_from:
         run.step = checkpoint.step_of(continue_from)
         run.phases.enter("update")
