@@ -77,9 +77,7 @@ def address_of(text: str) -> tuple[str, int] | str:
         return text
     host, colon, port = text.rpartition(":")
     if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
-        raise InputError(
-            f"{text[:80]!r} is no address of a vLLM server, expected HOST:PORT, for example 10.0.0.2:8500."
-        )
+        raise InputError(f"{text[:80]!r} is no address of a server, expected HOST:PORT, for example 10.0.0.2:8500.")
     return host, int(port)
 
 

@@ -39,8 +39,13 @@ from opd.scorer import Scorer, load_scorer
 from opd.step import Pair
 from opd.stop import Stop
 from opd.teacher.cache import Cache, clear_folder
+<<<<<<< HEAD
 from opd.teacher.local import LocalTeacher
 from opd.teacher.self import Average, one_model, open_teacher
+=======
+from opd.teacher.choose import open_teacher, scoring_teacher
+from opd.teacher.self import Average, live
+>>>>>>> main
 from opd.verdicts import Verdicts
 
 SPILLED = "teacher_states"  # folder of a run for the hidden states that teacher.cache_gb has no room for
@@ -92,7 +97,7 @@ class Run:
     @property
     def pair_outside_updates(self) -> Pair:
         """The pair for scoring outside of an update, which asks for few states at a time: none of them go to disk."""
-        return replace(self.pair, teacher=LocalTeacher(self.teacher))
+        return replace(self.pair, teacher=self.pair.teacher.in_memory())
 
     @property
     def longest(self) -> int:
@@ -123,7 +128,9 @@ def build(
     engine = _make_engine(student, config, inputs.total_steps, settings, phases)
     teacher = one_model(config, engine.student) if config.teacher_is_student else teacher
     limit = None if config.teacher.cache_gb is None else int(config.teacher.cache_gb * 2**30)
-    scoring = LocalTeacher(teacher, Cache(limit, config.run_dir / SPILLED))
+    scoring = scoring_teacher(config, teacher, device, Cache(limit, config.run_dir / SPILLED))
+    if config.teacher.mode == "server":
+        phases.add("teacher head", scoring.head_tensors, frozen=True)
     grader = Grader()
     verdicts = Verdicts(grader, student.tokenizer, inputs.answer_lines, inputs.dialogue)
     run = Run(
@@ -192,7 +199,11 @@ def _load_models(
         adapters.add(student.model, section, config.seed)
     phases.add("student", student.model.parameters)
     teacher, weights = open_teacher(config, student, device, settings), config.teacher.weights
+<<<<<<< HEAD
     if not config.teacher_is_student:  # the student is registered
+=======
+    if weights != "live" and config.teacher.mode != "server":  # the student, which is registered, or elsewhere
+>>>>>>> main
         head = set(teacher.head_scope.parameters())
         body = [p for p in teacher.model.parameters() if p not in head]
         phases.add("teacher", lambda: body, frozen=weights != "ema")
@@ -272,6 +283,8 @@ def _enter_folder(run: Run, continue_from: Path | None) -> None:
     config, run_dir = run.config, run.config.run_dir
     if distributed.is_first():
         folder.write_identity(run_dir, run.identity)
+        if config.teacher.mode == "server":
+            folder.keep_teacher(run_dir, run.pair.teacher.weights)
     if continue_from:
         run.step = checkpoint.step_of(continue_from)
         run.phases.enter("update")

@@ -32,13 +32,23 @@ def _take_two_runs(cli: Parser) -> None:
     cli.add_argument("b", type=path_argument, metavar="RUN")
 
 
+<<<<<<< HEAD
 def _take_merge(cli: Parser) -> None:
     cli.add_argument("run", type=path_argument, metavar="RUN", help="a run with student.lora, or a checkpoint of one")
     cli.add_argument("--out", required=True, type=path_argument, metavar="DIR", help="a new folder for the plain model")
+=======
+def _take_address(cli: Parser, key: str) -> None:
+    cli.add_argument("--listen", required=True, metavar="HOST:PORT", help=f"where trainers connect ({key})")
+
+
+def _take_teacher_server(cli: Parser) -> None:
+    take_config(cli)
+    _take_address(cli, "teacher.servers")
+>>>>>>> main
 
 
 def _take_server(cli: Parser) -> None:
-    cli.add_argument("--listen", required=True, metavar="HOST:PORT", help="where trainers connect (rollout.servers)")
+    _take_address(cli, "rollout.servers")
     cli.add_argument(
         "--child-of",
         type=number_argument(1),
@@ -93,6 +103,12 @@ COMMANDS = {
         "Generates for trainers, with vLLM.",
         "OPD_VLLM_KEY=SECRET python -m opd.vllm_server --listen 0.0.0.0:8500",
         _take_server,
+    ),
+    "teacher-server": Command(
+        "opd.teacher_server",
+        "Holds a teacher and sends its hidden states to trainers.",
+        f"OPD_TEACHER_KEY=SECRET python -m opd.teacher_server --config {PAIR} --listen 0.0.0.0:8600",
+        _take_teacher_server,
     ),
     "config": Command(
         "opd.keys",

@@ -111,12 +111,23 @@ class StudentSection:
 class TeacherSection:
     """The model that scores the student's tokens."""
 
-    mode: Literal["local", "self"] = doc(
+    mode: Literal["local", "self", "server"] = doc(
         "Which model the teacher is. local: the model of `path`, in this process. self: the student itself, which as "
-        "its teacher reads data.teacher_prompt (opd/teacher/self.py)."
+        "its teacher reads data.teacher_prompt (opd/teacher/self.py). server: the model of `path` in other processes, "
+        "which send its hidden states (opd/teacher/served.py); here only its config.json and tokenizer are read."
     )
     path: Source | None = doc(
         "Folder of a Hugging Face checkpoint (safetensors), or a hub repository name. self: null."
+    )
+    servers: tuple[Text, ...] = doc(
+        "Addresses HOST:PORT of teacher servers, which python -m opd.teacher_server starts. They share the "
+        "micro-batches. local and self: empty.",
+        default=(),
+    )
+    timeout: Count = doc(
+        "Seconds that a teacher server may take for a micro-batch; then it counts as lost, and is connected to once "
+        "more. local and self: not used.",
+        default=600,
     )
     revision: str | None = doc("Hub commit or tag; null for a folder or the default branch. self: null.")
     weights: Literal["initial", "live", "ema"] | None = doc(
@@ -425,9 +436,9 @@ class Config:
     @property
     def teacher_model(self) -> TeacherSection:
         """The teacher's section with the model that it starts from, which in mode self is the student's."""
-        if self.teacher.mode == "local":
-            return self.teacher
-        return replace(self.teacher, path=self.student.path, revision=self.student.revision)
+        if self.teacher.mode == "self":
+            return replace(self.teacher, path=self.student.path, revision=self.student.revision)
+        return self.teacher
 
     @property
     def teacher_is_student(self) -> bool:
@@ -483,7 +494,7 @@ def load_config(
     config = build(Config, tree, where)
     for fault in _faults(config):
         raise InputError(f"{where}: {fault}")
-    for server in config.rollout.servers:
+    for server in (*config.rollout.servers, *config.teacher.servers):
         address_of(server)
     return config, sections
 
@@ -597,7 +608,8 @@ def _faults(config: Config) -> Iterator[str]:
     yield from environment_faults(config.data.environment, config.rollout.max_response_tokens, "rollout")
     yield from _evaluation_faults(config)
     yield from _engine_faults(config)
-    yield from _teacher_faults(config) if config.teacher.mode == "local" else _self_faults(config)
+    yield from _server_faults(config.teacher)
+    yield from _self_faults(config) if config.teacher.mode == "self" else _teacher_faults(config)
 
 
 def _schedule_faults(config: Config) -> Iterator[str]:
@@ -678,10 +690,25 @@ def _engine_faults(config: Config) -> Iterator[str]:
 def _teacher_faults(config: Config) -> Iterator[str]:
     teacher = config.teacher
     if teacher.path is None:
-        yield 'teacher.path is null and teacher.mode is "local": name a model, or set teacher.mode=self.'
+        yield f'teacher.path is null and teacher.mode is "{teacher.mode}": name a model, or set teacher.mode=self.'
     for key, value in (("weights", teacher.weights), ("decay", teacher.decay)):
         if value is not None:
             yield f'teacher.{key} is {json.dumps(value)}, and it belongs to teacher.mode "self". Set it to null.'
+
+
+def _server_faults(teacher: TeacherSection) -> Iterator[str]:
+    if teacher.mode == "server" and not teacher.servers:
+        yield (
+            'teacher.servers is [] and teacher.mode is "server": name the address of one, for example --set '
+            "'teacher.servers=[\"10.0.0.2:8600\"]'."
+        )
+    if teacher.mode != "server" and teacher.servers:
+        yield (
+            f'teacher.servers is {json.dumps(list(teacher.servers))} and teacher.mode is "{teacher.mode}": set '
+            "teacher.mode=server, or teacher.servers=[]."
+        )
+    if len(set(teacher.servers)) < len(teacher.servers):
+        yield f"teacher.servers names a server twice: {list(teacher.servers)}."
 
 
 def _self_faults(config: Config) -> Iterator[str]:

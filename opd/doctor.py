@@ -39,8 +39,9 @@ from opd.rollout.connection import check_installed
 from opd.rollout.local import TransformersSampler
 from opd.rollout.turns import Dialogue, open_dialogue
 from opd.step import Pair, score_update
+from opd.teacher import Teacher
+from opd.teacher.choose import open_teacher, scoring_teacher
 from opd.teacher.local import LocalTeacher
-from opd.teacher.self import open_teacher
 
 SCORED = 8  # prompts that are answered and scored
 SCORED_TOKENS = 32  # the longest of these responses
@@ -131,6 +132,7 @@ def examine(config: Config) -> list[str]:
     student = report.check("student", lambda: models.load(config.student, device, "student"), _about)
     has_teacher = student is not None or not config.teacher_is_student
     teacher = report.check("teacher", lambda: open_teacher(config, student, device), _about) if has_teacher else None
+    scoring = _scoring_teacher(report, config, teacher, device) if teacher else None
     prompts = benchmarks = vocab_size = None
     if student:
         section = config.data.environment
@@ -158,9 +160,20 @@ def examine(config: Config) -> list[str]:
         )
     if prompts:
         _check_machine(report, config, device, prompts)
-    if prompts and vocab_size:
-        report.check("scoring", lambda: _score(config, student, teacher, vocab_size, prompts), _about_scoring)
+    if prompts and vocab_size and scoring:
+        report.check("scoring", lambda: _score(config, student, scoring, vocab_size, prompts), _about_scoring)
     return report.faults
+
+
+def _scoring_teacher(report: Report, config: Config, teacher: LanguageModel, device: torch.device) -> Teacher | None:
+    """What scores with the teacher; None where its servers cannot be used."""
+    if config.teacher.mode != "server":
+        return scoring_teacher(config, teacher, device)
+    return report.check(
+        f"teacher servers {', '.join(config.teacher.servers)}",
+        lambda: scoring_teacher(config, teacher, device),
+        lambda served: f"the same teacher, with weights {served.weights}",
+    )
 
 
 def _files(config: Config) -> list[tuple[str, str, str | None]]:
@@ -262,7 +275,7 @@ class _Scored:
 
 
 def _score(
-    config: Config, student: LanguageModel, teacher: LanguageModel, vocab_size: int, prompts: Sequence[Prompt]
+    config: Config, student: LanguageModel, teacher: Teacher, vocab_size: int, prompts: Sequence[Prompt]
 ) -> _Scored:
     """Samples a few responses, and scores them with the student as its own teacher and with the teacher."""
     chosen, rollout = prompts[:SCORED], config.rollout
@@ -271,13 +284,13 @@ def _score(
     rollouts = TransformersSampler(student, SCORED).sample(chosen, decoding, vocab_size, seeds)
     plain = [replace(rollout, prompt=replace(rollout.prompt, privileged_ids=None)) for rollout in rollouts]
 
-    def scores(lm: LanguageModel, rollouts: Sequence[Rollout]) -> TokenStats:
-        pair = Pair(student, LocalTeacher(lm), vocab_size, config.loss)
+    def scores(scoring: Teacher, rollouts: Sequence[Rollout]) -> TokenStats:
+        pair = Pair(student, scoring, vocab_size, config.loss)
         micro, pad_id = config.optim.micro_batch_tokens, student.eos_ids[0]
         batches = make_micro_batches(rollouts, micro, pad_id, "keep", min(student.packed_row, teacher.packed_row))
         return score_update(pair, batches, frozenset({"reverse_kl"}), 0)
 
-    itself, other = scores(student, plain), scores(teacher, rollouts)
+    itself, other = scores(LocalTeacher(student), plain), scores(teacher, rollouts)
     scored = _Scored(len(itself.position), itself.reverse_kl.max().item(), other.reverse_kl.mean().item())
     if not scored.from_itself <= SAME:
         raise InputError(

@@ -39,8 +39,8 @@ from opd.responses import PARTIAL, Place, Subject, sampled
 from opd.rollout.choose import fixed_sampler
 from opd.rollout.turns import Dialogue
 from opd.step import Pair, score_update
-from opd.teacher.local import LocalTeacher, load_teacher
-from opd.teacher.self import open_teacher
+from opd.teacher.choose import open_teacher, scoring_teacher
+from opd.teacher.local import load_teacher
 
 UNGRADED_PERCENT = 1  # share of all answers above which the evaluation warns
 
@@ -318,7 +318,7 @@ def _evaluate_command(config: Config, model: str, limit: int | None, out: Path) 
     if config.eval.reverse_kl:
         teacher = _teacher_of(lm, config)
         benchmarks = [for_benchmark(loaded, config, lm, teacher) for loaded in benchmarks]
-        pair = Pair(lm, LocalTeacher(teacher), models.shared_vocabulary(lm, teacher), config.loss)
+        pair = Pair(lm, scoring_teacher(config, teacher, device), models.shared_vocabulary(lm, teacher), config.loss)
         vocab_size = models.sampled_vocabulary(lm, teacher)
     prompts = [prompt for loaded in benchmarks for prompt in loaded.prompts]
     longest = max(loaded.benchmark.max_response_tokens for loaded in benchmarks)

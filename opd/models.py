@@ -313,7 +313,7 @@ def shared_vocabulary(student: LanguageModel, teacher: LanguageModel) -> int:
     Padded rows of a head beyond them are cut, and ids that only one tokenizer has at its end get a note on the console.
     Raises InputError where an id means different strings in the two tokenizers.
     """
-    student_tokens, teacher_tokens = _strings(student.tokenizer), _strings(teacher.tokenizer)
+    student_tokens, teacher_tokens = strings_of(student.tokenizer), strings_of(teacher.tokenizer)
     size = min(len(student_tokens), len(teacher_tokens))
     if min(student.eos_ids) >= size:
         raise InputError(
@@ -364,7 +364,7 @@ def check_prompt_ids(prompts: Sequence[Prompt], teacher: LanguageModel) -> None:
             )
 
 
-def _strings(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+def strings_of(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
     """The string of every id; None for an id that has none."""
     by_id = {i: text for text, i in tokenizer.get_vocab().items()}
     return [by_id.get(i) for i in range(max(by_id) + 1)]
@@ -417,7 +417,8 @@ def _check_folder(section: StudentSection | TeacherSection, name: str) -> None:
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{where}: the folder has no config.json. Expected a Hugging Face checkpoint.")
-    if any(folder.glob("*.safetensors")):
+    is_elsewhere = isinstance(section, TeacherSection) and section.mode == "server"
+    if is_elsewhere or any(folder.glob("*.safetensors")):
         return
     pickles = sorted(file.name for kind in ("bin", "pt", "pth") for file in folder.glob(f"*.{kind}"))
     if pickles:

@@ -148,7 +148,7 @@ def make_plan(
     host["teacher states"] = min(teacher_states, limit)
     beside_student = beside_teacher = learning = held | scoring
     if config.engine.phases == 2:
-        waiting = {"student": held["weights"], "moments": held["optimizer"], "teacher": scoring["teacher"]}
+        waiting = {"student": held["weights"], "moments": held["optimizer"], "teacher": sum(scoring.values())}
         host |= {f"{name} waiting": size for name, size in waiting.items() if size}
         beside_student = {name: size for name, size in held.items() if name != "optimizer"}
         beside_teacher = scoring if kept else beside_student
@@ -160,7 +160,7 @@ def make_plan(
         "teacher": beside_teacher
         | {
             "teacher layers gathered": gathered,
-            "activations": work.micro * (8 * teacher.hidden + 3 * teacher.intermediate) * t_bytes,
+            "activations": 0 if config.teacher.mode == "server" else _one_layer(teacher, work, t_bytes),
         },
         "update": learning | {"gradients": gradients} | _backward(config, student, work),
         "evaluation": beside_student | _generation(config, student, config.evaluation_batch, longest_answer),
@@ -206,6 +206,11 @@ class _Work:
         return cls(rollouts, min(config.rollout.batch_size, rollouts), length, micro, processes)
 
 
+def _one_layer(model: Size, work: _Work, bytes_each: int) -> int:
+    """Bytes of the activations of one layer for a micro-batch."""
+    return work.micro * (8 * model.hidden + 3 * model.intermediate) * bytes_each
+
+
 def _generation(config: Config, student: Size, responses: int, tokens: int) -> dict[str, int]:
     """Bytes that transformers takes to generate so many responses of so many tokens at once."""
     length = config.data.max_prompt_tokens + tokens
@@ -219,7 +224,7 @@ def _generation(config: Config, student: Size, responses: int, tokens: int) -> d
 def _backward(config: Config, student: Size, work: _Work) -> dict[str, int]:
     """Bytes of the backward pass. AdamW's step comes after it and takes nothing beside its moments."""
     compute_bytes = _bytes_each(config.student)
-    one_layer = work.micro * (8 * student.hidden + 3 * student.intermediate) * compute_bytes
+    one_layer = _one_layer(student, work, compute_bytes)
     kept = work.micro * student.hidden * compute_bytes if config.engine.gradient_checkpointing else one_layer
     # sdpa keeps the mask of shared rows with the activations of each layer
     row = min(work.length, student.packed_row) if config.student.attn_implementation == "sdpa" else 0
@@ -259,9 +264,12 @@ def _seconds(config: Config, student: Size, teacher: Size, device: torch.device,
     tokens = work.rollouts * work.length
     passes = 1 + 1 + 2 + (1 if config.engine.gradient_checkpointing else 0)  # scoring, forward, backward, recomputation
     launches = -(-tokens // work.micro)
+    scoring = 2 * teacher.multiplied * tokens / flops + launches * 2e-4 * teacher.layers
+    if config.teacher.mode == "server":
+        scoring = 0.0  # on a device that is not known here
     return {
         "rollout": batches * config.rollout.max_response_tokens * one_token,
-        "teacher": 2 * teacher.multiplied * tokens / flops + launches * 2e-4 * teacher.layers,
+        "teacher": scoring,
         "update": 2 * student.multiplied * tokens * passes / flops + launches * passes * overhead,
     }
 
@@ -313,7 +321,12 @@ def _student_memory(
 
 
 def _teacher_placement(section: TeacherSection, zero: dict | None) -> str:
-    """Where the teacher lies, as teacher.placement says it. An average lies where ZeRO-3 has the student."""
+    """Where the teacher lies, as teacher.placement says it. An average lies where ZeRO-3 has the student.
+
+    A teacher of servers lies "elsewhere".
+    """
+    if section.mode == "server":
+        return "elsewhere"
     if section.weights != "ema" or zero is None or zero["stage"] < 3:
         return section.placement
     return "host" if zero.get("offload_param") else "sharded"
@@ -326,6 +339,8 @@ def _teacher_memory(
 
     The part "teacher layers gathered" is there only while the teacher scores.
     """
+    if placement == "elsewhere":
+        return {"teacher head": teacher.head * bytes_each}
     if placement == "device":
         return {"teacher": teacher.parameters * bytes_each}
     device = {
@@ -390,6 +405,10 @@ def describe(config: Config, device: torch.device, plan: Plan) -> str:
     if plan.peaks["update"] > room:
         has = f"{amount(room)} of the {device.type}"
         fit = [f"    the update does not fit into the {has}. {plan.way_to_fit(room)}"]
+    elsewhere = []
+    if config.teacher.mode == "server":
+        sent = plan.host["teacher states"] + plan.spilled
+        elsewhere = [f"  teacher servers: up to {amount(sent)} of hidden states an update; their time is not counted"]
     return "\n".join(
         [
             f"plan of {config.run_dir}: {plan.updates} updates of {config.rollout.prompts_per_step} prompts x "
@@ -406,5 +425,6 @@ def describe(config: Config, device: torch.device, plan: Plan) -> str:
             + (f", and {amount(plan.spilled)} for teacher states above teacher.cache_gb" if plan.spilled else ""),
             f"  time, if every response were of full length: {per_update:.2g} s an update ({times}), "
             f"{plan.updates * per_update / 3600:.2g} h in all; evaluations not counted",
+            *elsewhere,
         ]
     )

@@ -215,6 +215,12 @@ def is_evaluated_elsewhere(run: Run) -> bool:
 def evaluate_teacher(run: Run) -> None:
     """Evaluates the teacher on its own prompts, unless this run has evaluated it already."""
     names = [loaded.name for loaded in run.benchmarks]
+    if run.config.teacher.mode == "server":
+        if run.step == 0 and names:
+            say(
+                "note: the teacher is elsewhere and samples nothing, so it is not evaluated: opd.evaluate does it there"
+            )
+        return
     if run.step > 0 and evaluate.known_figures(run.config.run_dir / "eval" / "teacher", names) is not None:
         return
     if run.step > 0 and run.benchmarks and run.config.teacher.weights in ("live", "ema"):
@@ -334,6 +340,7 @@ def _guarded(run: Run) -> Iterator[None]:
             run.record.log.close()
         run.verdicts.close()
         run.grader.close()
+        run.pair.teacher.close()
         if run.sampler:
             run.sampler.close()
 

@@ -41,6 +41,7 @@ ELSEWHERE = {
     "zero_stage": "it is engine.deepspeed, zero0 to zero3",
     "model_name_or_path": "it is student.path",
     "teacher_model_name_or_path": "it is teacher.path",
+    "teacher_model_server_url": "it is teacher.servers, with teacher.mode=server",
     "dataset_name": "it is data.train, which takes files, folders and hub:NAME@REVISION",
     "report_to": 'it is log.to, for example ["tensorboard", "wandb"]',
     "logging_steps": "metrics of every update are written; log.diagnostics_every says how often the others are",

@@ -335,7 +335,7 @@ CASES = {
         nothing,
         "tip",
         [*S, "rollout.engine=vllm", *S, 'rollout.servers=["10.0.0.2"]'],
-        "'10.0.0.2' is no address of a vLLM server, expected HOST:PORT",
+        "'10.0.0.2' is no address of a server, expected HOST:PORT",
     ),
     "a server twice": (
         nothing,

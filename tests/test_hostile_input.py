@@ -219,7 +219,7 @@ CASES = {
     "an endless server": (
         nothing,
         [S, "rollout.engine=vllm", S, f'rollout.servers=["{NAME * 10}"]'],
-        "is no address of a vLLM server",
+        "is no address of a server",
         "",
     ),
     "a port of other digits": (

@@ -21,11 +21,12 @@ from helpers import random_lm, tiny_config
 from opd.config import ROOT
 from opd.errors import InputError, RunError
 from opd.rollout import Probe, connection, fleet, server, wire
-from opd.rollout.connection import Elsewhere, ServerConnection, ServerLost
+from opd.rollout.connection import Elsewhere, ServerConnection
 from opd.rollout.fleet import gpus_of_server
 from opd.rollout.server import accept_trainer
 from opd.rollout.vllm import VllmSampler
 from opd.rollout.wire import KEY, Scratch
+from opd.wire import ServerLost
 
 SERVER = [sys.executable, "-m", "opd.vllm_server", "--listen"]
 

@@ -39,8 +39,7 @@ from opd.rollout.choose import fixed_sampler
 from opd.rollout.turns import converse, open_dialogue
 from opd.seeds import generator
 from opd.step import Pair, score_update
-from opd.teacher.local import LocalTeacher
-from opd.teacher.self import open_teacher
+from opd.teacher.choose import open_teacher, scoring_teacher
 from tip import oracle, partial, taxonomy
 from tip.commands import COMMANDS, SMALL_STUDENT
 from tip.config import SECTIONS, TipConfig
@@ -265,7 +264,8 @@ def _load(config: Config) -> tuple[Pair, list[Prompt]]:
         distributed.start(device)  # for a teacher in host memory
     student = models.load(config.student, device, "student")
     teacher = open_teacher(config, student, device)
-    pair = Pair(student, LocalTeacher(teacher), models.shared_vocabulary(student, teacher), config.loss)
+    vocab_size = models.shared_vocabulary(student, teacher)
+    pair = Pair(student, scoring_teacher(config, teacher, device), vocab_size, config.loss)
     dialogue = open_dialogue(config.data.environment, student, config.data)
     data = dialogue.data if dialogue else config.data
     prompts, _ = read_training_prompts(data, student.tokenizer, config.seed)

@@ -42,7 +42,8 @@ def example(runs: Sequence[Run]) -> str:
     if name is None:
         raise InputError(f"{runs[0].folder}: no evaluation in it, so there is no example. Set eval.benchmarks.")
     evaluations = runs[0].folder / "eval"
-    folders = {"step-0 student": evaluations / "step_000000", "teacher": evaluations / "teacher"}
+    folders = {"step-0 student": evaluations / "step_000000"}
+    folders |= {"teacher": evaluations / "teacher"} if runs[0].evaluates_teacher else {}
     folders |= {run.label: evaluation_folder(run.folder) for run in runs}
     responses = {label: _first_responses(folder, name) for label, folder in folders.items()}
     start = responses["step-0 student"]

@@ -237,6 +237,22 @@ def write_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
         write_whole(run_dir / "config.json", json.dumps(record, indent=1) + "\n")
 
 
+def keep_teacher(run_dir: Path, weights: str) -> None:
+    """Records the digest of the weights that teach a run from elsewhere. They can change where their path does not.
+
+    Raises InputError where other weights have taught this run before.
+    """
+    path = run_dir / "teacher_weights.json"
+    if not path.exists():
+        return write_whole(path, json.dumps({"weights": weights}) + "\n")
+    before = read_object(path, "which weights have taught a run").get("weights")
+    if before != weights:
+        raise InputError(
+            f"{run_dir}: weights with the digest {before} have taught this run, and the teacher servers have "
+            f"{weights}. Start them with the teacher of then, or choose another --set run_name=NAME."
+        )
+
+
 def _git_commit() -> str | None:
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None

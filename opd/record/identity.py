@@ -18,7 +18,7 @@ from opd.rollout import environment
 MACHINE = {  # section -> keys that fit a run to a machine and change no number, so it may continue with others
     "rollout": ("servers", "timeout", "gpu_memory"),
     "engine": ("phases",),
-    "teacher": ("cache_gb",),
+    "teacher": ("cache_gb", "servers", "timeout"),
     "log": ("to",),
 }
 

@@ -8,26 +8,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from opd.arguments import address_of
 from opd.config import ROOT
 from opd.errors import InputError
-from opd.rollout.wire import KEY, SHUTDOWN, limit
+from opd.rollout.wire import KEY, SHUTDOWN
+from opd.wire import CONNECTING, ServerLost, connect, receive
 
 LOADING = 3600  # seconds that a server may take to load a model
-CONNECTING = 120  # seconds until a server on another host must have time for this run
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-
-
-class ServerLost(Exception):
-    """A server died, failed or fell silent; the text says which."""
 
 
 class OwnProcess:
@@ -183,14 +178,10 @@ class ServerConnection:
         Raises:
             ServerLost: no answer comes within the time, or the answer is that something has failed.
         """
-        until = time.monotonic() + (patience or self.timeout)
+        seconds = patience or self.timeout
+        allowance = f"{seconds} s" if patience else f"{seconds} s (rollout.timeout)"
         try:
-            while not self.connection.poll(min(1.0, patience or self.timeout)):
-                waiting()
-                if time.monotonic() >= until:
-                    why = f"{patience} s" if patience else f"{self.timeout} s (rollout.timeout)"
-                    raise ServerLost(f"it gave no sign of life for {why}")
-            answer = json.loads(self.connection.recv_bytes())
+            answer = json.loads(receive(self.connection, seconds, allowance, waiting))
         except (OSError, EOFError) as error:
             raise ServerLost(self.place.cause(error)) from None
         if "failed" in answer:
@@ -248,21 +239,10 @@ class ServerConnection:
         self.end()
 
     def _connect(self, address: tuple[str, int] | str, key: bytes, patience: float) -> None:
-        until = time.monotonic() + patience
-        while True:
-            try:
-                self.connection = Client(address)
-                limit(self.connection, self.timeout)
-                answer_challenge(self.connection, key)
-                deliver_challenge(self.connection, key)
-                return
-            except AuthenticationError:
-                raise InputError(f"{self.name} does not accept the key: {KEY} is another one there.") from None
-            except (OSError, EOFError) as error:
-                self.place.check_alive()
-                if time.monotonic() > until:
-                    raise ServerLost(f"nobody there has time for this run ({error})") from None
-                time.sleep(0.1)
+        try:
+            self.connection = connect(address, key, self.timeout, patience, self.place.check_alive)
+        except AuthenticationError:
+            raise InputError(f"{self.name} does not accept the key: {KEY} is another one there.") from None
 
     def _send_bytes(self, data: bytes) -> None:
         try:

@@ -16,8 +16,9 @@ import torch
 from opd import distributed
 from opd.config import RolloutSection
 from opd.errors import InputError, RunError
-from opd.rollout.connection import Elsewhere, OwnProcess, Place, ServerConnection, ServerLost
+from opd.rollout.connection import Elsewhere, OwnProcess, Place, ServerConnection
 from opd.rollout.wire import KEY
+from opd.wire import ServerLost
 
 Answer = TypeVar("Answer")
 

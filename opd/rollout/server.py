@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from opd.errors import InputError
-from opd.rollout.wire import SHUTDOWN, Scratch, limit
+from opd.rollout.wire import SHUTDOWN, Scratch
+from opd.wire import Address, admit, listen
 
 
 class Weights:
@@ -169,7 +169,7 @@ class Server:
         self.say(done=True, logprobs=logprobs)
 
 
-def serve_one(address: tuple[str, int] | str, key: bytes, parent: int) -> None:
+def serve_one(address: Address, key: bytes, parent: int) -> None:
     """Answers the first trainer that knows the key, and ends with it and with the process `parent`.
 
     Raises InputError when the address cannot be had.
@@ -188,25 +188,16 @@ def serve_one(address: tuple[str, int] | str, key: bytes, parent: int) -> None:
         raise
 
 
-def accept_trainer(address: tuple[str, int] | str, key: bytes) -> Connection:
+def accept_trainer(address: Address, key: bytes) -> Connection:
     """The connection of the first trainer that knows the key; from then on no other can connect.
 
     Raises InputError when the address cannot be had.
     """
-    try:
-        listener = Listener(address)
-    except OSError as error:
-        raise InputError(
-            f"--listen {address}: cannot listen there ({error}). Give another address, or stop who has it."
-        ) from None
-    with listener:
+    with listen(address) as listener:
         while True:
             connection = listener.accept()
             try:
-                limit(connection, SHUTDOWN)  # a client that connects and says nothing does not keep others out
-                deliver_challenge(connection, key)
-                answer_challenge(connection, key)
-                limit(connection, 0)
+                admit(connection, key, SHUTDOWN)
                 return connection
             except (AuthenticationError, OSError, EOFError) as error:
                 connection.close()

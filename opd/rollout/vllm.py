@@ -26,11 +26,12 @@ from opd.data import Prompt, Rollout
 from opd.errors import RunError
 from opd.models import LanguageModel
 from opd.rollout import Decoding, Probe
-from opd.rollout.connection import ServerConnection, ServerLost
+from opd.rollout.connection import ServerConnection
 from opd.rollout.fleet import Fleet
 from opd.rollout.ranks import all_rollouts
 from opd.rollout.wire import Scratch
 from opd.seeds import derive_seed
+from opd.wire import ServerLost
 
 # Nats, of the mean difference of a logprob. In bfloat16 single tokens differ by 0.3 where nothing is wrong: vLLM rounds
 # what layers add up, autocast does not. Measured on SmolLM2-135M: mean 0.06, and 0.63 with two neighbouring layers

@@ -1,13 +1,10 @@
-"""What both ends of the line to a vLLM server share. What travels is JSON and safetensors, never a pickle."""
+"""What both ends of the line to a vLLM server share, beside opd.wire: the key's name, and a place for weights."""
 
 import fcntl
 import os
 import shutil
-import socket
-import struct
 import tempfile
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 KEY = "OPD_VLLM_KEY"  # environment variable: the secret that both ends must know
@@ -46,17 +43,3 @@ def _remove_if_abandoned(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(handle)
-
-
-def limit(connection: Connection, seconds: int) -> None:
-    """Lets a read that has begun, and a write, fail with BlockingIOError after so many seconds; 0 lets them wait.
-
-    A host that vanishes without a word is noticed within two minutes.
-    """
-    with socket.socket(fileno=os.dup(connection.fileno())) as raw:
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            raw.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
-        if raw.family in (socket.AF_INET, socket.AF_INET6):
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
-                raw.setsockopt(socket.IPPROTO_TCP, option, value)

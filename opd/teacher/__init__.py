@@ -1,7 +1,8 @@
 """Teachers: a teacher scores the tokens that the student has sampled.
 
 `local.py` is a model in the student's processes, whole or split over them. `self.py` says which model that is where the
-student teaches itself. `cache.py` keeps its hidden states until the loss projects them to logits.
+student teaches itself. `served.py` asks servers, which run `server.py` and hold the model. `cache.py` keeps the hidden
+states until the loss projects them to logits. `choose.py` is the teacher that a configuration names.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,4 +33,12 @@ class Teacher(Protocol):
     @property
     def packed_row(self) -> int:
         """As LanguageModel.packed_row."""
+        ...
+
+    def in_memory(self) -> "Teacher":
+        """The same teacher with another place for its states, which are in host memory alone."""
+        ...
+
+    def close(self) -> None:
+        """Ends what belongs to this teacher: it is not asked again."""
         ...

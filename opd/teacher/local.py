@@ -44,6 +44,14 @@ class LocalTeacher:
     def packed_row(self) -> int:
         return self.lm.packed_row
 
+    def in_memory(self) -> "LocalTeacher":
+        """As Teacher.in_memory."""
+        return LocalTeacher(self.lm)
+
+    def close(self) -> None:
+        """As Teacher.close."""
+        self.cache.clear()
+
 
 def load_teacher(config: Config, device: torch.device, name: str = "teacher") -> LanguageModel:
     """The teacher's model, placed as teacher.placement says. Raises InputError as opd.models.load does."""

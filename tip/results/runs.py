@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from opd.errors import InputError
 from opd.files import check
 from opd.record.folder import Recorded, Summary, read_final, read_record
+from opd.record.identity import without_machine
 
 
 class Selection(TypedDict):
@@ -27,12 +28,22 @@ class Run:
     config: Recorded
     summary: Summary
 
+    @property
+    def evaluates_teacher(self) -> bool:
+        """Whether there is an evaluation of the teacher. One that is elsewhere samples nothing."""
+        return evaluates_teacher(self.config)
+
+
+def evaluates_teacher(config: Recorded) -> bool:
+    """As Run.evaluates_teacher, by a recorded configuration."""
+    return config["teacher"].get("mode") != "server"
+
 
 def read_run(folder: Path) -> Run:
     """Reads a finished run. Raises InputError when it is not one."""
     config, summary, tip = read_record(folder)["config"], read_final(folder), _selection(folder)
     benchmarks = (summary["eval"]["step_0"] or {}).keys()
-    for who in ("teacher", "final"):
+    for who in (*(["teacher"] if evaluates_teacher(config) else []), "final"):
         if missing := sorted(benchmarks - (summary["eval"][who] or {}).keys()):
             raise InputError(
                 f"{folder / 'summary.json'}: eval.{who} has no figures of benchmark {missing[0]!r}. Remove the file "
@@ -68,7 +79,8 @@ def check_alike(runs: Sequence[Run]) -> None:
 
 def _beginning(run: Run) -> dict[str, object]:
     """What two runs must share for their accuracies to compare."""
-    shared = {key: run.config[key] for key in ("student", "teacher", "data", "seed")}
+    config = without_machine(run.config)
+    shared = {key: config[key] for key in ("student", "teacher", "data", "seed")}
     for name, figures in (run.summary["eval"]["step_0"] or {}).items():
         shared[f"benchmark {name}"] = {key: figures[key] for key in ("benchmark", "grader", "problems", "k")}
     return shared
