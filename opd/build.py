@@ -39,13 +39,8 @@ from opd.scorer import Scorer, load_scorer
 from opd.step import Pair
 from opd.stop import Stop
 from opd.teacher.cache import Cache, clear_folder
-<<<<<<< HEAD
-from opd.teacher.local import LocalTeacher
-from opd.teacher.self import Average, one_model, open_teacher
-=======
 from opd.teacher.choose import open_teacher, scoring_teacher
-from opd.teacher.self import Average, live
->>>>>>> main
+from opd.teacher.self import Average, one_model
 from opd.verdicts import Verdicts
 
 SPILLED = "teacher_states"  # folder of a run for the hidden states that teacher.cache_gb has no room for
@@ -199,11 +194,9 @@ def _load_models(
         adapters.add(student.model, section, config.seed)
     phases.add("student", student.model.parameters)
     teacher, weights = open_teacher(config, student, device, settings), config.teacher.weights
-<<<<<<< HEAD
-    if not config.teacher_is_student:  # the student is registered
-=======
-    if weights != "live" and config.teacher.mode != "server":  # the student, which is registered, or elsewhere
->>>>>>> main
+    if (
+        not config.teacher_is_student and config.teacher.mode != "server"
+    ):  # the student is registered, servers elsewhere
         head = set(teacher.head_scope.parameters())
         body = [p for p in teacher.model.parameters() if p not in head]
         phases.add("teacher", lambda: body, frozen=weights != "ema")

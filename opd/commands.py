@@ -32,11 +32,11 @@ def _take_two_runs(cli: Parser) -> None:
     cli.add_argument("b", type=path_argument, metavar="RUN")
 
 
-<<<<<<< HEAD
 def _take_merge(cli: Parser) -> None:
     cli.add_argument("run", type=path_argument, metavar="RUN", help="a run with student.lora, or a checkpoint of one")
     cli.add_argument("--out", required=True, type=path_argument, metavar="DIR", help="a new folder for the plain model")
-=======
+
+
 def _take_address(cli: Parser, key: str) -> None:
     cli.add_argument("--listen", required=True, metavar="HOST:PORT", help=f"where trainers connect ({key})")
 
@@ -44,7 +44,6 @@ def _take_address(cli: Parser, key: str) -> None:
 def _take_teacher_server(cli: Parser) -> None:
     take_config(cli)
     _take_address(cli, "teacher.servers")
->>>>>>> main
 
 
 def _take_server(cli: Parser) -> None:
