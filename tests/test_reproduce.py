@@ -260,7 +260,7 @@ def test_the_second_task(tmp_path):
         assert extract(addition.response(text, addition.TEACHER, rng)) == str(addition.answer(text))
         wrong += extract(addition.response(text, addition.STUDENT, rng)) != str(addition.answer(text))
     assert 0.35 < wrong / total < 0.65
-    assert set(build.PAIRS) == {"chain", "addition", "planning", "hinted"}
+    assert set(build.PAIRS) == {"chain", "addition", "planning", "planning_absolute", "hinted"}
 
 
 class FakeChild:

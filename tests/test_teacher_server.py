@@ -205,13 +205,17 @@ class Relay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self):
+        host, port = self.target.split(":")
         while True:
             try:
                 near = self.listener.accept()[0]
-                host, port = self.target.split(":")
-                far = socket.create_connection((host, int(port)))
-            except OSError:
+            except OSError:  # the relay is closed
                 return
+            try:
+                far = socket.create_connection((host, int(port)))
+            except OSError:  # the server is not there yet, and the trainer tries again
+                near.close()
+                continue
             for source, sink, change in ((near, far, self._seen), (far, near, self.answer)):
                 threading.Thread(target=self._pass, args=(source, sink, change), daemon=True).start()
 
