@@ -47,7 +47,17 @@ def beneath(section: Section) -> Section:
     return replace(section, path=model, revision=settings.get("revision"))
 
 
+def check_plain(section: StudentSection) -> None:
+    """Refuses adapters as the model that a run begins with. Raises InputError."""
+    if beneath(section) is not section:
+        raise InputError(
+            f"student.path {section.path!r} holds adapters, and a run begins with a plain model. Make one of it first: "
+            f"python -m opd.merge {section.path} --out DIR"
+        )
+
+
 def is_adapted(model: PreTrainedModel) -> bool:
+    """Whether layers of the model have adapters."""
     return any(BENEATH in name for name, _ in model.named_parameters())
 
 
@@ -59,6 +69,11 @@ def targets_of(model: PreTrainedModel, lora: LoraSection, where: str) -> dict[st
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and not any(module is head for head in heads)
     }
+    if not linear:
+        raise InputError(
+            f"student.lora is set, and {where} has no linear layers (torch.nn.Linear) that adapters could stand "
+            "beside. Set student.lora=null."
+        )
     if lora.targets == "all-linear":
         return linear
     kinds = {name.rpartition(".")[2] for name in linear}
@@ -77,18 +92,12 @@ def count(model: PreTrainedModel, lora: LoraSection, where: str) -> int:
 
 
 def add(model: PreTrainedModel, section: StudentSection, seed: int) -> None:
-    """Adds fresh adapters to a model, and freezes everything else.
+    """Adds fresh adapters to a plain model, and freezes everything else. Raises InputError as targets_of does.
 
-    A is drawn from the seed and the name of its layer, uniformly as peft draws it; B is 0. Raises InputError as
-    targets_of does, and for a model that has adapters.
+    A is drawn from the seed and the name of its layer, uniformly as peft draws it; B is 0.
     """
     from peft import LoraConfig  # slow to import, as all of peft is
 
-    if is_adapted(model):
-        raise InputError(
-            f"student.path {section.path!r} holds adapters, and student.lora is set: adapters are added to a plain "
-            f"model. Make one of it first: python -m opd.merge {section.path} --out DIR"
-        )
     targets = targets_of(model, section.lora, f"student.path {section.path!r}")
     settings = LoraConfig(
         r=section.lora.rank,

@@ -189,6 +189,8 @@ def _load_models(
     section = config.student
     if continue_from:
         section = replace(section, path=str(continue_from), revision=None)
+    else:
+        adapters.check_plain(section)
     student = load_student(section, device, settings)
     if section.lora and not continue_from:
         adapters.add(student.model, section, config.seed)

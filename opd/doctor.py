@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from opd import distributed, launch, models, plan, privileged
+from opd import adapters, distributed, launch, models, plan, privileged
 from opd.batch import make_micro_batches
 from opd.benchmarks import LoadedBenchmark, check_benchmarks, check_context, load_benchmarks, read_benchmarks
 from opd.build import load_scorers, read_inputs
@@ -60,6 +60,7 @@ def dry_run(config: Config, sections: Mapping[str, Any], weighter: TokenWeighter
         check_installed()
     check_boards(config)
     load_scorers(config, weighter)
+    adapters.check_plain(config.student)
     student, teacher = models.outline(config.student, "student"), models.outline(config.teacher_model, "teacher")
     inputs = read_inputs(config, student, teacher)
     print(plan.describe(config, device, _plan(config, device, inputs.total_steps)))

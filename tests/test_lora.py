@@ -10,7 +10,7 @@ import torch
 from helpers import engine_for, one_each, pair_of, random_lm, random_rollouts, relative, tiny_config
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from opd import adapters, evaluate, merge, models, plan
 from opd.batch import make_micro_batches
@@ -235,8 +235,15 @@ def test_selection_is_analysed_on_a_checkpoint_and_no_second_adapter_is_added(tr
         analyze.command(options)
         found[name] = json.loads((tmp_path / name / "analysis.json").read_text())["rules"]
     assert found["adapted"].keys() == found["plain"].keys() and found["adapted"] != found["plain"]
-    with pytest.raises(InputError, match=r"holds adapters.*opd\.merge"):
-        runs.train(tmp_path, *SHORT, f"student.path={folder}")
+    for more in SHORT, SHORT[1:]:  # with student.lora and without it
+        with pytest.raises(InputError, match=r"holds adapters.*opd\.merge"):
+            runs.train(tmp_path, *more, f"student.path={folder}")
+
+
+def test_a_model_without_linear_layers_is_refused():
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=50))
+    with pytest.raises(InputError, match="it has no linear layers"):
+        adapters.targets_of(gpt2, LORA, "it")
 
 
 def test_two_phases_change_nothing(trained, tmp_path):

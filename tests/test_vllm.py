@@ -19,14 +19,14 @@ import torch
 from helpers import random_lm, random_rollouts, tiny_config
 from runs import interrupted_before
 
-from opd import evaluate, train
-from opd.config import ROOT, load_config
+from opd import adapters, evaluate, train
+from opd.config import ROOT, LoraSection, load_config
 from opd.data import read_training_prompts
 from opd.errors import InputError, Interrupted, RunError
 from opd.models import load, sequence_logprobs
 from opd.progress import Progress
 from opd.rollout import Decoding, connection, vllm
-from opd.rollout.choose import make_probe
+from opd.rollout.choose import fixed_sampler, make_probe
 from opd.rollout.connection import python_of_vllm
 from opd.rollout.local import TransformersSampler
 from opd.rollout.turns import converse, open_dialogue
@@ -113,6 +113,27 @@ def test_greedy_responses_are_those_of_transformers(student, sampler, prompts, m
         theirs = draw(TransformersSampler(student, 64), prompts, GREEDY)
         assert ours == theirs
     assert {r.finish_reason for r in ours} <= {"stop", "length"}
+
+
+def test_adapters_are_sampled_merged(tmp_path):
+    """vLLM cannot read a folder with adapters. It loads the model beneath and gets merged weights, of now and later."""
+    lora = LoraSection(rank=4, alpha=8.0, targets="all-linear")
+    config = tiny_config("rollout.engine=vllm")
+    section = replace(config.student, lora=lora)
+    lm = load(section, CPU, "student")
+    adapters.add(lm.model, section, 0)
+    shift = partial(move, SimpleNamespace(model=SimpleNamespace(parameters=adapters.trained(lm.model).values)))
+    shift(scale=0.1)
+    adapters.save(lm.model, adapters.trained(lm.model), tmp_path / "adapter")
+    lm.tokenizer.save_pretrained(tmp_path / "adapter")
+    prompts = read_training_prompts(config.data, lm.tokenizer, 0)[0][:24]
+    theirs = draw(TransformersSampler(lm, 64), prompts, GREEDY)
+    assert theirs != draw(TransformersSampler(load(config.student, CPU, "student"), 64), prompts, GREEDY)
+    with fixed_sampler(lm, replace(section, path=str(tmp_path / "adapter")), config, prompts, 40) as sampler:
+        assert draw(sampler, prompts, GREEDY) == theirs
+        shift(scale=0.1, seed=1)
+        sampler.take(lambda: adapters.merged_weights(lm.model), make_probe(lm, prompts))
+        assert draw(sampler, prompts, GREEDY) == draw(TransformersSampler(lm, 64), prompts, GREEDY) != theirs
 
 
 def test_conversations_are_those_of_transformers():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from opd import adapters
 from opd.config import Config, StudentSection, TeacherSection
 from opd.data import Prompt
 from opd.models import LanguageModel, sequence_logprobs
@@ -55,11 +56,16 @@ def fixed_sampler(
     if config.rollout.engine == "transformers":
         yield TransformersSampler(lm, config.evaluation_batch)
         return
-    probe = make_probe(lm, prompts)
+    probe, plain, merged = make_probe(lm, prompts), adapters.beneath(section), {}
+    if plain is not section:  # vLLM reads plain models, and gets one that holds the adapters
+        merged = {name: weight.cpu() for name, weight in adapters.merged_weights(lm.model)}
     before_start()
-    sampler = VllmSampler(lm, section, config, max(len(p.token_ids) for p in prompts) + longest_response)
+    sampler = VllmSampler(lm, plain, config, max(len(p.token_ids) for p in prompts) + longest_response)
     try:
-        sampler.check_parity(probe)
+        if merged:
+            sampler.take(merged.items, probe)
+        else:
+            sampler.check_parity(probe)
         yield sampler
     finally:
         sampler.close()
