@@ -7,43 +7,28 @@ the gradients with respect to hidden states and head leave the chunk. The arithm
 3 H_s + H_t multiply-adds per token and vocabulary entry: one projection of each model and the two gradient products.
 The loss never projects tokens of weight 0; the statistics project all tokens.
 
-Left out on purpose: custom kernels (plain PyTorch runs on CPUs and on CUDA), targets and labels (there are none), and
-any division: a loss is a *sum*, and the training step divides once by one global number.
+On CUDA, opd.kernels does the elementwise work of the Kullback-Leibler divergences, because there PyTorch's operations,
+each of which reads and writes a (c, V) tensor, take longer than the products. Everything else is plain PyTorch. Left
+out on purpose: targets and labels (there are none), and any division: a loss is a *sum*, and the training step divides
+once by one global number.
 
 P is the student's distribution, Q the teacher's, and M = beta Q + (1 - beta) P their mixture. All numbers are in nats.
 Shape suffixes: N tokens, V vocabulary (the compared ids), H hidden size of the model at hand, R rows of its head
 (R >= V), c tokens of a chunk, K likeliest ids. So `log_p_cV` is (c, V).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from opd.chunks import DEFAULT_CHUNK_BYTES, Chunk, Head, States, Workspace, add_product, dot, has_kernels, sum_of
 from opd.divergence import check_beta
 
-DEFAULT_CHUNK_BYTES = 256 * 2**20
 TOP_K = 16  # of overlap_kl and teacher_topk_mass: TA-OPD, arXiv 2605.26844
-
-
-@dataclass(frozen=True)
-class Head:
-    """The last layer of a model: logits = soft_cap * tanh((h W^T + b) * scale / soft_cap); no tanh without a soft cap.
-
-    Only the first `vocab_size` rows take part, so that padded vocabulary rows get no probability and no gradient.
-    """
-
-    weight: Tensor  # (R, H), the parameter itself
-    bias: Tensor | None = None  # (R,)
-    scale: float = 1.0
-    soft_cap: float | None = None
-    vocab_size: int | None = None  # None: all rows
-
-    @property
-    def size(self) -> int:
-        return self.vocab_size or self.weight.shape[0]
 
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "total_variation")
@@ -101,7 +86,7 @@ def divergence_sum(
     Raises:
         ValueError: shapes or vocabulary sizes that do not fit.
     """
-    student, teacher = _States(student_hidden, student_head), _States(teacher_hidden.detach(), teacher_head)
+    student, teacher = States(student_hidden, student_head), States(teacher_hidden.detach(), teacher_head)
     _check_shapes(student, teacher, {"weights": weights, "forward_share": forward_share})
     if objective.divergence == "forward_kl":
         forward_share = torch.ones_like(weights)
@@ -118,7 +103,7 @@ class _Summands:
     """What the sum is made of, except for the three tensors that autograd has to see."""
 
     student_head: Head
-    teacher: "_States"
+    teacher: States
     weights_N: Tensor
     forward_share_N: Tensor | None
     objective: Objective
@@ -129,27 +114,33 @@ class _Summands:
         """How many (c, V) buffers stand at once: three, two more for the JSD, one more for the slope of a soft cap."""
         return 3 + 2 * (self.objective.divergence == "jsd") + (self.student_head.soft_cap is not None)
 
+    @property
+    def fused(self) -> bool:
+        """Whether kernels do the elementwise work. They have no form for a bias, which few heads have."""
+        by_kl = self.objective.divergence in ("reverse_kl", "forward_kl")
+        return by_kl and self.student_head.bias is None and has_kernels(self.weights_N.device.type)
+
 
 class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH: Tensor, weight_RH: Tensor, bias_R: Tensor | None, summands: _Summands) -> Tensor:
         with_gradient = any(ctx.needs_input_grad)
         gradients = _Gradients((hidden_NH, weight_RH, bias_R), ctx.needs_input_grad[:3])
-        student, soft_cap = _States(hidden_NH, summands.student_head), summands.student_head.soft_cap
-        work = _Workspace(student, summands.teacher, summands.buffers, summands.chunk_bytes)
+        student, soft_cap = States(hidden_NH, summands.student_head), summands.student_head.soft_cap
+        work = Workspace(student, summands.teacher, summands.buffers, summands.chunk_bytes)
         total = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
+        chunk_loss = _fused_loss if summands.fused else _plain_loss
         for rows_c in work.chunks(summands.weights_N.nonzero().squeeze(1)):
-            chunk = student.chunk(rows_c, work.tile)
-            slope_cV = work.take("cap_slope") if with_gradient and soft_cap is not None else None
-            log_p_cV = _log_probabilities("log_p", chunk, work, slope_cV)
-            log_q_cV = _log_probabilities("log_q", summands.teacher.chunk(rows_c, work.tile), work)
+            chunks = student.chunk(rows_c, work.tile), summands.teacher.chunk(rows_c, work.tile)
             weights_c = summands.weights_N[rows_c].float()
             share_c = None if summands.forward_share_N is None else summands.forward_share_N[rows_c].float()
-            loss = _chunk_loss(log_p_cV, log_q_cV, share_c, summands.objective, work)
-            total += (weights_c.double() * loss.value_c.double()).sum()
+            slope_cV = work.take("cap_slope") if with_gradient and soft_cap is not None else None
+            value_c, gradient = chunk_loss(*chunks, share_c, summands.objective, work, slope_cV)
+            total += (weights_c.double() * value_c.double()).sum()
             if with_gradient:
-                grad_cV = _logit_gradient(loss, share_c)
-                gradients.add(grad_cV if slope_cV is None else grad_cV.mul_(slope_cV), weights_c, rows_c, chunk)
+                grad_cV = gradient()
+                grad_cV = grad_cV if slope_cV is None else grad_cV.mul_(slope_cV)
+                gradients.add(grad_cV, weights_c, rows_c, chunks[0])
         ctx.gradients = gradients.in_dtypes_of(hidden_NH, weight_RH, bias_R)
         return total.float()
 
@@ -163,7 +154,47 @@ class _DivergenceSum(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(grad_output) for gradient in gradients), None
 
 
-def _log_probabilities(name: str, chunk: "_Chunk", work: "_Workspace", slope_cV: Tensor | None = None) -> Tensor:
+def _fused_loss(
+    student: Chunk,
+    teacher: Chunk,
+    share_c: Tensor | None,
+    objective: Objective,
+    work: Workspace,
+    slope_cV: Tensor | None,
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """As _plain_loss, by opd.kernels. The gradient is in the dtype of the products that come next."""
+    from opd import kernels
+
+    logits_cV = student.logits(work.take("student_logits"), slope_cV), teacher.logits(work.take("teacher_logits"))
+    sums = kernels.row_sums(*logits_cV)
+    value_c = sums.reverse_kl if share_c is None else torch.lerp(sums.reverse_kl, sums.forward_kl, share_c)
+
+    def gradient() -> Tensor:
+        out_cV = work.take("gradient").view(student.states.dtype)[:, : work.vocabulary]
+        return kernels.write_gradient(*logits_cV, sums, share_c, out_cV)
+
+    return value_c, gradient
+
+
+def _plain_loss(
+    student: Chunk,
+    teacher: Chunk,
+    share_c: Tensor | None,
+    objective: Objective,
+    work: Workspace,
+    slope_cV: Tensor | None,
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The loss of each token, (c,), and what computes its gradient in the student's logits, (c, V).
+
+    A head with a soft cap gets the derivative of the cap into `slope_cV`, if given.
+    """
+    log_p_cV = _log_probabilities("log_p", student, work, slope_cV)
+    log_q_cV = _log_probabilities("log_q", teacher, work)
+    loss = _chunk_loss(log_p_cV, log_q_cV, share_c, objective, work)
+    return loss.value_c, partial(_logit_gradient, loss, share_c)
+
+
+def _log_probabilities(name: str, chunk: Chunk, work: Workspace, slope_cV: Tensor | None = None) -> Tensor:
     """(c, V) in the buffer `name`; the buffer of the logits is free again."""
     logits_cV = chunk.logits(out=work.take("logits"), slope_cV=slope_cV)
     log_probabilities_cV = torch.log_softmax(logits_cV, -1, out=work.take(name))
@@ -183,7 +214,7 @@ class _ChunkLoss:
 
 
 def _chunk_loss(
-    log_p_cV: Tensor, log_q_cV: Tensor, share_c: Tensor | None, objective: Objective, work: "_Workspace"
+    log_p_cV: Tensor, log_q_cV: Tensor, share_c: Tensor | None, objective: Objective, work: Workspace
 ) -> _ChunkLoss:
     """(1 - f) D + f forward KL of each token; overwrites both log-probabilities.
 
@@ -199,13 +230,13 @@ def _chunk_loss(
     )  # and its scores need the teacher's probabilities
     q_cV = torch.exp(log_q_cV, out=work.take("q")) if scores_itself or share_c is not None else None
     log_ratio_cV = torch.sub(log_p_cV, log_q_cV, out=log_q_cV)
-    forward_kl_c = None if share_c is None else -_dot(q_cV, log_ratio_cV)
+    forward_kl_c = None if share_c is None else -dot(q_cV, log_ratio_cV)
     p_cV = log_p_cV.exp_()
     match objective.divergence:
         case "jsd":
             teacher_part_c = _jsd_scores(log_ratio_cV, q_cV, objective.jsd_beta, work)
         case "total_variation":
-            teacher_part_c = -_dot(q_cV, log_ratio_cV.sign_().mul_(0.5))
+            teacher_part_c = -dot(q_cV, log_ratio_cV.sign_().mul_(0.5))
         case _:
             teacher_part_c = 0.0
     scored_p_cV = log_ratio_cV.mul_(p_cV)
@@ -216,12 +247,12 @@ def _chunk_loss(
     return _ChunkLoss(value_c, p_cV, q_cV, scored_p_cV, centre_c)
 
 
-def _jsd_scores(log_ratio_cV: Tensor, q_cV: Tensor, beta: float, work: "_Workspace") -> Tensor:
+def _jsd_scores(log_ratio_cV: Tensor, q_cV: Tensor, beta: float, work: Workspace) -> Tensor:
     """Overwrites the log ratio by the scores (1 - beta) (log P - log M) of the JSD; returns beta KL(Q || M), (c,)."""
     share_cV = _smaller_share(log_ratio_cV, beta, out=work.take("smaller_share"))
     larger_cV = _log_m_over_larger(log_ratio_cV, share_cV, out=work.take("log_m_over_larger"))
     work.release("smaller_share")
-    teacher_part_c = -beta * _dot(q_cV, _log_m_over_q(log_ratio_cV, larger_cV, out=work.take("log_m_over_q")))
+    teacher_part_c = -beta * dot(q_cV, _log_m_over_q(log_ratio_cV, larger_cV, out=work.take("log_m_over_q")))
     _log_m_over_p(log_ratio_cV, larger_cV, out=log_ratio_cV).mul_(beta - 1)
     return teacher_part_c
 
@@ -251,7 +282,7 @@ class _Gradients:
             for source, want in zip(sources, wanted, strict=True)
         )
 
-    def add(self, grad_cV: Tensor, weights_c: Tensor, rows_c: Tensor, chunk: "_Chunk") -> None:
+    def add(self, grad_cV: Tensor, weights_c: Tensor, rows_c: Tensor, chunk: Chunk) -> None:
         """Adds the products of a chunk; `grad_cV` is its gradient in (h W^T + b) * scale, before the token weights."""
         # weight and scale belong to rows, so they multiply (c, H) factors of the products and not (c, V) gradients
         factor_c = weights_c * chunk.head.scale
@@ -263,9 +294,9 @@ class _Gradients:
         for part, weight_tile in chunk.tiles():
             grad_tile = grad_cV[:, part].to(hidden_cH.dtype)
             if self.hidden_NH is not None:
-                _add_product(grad_tile, weight_tile, out=grad_cH)
+                add_product(grad_tile, weight_tile, out=grad_cH)
             if self.weight_RH is not None:
-                _add_product(grad_tile.T, scaled_cH, out=self.weight_RH[part])
+                add_product(grad_tile.T, scaled_cH, out=self.weight_RH[part])
         if self.hidden_NH is not None:
             self.hidden_NH[rows_c] = grad_cH.mul_(factor_c[:, None])
 
@@ -302,13 +333,14 @@ def token_stats(
     if unknown := needs - STATISTICS.keys():
         raise ValueError(f"needs names {sorted(unknown)}, expected names out of {sorted(STATISTICS)}")
     check_beta(jsd_beta)
-    student, teacher = _States(student_hidden, student_head), _States(teacher_hidden, teacher_head)
+    student, teacher = States(student_hidden, student_head), States(teacher_hidden, teacher_head)
     _check_shapes(student, teacher, {"token_ids": token_ids})
     if not needs:
         return {}
     columns: dict[str, list[Tensor]] = {name: [] for name in needs}
-    plan = _Plan(needs)
-    work = _Workspace(student, teacher, plan.buffers, chunk_bytes)
+    fused = bool(needs & {"reverse_kl", "forward_kl"}) and has_kernels(student_hidden.device.type)
+    plan = _Plan(needs, FUSED if fused else {})
+    work = Workspace(student, teacher, plan.buffers, chunk_bytes)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         for rows_c in work.chunks(torch.arange(len(token_ids), device=student_hidden.device)):
             models = {"student": student.chunk(rows_c, work.tile), "teacher": teacher.chunk(rows_c, work.tile)}
@@ -320,7 +352,7 @@ def token_stats(
 
 def reads_teacher(needs: frozenset[str]) -> bool:
     """Whether one of these statistics needs the teacher's hidden states. Where none does, they are not looked at."""
-    return "teacher_logits" in _Plan(needs).formulas
+    return "teacher_logits" in _Plan(needs, {}).formulas
 
 
 @dataclass(frozen=True)
@@ -328,7 +360,7 @@ class Formula:
     """How something of a chunk is computed: `function` of what `reads` names, in that order.
 
     `reads` may name keys of INTERMEDIATES, SHARED and STATISTICS, and what a chunk is given: "student" and "teacher"
-    (`_Chunk`), "token_ids" (c,) int64 and "jsd_beta" (float). The result must not be a view of an intermediate, whose
+    (`Chunk`), "token_ids" (c,) int64 and "jsd_beta" (float). The result must not be a view of an intermediate, whose
     buffer is overwritten later.
     """
 
@@ -340,12 +372,13 @@ class _Plan:
     """The formulas that some statistics need, in the order of their computation, each once.
 
     An intermediate gives its buffer back as soon as no later formula reads it. So the number of buffers, and with it
-    the number of tokens that are projected at once, follows from the tables and from what is asked for.
+    the number of tokens that are projected at once, follows from the tables and from what is asked for. Formulas of
+    `instead` take the place of those of the same name.
     """
 
-    def __init__(self, needs: frozenset[str]):
+    def __init__(self, needs: frozenset[str], instead: dict[str, Formula]):
         self.formulas: dict[str, Formula] = {}
-        known = INTERMEDIATES | SHARED | STATISTICS
+        known = INTERMEDIATES | SHARED | STATISTICS | instead
         for name in STATISTICS:
             if name in needs:
                 self._append(name, known)
@@ -370,7 +403,7 @@ class _Plan:
             held -= set(self.spent[name])
         return most
 
-    def compute(self, given: dict[str, object], work: "_Workspace") -> dict[str, Tensor]:
+    def compute(self, given: dict[str, object], work: Workspace) -> dict[str, Tensor]:
         """All formulas on one chunk: name -> value. What lies in a buffer is overwritten later."""
         values = dict(given)
         for name, formula in self.formulas.items():
@@ -432,7 +465,7 @@ def _logprob(log_p_cV: Tensor, ids_c: Tensor) -> Tensor:
 
 
 def _entropy(p_cV: Tensor, log_p_cV: Tensor) -> Tensor:
-    return -_dot(p_cV, log_p_cV)
+    return -dot(p_cV, log_p_cV)
 
 
 def _reverse_kl_energy(p_cV: Tensor, log_ratio_cV: Tensor, reverse_kl_c: Tensor) -> Tensor:
@@ -441,7 +474,7 @@ def _reverse_kl_energy(p_cV: Tensor, log_ratio_cV: Tensor, reverse_kl_c: Tensor)
     def squares(p: Tensor, log_ratio: Tensor) -> Tensor:
         return (log_ratio - reverse_kl_c[:, None]).mul_(p).square_()
 
-    return _sum_of(squares, p_cV, log_ratio_cV)
+    return sum_of(squares, p_cV, log_ratio_cV)
 
 
 def _jsd(kl_teacher_mixture_c: Tensor, kl_student_mixture_c: Tensor, beta: float) -> Tensor:
@@ -467,8 +500,8 @@ INTERMEDIATES: dict[str, Formula] = {
 SHARED: dict[str, Formula] = {
     "student_top": Formula(_likeliest, ("log_p",)),
     "teacher_top": Formula(_likeliest, ("log_q",)),
-    "kl_teacher_mixture": Formula(lambda q, log_m_over_q: -_dot(q, log_m_over_q), ("q", "log_m_over_q")),
-    "kl_student_mixture": Formula(lambda p, log_m_over_p: -_dot(p, log_m_over_p), ("p", "log_m_over_p")),
+    "kl_teacher_mixture": Formula(lambda q, log_m_over_q: -dot(q, log_m_over_q), ("q", "log_m_over_q")),
+    "kl_student_mixture": Formula(lambda p, log_m_over_p: -dot(p, log_m_over_p), ("p", "log_m_over_p")),
 }
 
 # The fields of TokenStats, (c,) or (c, 5). A new statistic needs an entry here and a field of opd.hooks.TokenStats. The
@@ -486,153 +519,43 @@ STATISTICS: dict[str, Formula] = {
         lambda log_q, top: log_q.gather(1, top.indices).exp().sum(-1), ("log_q", "student_top")
     ),
     "overlap_kl": Formula(_overlap_kl, ("log_p", "log_q", "student_top", "teacher_top")),
-    "reverse_kl": Formula(lambda log_ratio, p: _dot(p, log_ratio).clamp_(min=0), ("log_ratio", "p")),
+    "reverse_kl": Formula(lambda log_ratio, p: dot(p, log_ratio).clamp_(min=0), ("log_ratio", "p")),
     "reverse_kl_energy": Formula(_reverse_kl_energy, ("p", "log_ratio", "reverse_kl")),
     "student_entropy": Formula(_entropy, ("p", "log_p")),
-    "forward_kl": Formula(lambda log_ratio, q: -_dot(q, log_ratio).clamp_(max=0), ("log_ratio", "q")),
+    "forward_kl": Formula(lambda log_ratio, q: -dot(q, log_ratio).clamp_(max=0), ("log_ratio", "q")),
     "teacher_entropy": Formula(_entropy, ("q", "log_q")),
-    "forward_kl_energy": Formula(lambda p, q: _sum_of(lambda a, b: (a - b).square_(), p, q), ("p", "q")),
-    "total_variation": Formula(lambda p, q: _sum_of(lambda a, b: (a - b).abs_(), p, q).mul_(0.5), ("p", "q")),
+    "forward_kl_energy": Formula(lambda p, q: sum_of(lambda a, b: (a - b).square_(), p, q), ("p", "q")),
+    "total_variation": Formula(lambda p, q: sum_of(lambda a, b: (a - b).abs_(), p, q).mul_(0.5), ("p", "q")),
     "jsd": Formula(_jsd, ("kl_teacher_mixture", "kl_student_mixture", "jsd_beta")),
 }
 
 
-# --- chunks and memory ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _States:
-    """The hidden states of a model and the head that projects them."""
+def _row_sums(student_logits_cV: Tensor, teacher_logits_cV: Tensor) -> Any:
+    from opd import kernels
 
-    hidden_NH: Tensor
-    head: Head
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the products are made in: a CPU has no product of a lower dtype with float32 output."""
-        return torch.float32 if self.hidden_NH.device.type == "cpu" else self.hidden_NH.dtype
-
-    @cached_property
-    def weight_VH(self) -> Tensor:
-        """The rows of the head that are compared, in the dtype of the products where that takes less memory.
-
-        Cast for each chunk of tokens, a float32 head would cost a GPU more time than its bfloat16 products.
-        """
-        weight_VH = self.head.weight[: self.head.size]
-        return weight_VH.to(self.dtype) if self.dtype.itemsize < weight_VH.dtype.itemsize else weight_VH
-
-    def chunk(self, rows_c: Tensor, tile: int) -> "_Chunk":
-        return _Chunk(self, rows_c, self.head, tile)
+    return kernels.row_sums(student_logits_cV, teacher_logits_cV)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Some tokens of a model, and the head with the width of its tiles."""
-
-    states: _States
-    rows_c: Tensor
-    head: Head
-    tile: int
-
-    @cached_property
-    def hidden_cH(self) -> Tensor:
-        """The tokens' hidden states in the dtype of the products. Nothing reads them before the first product."""
-        return self.states.hidden_NH[self.rows_c].to(self.states.dtype)
-
-    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of the vocabulary, and the rows of the head there, in the dtype of the hidden states."""
-        for start in range(0, self.head.size, self.tile):
-            part = slice(start, min(start + self.tile, self.head.size))
-            yield part, self.states.weight_VH[part].to(self.hidden_cH.dtype)
-
-    def logits(self, out: Tensor, slope_cV: Tensor | None = None) -> Tensor:
-        """Writes the logits, (c, V) float32, into `out`, and the derivative of a soft cap into `slope_cV`, if given."""
-        for part, weight_tile in self.tiles():
-            _set_product(self.hidden_cH, weight_tile.T, out=out[:, part])
-        if self.head.bias is not None:
-            out += self.head.bias[: self.head.size]
-        if self.head.scale != 1:
-            out *= self.head.scale
-        if self.head.soft_cap is not None:
-            out.div_(self.head.soft_cap).tanh_()
-            if slope_cV is not None:
-                torch.square(out, out=slope_cV).neg_().add_(1)
-            out.mul_(self.head.soft_cap)
-        return out
+# Where opd.kernels run and a divergence is needed, one reading of the logits gives these too.
+FUSED: dict[str, Formula] = {
+    "row_sums": Formula(_row_sums, ("student_logits", "teacher_logits")),
+    "student_entropy": Formula(lambda sums: sums.student_entropy, ("row_sums",)),
+    "teacher_entropy": Formula(lambda sums: sums.teacher_entropy, ("row_sums",)),
+    "reverse_kl": Formula(lambda sums: sums.reverse_kl.clamp(min=0), ("row_sums",)),
+    "forward_kl": Formula(lambda sums: sums.forward_kl.clamp(min=0), ("row_sums",)),
+    "student_logprob": Formula(
+        lambda logits, sums, ids: _logprob(logits, ids) - sums.log_z_student,
+        ("student_logits", "row_sums", "token_ids"),
+    ),
+    "teacher_logprob": Formula(
+        lambda logits, sums, ids: _logprob(logits, ids) - sums.log_z_teacher,
+        ("teacher_logits", "row_sums", "token_ids"),
+    ),
+}
 
 
-class _Workspace:
-    """How the work is cut, and the memory it is done in.
-
-    Tokens of a chunk and vocabulary rows of a tile are chosen so that all (c, V) buffers and the tile stay inside the
-    byte budget. A buffer is taken under the name of what it will hold. It is allocated once, and a released one is
-    taken again under another name. A tile is the slice of vocabulary rows that is multiplied at once. If either head
-    has to be cast, or either model computes in bfloat16, both heads are cut into tiles; else both are used whole.
-    """
-
-    def __init__(self, student: _States, teacher: _States, buffers: int, chunk_bytes: int):
-        self.device = student.hidden_NH.device
-        self.vocabulary = self.tile = student.head.size
-        models = (student, teacher)
-        if any(m.dtype != m.head.weight.dtype or m.dtype == torch.bfloat16 for m in models):
-            width = max(m.hidden_NH.shape[1] for m in models)
-            self.tile = max(1, min(self.vocabulary, chunk_bytes // 8 // (4 * width)))  # two may stand at once
-            chunk_bytes = chunk_bytes * 3 // 4
-        self.rows = max(1, min(chunk_bytes // (4 * self.vocabulary * buffers), len(student.hidden_NH)))
-        self.tokens = 0  # of the chunk at hand
-        self.taken: dict[str, Tensor] = {}
-        self.free: list[Tensor] = []
-
-    def chunks(self, rows_N: Tensor) -> Iterator[Tensor]:
-        """The row numbers in parts of as many as fit, (c,); every part begins with all buffers free."""
-        for rows_c in rows_N.split(self.rows):
-            for name in list(self.taken):
-                self.release(name)
-            self.tokens = len(rows_c)
-            yield rows_c
-
-    def take(self, name: str) -> Tensor:
-        """(c, V) float32, with whatever was there before."""
-        if not self.free:
-            self.free.append(torch.empty(self.rows, self.vocabulary, device=self.device))
-        self.taken[name] = self.free.pop()
-        return self.taken[name][: self.tokens]
-
-    def release(self, name: str) -> None:
-        self.free.append(self.taken.pop(name))
-
-
-def _set_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out (float32) = a @ b, accumulated in float32 whatever the dtype of a and b."""
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b, out_dtype=torch.float32))
-
-
-def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out (float32) += a @ b, accumulated in float32 whatever the dtype of a and b."""
-    if a.dtype == torch.float32:
-        out.addmm_(a, b)
-    else:
-        out += torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _sum_of(function: Callable[..., Tensor], *tensors_cV: Tensor) -> Tensor:
-    """sum_v function(tensors), (c,); piece by piece, so that no (c, V) result of `function` stands in memory."""
-    tokens, vocabulary = tensors_cV[0].shape
-    width = max(1, (2**18 if tensors_cV[0].device.type == "cpu" else 2**22) // max(tokens, 1))
-    parts = (slice(start, start + width) for start in range(0, vocabulary, width))
-    return sum(function(*(tensor_cV[:, part] for tensor_cV in tensors_cV)).sum(-1) for part in parts)
-
-
-def _dot(a_cV: Tensor, b_cV: Tensor) -> Tensor:
-    """sum_v a b, (c,).
-
-    torch.linalg.vecdot makes a (c, V) product, and a batched matrix product sums less exactly (1.8e-5 at V = 151,936).
-    """
-    return _sum_of(torch.mul, a_cV, b_cV)
-
-
-def _check_shapes(student: _States, teacher: _States, columns: dict[str, Tensor | None]) -> None:
+# --- shapes -----------------------------------------------------------------------------------------------------------
+def _check_shapes(student: States, teacher: States, columns: dict[str, Tensor | None]) -> None:
     for who, model in (("student", student), ("teacher", teacher)):
         shape, weight_shape = tuple(model.hidden_NH.shape), model.head.weight.shape
         if len(shape) != 2 or shape[1] != weight_shape[1]:

@@ -230,6 +230,8 @@ def _backward(config: Config, student: Size, work: _Work) -> dict[str, int]:
     row = min(work.length, student.packed_row) if config.student.attn_implementation == "sdpa" else 0
     masks = work.micro * row * compute_bytes * (1 if config.engine.gradient_checkpointing else student.layers)
     loss = min(config.loss.chunk_bytes, 12 * work.micro * student.vocab)  # three (tokens, vocabulary) buffers
+    if compute_bytes == 2 and config.engine.kind == "torch" and not student.adapters:
+        loss += 2 * student.head  # a copy for the products, because its parameters are float32
     head_gradient = 0 if student.adapters else 4 * student.head
     return {"activations": one_layer + student.layers * kept, "masks": masks, "loss": loss + head_gradient}
 

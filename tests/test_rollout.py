@@ -11,8 +11,10 @@ from helpers import random_lm
 from transformers import GenerationConfig
 
 from opd.data import Prompt
-from opd.rollout import Decoding
+from opd.rollout import Decoding, decode
 from opd.rollout.decode import quantile_token
+from opd.rollout.graph import FixedStep, can_be_fixed, try_to_fix
+from opd.rollout.kv_cache import empty_cache
 from opd.rollout.local import TransformersSampler
 from opd.seeds import generator
 
@@ -171,9 +173,24 @@ ARCHITECTURES = {  # name -> (its configuration, what is particular); the longes
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_rows_that_come_and_go_sample_from_the_uncached_model(name):
-    """Every sampled token is the quantile of its number in a plain forward pass, and few rows are computed in vain."""
+@pytest.mark.parametrize(
+    ("name", "fixed"), [*((name, False) for name in ARCHITECTURES), *((n, True) for n in ("llama", "qwen3", "gpt2"))]
+)
+def test_rows_that_come_and_go_sample_from_the_uncached_model(name, fixed, monkeypatch):
+    """Every sampled token is the quantile of its number in a plain forward pass, and few rows are computed in vain.
+
+    With `fixed`, tokens are computed over tensors that stay where they are, as for a CUDA graph.
+    """
+    steps = []
+
+    def fix(*args):
+        steps.append(FixedStep(*args, capture=lambda work: lambda: steps.append(None) or work()))
+        return steps[-1]
+
+    if fixed:
+        monkeypatch.setattr(decode, "can_be_fixed", lambda lm, cache: True)
+        monkeypatch.setattr(decode, "try_to_fix", fix)
+        monkeypatch.setattr(decode, "STEADY", 1)
     kind, particular = ARCHITECTURES[name]
     torch.manual_seed(3)
     config = getattr(transformers, kind)(
@@ -190,6 +207,8 @@ def test_rows_that_come_and_go_sample_from_the_uncached_model(name):
     sampled = sum(len(r.response_ids) for r in rollouts)
     assert {r.finish_reason for r in rollouts} == {"stop", "length"} and sampled < 0.9 * 40 * len(rollouts)
     assert sum(computed) < sampled * (1.15 if name != "lfm2" else 1.6)
+    made = sum(step is not None for step in steps)
+    assert (made > 5 and len(steps) - made > 30) if fixed else not steps
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
         with torch.no_grad():
@@ -212,3 +231,15 @@ def test_the_quantile_by_blocks_is_that_of_the_running_sum():
         cumulative = probs.double().cumsum(-1)
         expected = [int((row <= u * row[-1]).sum()) for row, u in zip(cumulative[3:], uniform[3:], strict=True)]
         assert token[3:].tolist() == expected
+
+
+def test_a_graph_is_for_models_on_a_gpu_with_full_attention(monkeypatch):
+    lm = random_lm(1)
+    assert not can_be_fixed(lm, empty_cache(lm.model))  # it is on a CPU
+
+    def fail(*args):
+        raise RuntimeError("it waits for the GPU")
+
+    monkeypatch.setattr("opd.rollout.graph.FixedStep", fail)
+    with pytest.warns(UserWarning, match="student is sampled without CUDA graphs.*it waits for the GPU"):
+        assert try_to_fix(lm, empty_cache(lm.model), [3], 2) is None

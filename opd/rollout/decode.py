@@ -19,11 +19,13 @@ from opd import distributed
 from opd.data import Prompt
 from opd.models import LanguageModel
 from opd.rollout import Decoding
+from opd.rollout.graph import FixedStep, can_be_fixed, try_to_fix
 from opd.rollout.kv_cache import can_be_joined, empty_cache, join, keep_rows
 from opd.seeds import generator
 
 NOT_FINITE = "the model's logits are not finite"
 FREE = 8  # rows leave and enter when they are an eighth of the batch, because either copies the cache
+STEADY = 4  # tokens after which a batch that has kept its rows is worth a CUDA graph
 BLOCK = 512  # vocabulary entries whose probability is summed at once
 
 
@@ -75,6 +77,9 @@ class Decoder:
         self.rows: list[_Row] = []
         self.cache = empty_cache(lm.model)
         self.columns = 0  # that the cache holds
+        self.steady = 0  # tokens since rows entered or left
+        self.fixable = "position_ids" in self.accepted
+        self.fixed: FixedStep | None = None
         self.responses: dict[int, tuple[int, ...]] = {}
         self.failed = False  # logits were not finite
 
@@ -110,19 +115,37 @@ class Decoder:
         prompts, cache = [request.prompt.token_ids for request in requests], empty_cache(self.lm.model)
         logits_BV = self._forward(prompts, list(map(len, prompts)), cache, 0)
         if self.rows:
+            self._release()
             join(self.cache, cache)
         else:
             self.cache, self.columns = cache, len(prompts[0])
         new = [_Row(request, self._uniforms(request), []) for request in requests]
         self.rows += new
+        self.steady = 0
         self._draw(new, logits_BV)
 
     def _go_on(self) -> None:
         """Draws one more token of every response in the batch."""
         lengths = [row.length for row in self.rows]
-        logits_BV = self._forward([row.tokens[-1:] for row in self.rows], lengths, self.cache, self.columns)
+        if self.fixed is None and self.fixable and self.steady >= STEADY and can_be_fixed(self.lm, self.cache):
+            self.fixed = try_to_fix(self.lm, self.cache, lengths, self.columns)
+            self.fixable = self.fixed is not None
+        if self.fixed is None:
+            logits_BV = self._forward([row.tokens[-1:] for row in self.rows], lengths, self.cache, self.columns)
+        else:
+            logits_BV = self.fixed([row.tokens[-1] for row in self.rows])[:, : self.vocab_size].float()
         self.columns += 1
+        self.steady += 1
+        if self.fixed and not self.fixed.free:
+            self._release()
         self._draw(self.rows, logits_BV)
+
+    def _release(self) -> None:
+        """Lets the cache change: its buffers grow with the next token, or rows leave or enter."""
+        if self.fixed:
+            for layer in self.cache.layers:
+                layer.hold(self.columns)
+        self.fixed = None
 
     def _forward(
         self, tokens: Sequence[Sequence[int]], lengths: Sequence[int], cache: DynamicCache, held: int
@@ -180,9 +203,10 @@ class Decoder:
         """Drops the rows that have ended, once they are many. Until then they are computed in vain."""
         left = [k for k, row in enumerate(self.rows) if not row.ended]
         if not left:
-            self.rows = []
+            self.rows, self.fixed = [], None
         elif _many(len(self.rows) - len(left), len(self.rows)):
-            self.rows = [self.rows[k] for k in left]
+            self._release()
+            self.rows, self.steady = [self.rows[k] for k in left], 0
             longest = max(row.length - 1 for row in self.rows)  # the cache does not hold the token just drawn
             hidden = self.columns - longest if can_be_joined(self.cache) else 0
             keep_rows(self.cache, left, hidden, self.lm.device)

@@ -17,12 +17,15 @@ ROOM = 64  # columns that a buffer has free at least when it is made
 class BufferedLayer(DynamicLayer):
     """A DynamicLayer whose keys and values are views of buffers with free columns, so that a token copies only itself.
 
-    DynamicLayer copies everything for every token.
+    DynamicLayer copies everything for every token. Under autocast, keys that a norm left in float32 are kept in the
+    dtype in which attention computes.
     """
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        if torch.is_autocast_enabled(key_states.device.type):
+            key_states = key_states.to(torch.get_autocast_dtype(key_states.device.type))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -31,6 +34,10 @@ class BufferedLayer(DynamicLayer):
         self.key_buffer, self.keys = _extended(self.key_buffer, self.keys, key_states, end)
         self.value_buffer, self.values = _extended(self.value_buffer, self.values, value_states, end)
         return self.keys, self.values
+
+    def hold(self, columns: int) -> None:
+        """Holds the first columns of its buffers, into which someone else has written (opd.rollout.graph)."""
+        self.keys, self.values = self.key_buffer[:, :, :columns], self.value_buffer[:, :, :columns]
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
         """Holds these keys and values, (B, A, T, D), instead of its own."""

@@ -4,6 +4,7 @@ Memory is told and judged on a GPU alone; a process's resident size says little 
 of a check is as in checks_numbers.py.
 """
 
+import gc
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ def update_memory(device: torch.device, toy: bool) -> dict[str, Any]:
             for phase, peak in peaks.bytes.items()
         ]
         del updates
+        gc.collect()  # the optimizer and its schedule refer to one another
     return joined(answers)
 
 

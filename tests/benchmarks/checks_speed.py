@@ -3,6 +3,7 @@
 The answer of a check is as in checks_numbers.py. Speed is told and not judged.
 """
 
+import gc
 import os
 import signal
 import statistics
@@ -127,6 +128,7 @@ def whole_update(device: torch.device, toy: bool) -> dict[str, Any]:
             against_plan(device, f"{phase}, {name}", peak, planned[phase]) for phase, peak in peaks.bytes.items()
         ]
         del updates
+        gc.collect()  # the optimizer and its schedule refer to one another
     return joined(answers, **figures, **{"soft_or / plain": totals["soft_or"] / totals["plain"]})
 
 
@@ -159,7 +161,8 @@ def _training(out: Path, device: torch.device) -> subprocess.Popen:
     ]
     command = [sys.executable, "-m", "opd.train", "--config", "configs/tiny.json"]
     command += [word for setting in settings for word in ("--set", setting)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "."}
+    path = os.pathsep.join([".", *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
