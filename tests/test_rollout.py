@@ -11,9 +11,9 @@ from helpers import random_lm
 from transformers import GenerationConfig
 
 from opd.data import Prompt
-from opd.rollout import Decoding, decode
+from opd.rollout import Decoding, decode, kv_cache
 from opd.rollout.decode import quantile_token
-from opd.rollout.graph import FixedStep, can_be_fixed, try_to_fix
+from opd.rollout.graph import FixedStep, can_be_fixed, has_free_columns, try_to_fix
 from opd.rollout.kv_cache import empty_cache
 from opd.rollout.local import TransformersSampler
 from opd.seeds import generator
@@ -188,9 +188,10 @@ def test_rows_that_come_and_go_sample_from_the_uncached_model(name, fixed, monke
         return steps[-1]
 
     if fixed:
-        monkeypatch.setattr(decode, "can_be_fixed", lambda lm, cache: True)
+        monkeypatch.setattr(decode, "can_be_fixed", lambda lm, cache: has_free_columns(cache))
         monkeypatch.setattr(decode, "try_to_fix", fix)
         monkeypatch.setattr(decode, "STEADY", 1)
+        monkeypatch.setattr(kv_cache, "ROOM", 4)  # so that buffers grow
     kind, particular = ARCHITECTURES[name]
     torch.manual_seed(3)
     config = getattr(transformers, kind)(

@@ -47,7 +47,7 @@ class FixedStep:
 
     Args:
         lengths: of every response the tokens of prompt and response, the one just drawn included.
-        held: T, columns that the cache holds; `free` says for how many more it has room.
+        held: T, columns that the cache holds; `free` says for how many more it has room, and is above 0.
         capture: returns what does the same work as its argument; `captured` makes a CUDA graph of it.
     """
 
@@ -59,7 +59,7 @@ class FixedStep:
         held: int,
         capture: Callable[[Callable[[], None]], Callable[[], None]],
     ):
-        device, columns = lm.device, cache.layers[0].key_buffer.shape[2]
+        device, columns = lm.device, held + cache.layers[0].free_columns
         self.lm, self.free = lm, columns - held
         self.column_1 = torch.tensor([held], device=device)
         self.ids_B1 = torch.full((len(lengths), 1), lm.eos_ids[0], device=device)
@@ -96,10 +96,17 @@ class FixedStep:
 
 
 def can_be_fixed(lm: LanguageModel, cache: DynamicCache) -> bool:
-    """Whether a FixedStep can take the place of the model's own forward pass, and a GPU gains by it."""
-    full_attention = all(type(layer) is BufferedLayer for layer in cache.layers)
+    """Whether a FixedStep can take the place of the model's own forward pass, and a GPU gains by it.
+
+    It cannot where the buffers of the cache are full, which the model's own pass enlarges.
+    """
     takes_mask = lm.model.config._attn_implementation in MASKED
-    return lm.device.type == "cuda" and full_attention and takes_mask and not lm.sharded
+    return lm.device.type == "cuda" and takes_mask and not lm.sharded and has_free_columns(cache)
+
+
+def has_free_columns(cache: DynamicCache) -> bool:
+    """Whether all layers have buffers, with room for one more token."""
+    return all(type(layer) is BufferedLayer and layer.free_columns > 0 for layer in cache.layers)
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:

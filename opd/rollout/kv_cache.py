@@ -35,6 +35,11 @@ class BufferedLayer(DynamicLayer):
         self.value_buffer, self.values = _extended(self.value_buffer, self.values, value_states, end)
         return self.keys, self.values
 
+    @property
+    def free_columns(self) -> int:
+        """How many more columns its buffers have room for."""
+        return self.key_buffer.shape[2] - self.keys.shape[2]
+
     def hold(self, columns: int) -> None:
         """Holds the first columns of its buffers, into which someone else has written (opd.rollout.graph)."""
         self.keys, self.values = self.key_buffer[:, :, :columns], self.value_buffer[:, :, :columns]

@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_loss import CONTESTANTS, ours
-from checks_memory import BFLOAT16, Peaks, against_plan, joined, large_pair, plan_for, shapes
+from bench_loss import CONTESTANTS
+from checks_memory import BFLOAT16, Peaks, against_plan, held, joined, large_pair, plan_for, shapes
 from random_models import NoEnd, classed_prompts
 from updates import Updates, as_a_run, config_of, weighter_of
 
+from opd.chunks import Head, add_product, set_product
 from opd.files import sha256
+from opd.loss import Objective, divergence_sum
+from opd.progress import peak_memory_gb, reset_peak_memory
 
 PEERS = {"trl": "trl", "liger": "liger_kernel"}  # contestant -> the package that it needs
+CHUNK = 2**30  # bytes, as in the configurations for GPUs
 UPDATES = 6  # of the run that is stopped
 
 
@@ -41,7 +45,10 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int) -
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 def loss_speed(device: torch.device, toy: bool) -> dict[str, Any]:
-    """Operations per second of the loss, against a large matrix product and against other ways to the same gradient."""
+    """Time, operations per second and memory of the loss, and of other ways to the same gradient.
+
+    The machine's own speed is that of a large matrix product, and of the bare products of the loss.
+    """
     (student, teacher), tokens, repeats = shapes(toy), 64 if toy else 4096, 1 if toy else 3
     g = torch.Generator(device).manual_seed(0)
 
@@ -51,29 +58,72 @@ def loss_speed(device: torch.device, toy: bool) -> dict[str, Any]:
     n = 256 if toy else 8192
     a, b = normal(n, n), normal(n, n)
     peak = 2 * n**3 / seconds_of(lambda: a @ b, device, 5)
-    states = normal(tokens, student.hidden).requires_grad_()
     inputs = (
-        states,
+        normal(tokens, student.hidden).requires_grad_(),
         normal(student.vocab, student.hidden).requires_grad_(),
         normal(tokens, teacher.hidden),
         normal(teacher.vocab, teacher.hidden),
     )
     operations = 2 * tokens * student.vocab * (3 * student.hidden + teacher.hidden)
-    figures: dict[str, Any] = {"TFLOP/s of a matrix product": peak / 1e12}
     trained = inputs[1].detach().float().requires_grad_()
-    works = {"ours, float32 head": lambda: ours(states, trained, *inputs[2:]).backward()}
-    works |= {who: lambda who=who: CONTESTANTS[who](*inputs).backward() for who in ("ours", "naive", *PEERS)}
+    works = {
+        "products": lambda: _products(*inputs),
+        "ours": lambda: _loss(*inputs).backward(),
+        "ours, float32 head": lambda: _loss(inputs[0], trained, *inputs[2:]).backward(),
+        "ours, JSD": lambda: _loss(*inputs, "jsd").backward(),
+    }
+    works |= {who: lambda who=who: CONTESTANTS[who](*inputs).backward() for who in ("naive", *PEERS)}
+    figures: dict[str, Any] = {"TFLOP/s of a matrix product": peak / 1e12}
     for who, work in works.items():
+        before = held(device)
+        reset_peak_memory(device)
         try:
             seconds = seconds_of(work, device, repeats)
         except (ImportError, RuntimeError) as error:  # not installed, not made for this device, or out of memory
             figures[who] = f"skipped: {str(error).splitlines()[0][:120]}"
             continue
         figures |= {f"ms, {who}": 1e3 * seconds, f"TFLOP/s, {who}": operations / seconds / 1e12}
-        figures[f"share of the matrix product's, {who}"] = operations / seconds / peak
+        if device.type == "cuda":
+            figures[f"GiB beyond inputs, {who}"] = peak_memory_gb(device) - before / 2**30
         for tensor in (*inputs[:2], trained):
             tensor.grad = None
+    figures["ours / products"] = figures["ms, ours"] / figures["ms, products"]
     return {"figures": figures, "judged": {}}
+
+
+def _loss(
+    student_NH: torch.Tensor,
+    student_VH: torch.Tensor,
+    teacher_NH: torch.Tensor,
+    teacher_VH: torch.Tensor,
+    divergence: str = "reverse_kl",
+) -> torch.Tensor:
+    heads, weights = (Head(student_VH), Head(teacher_VH)), torch.ones(len(student_NH), device=student_NH.device)
+    return divergence_sum(student_NH, heads[0], teacher_NH, heads[1], weights, None, Objective(divergence), CHUNK)
+
+
+@torch.no_grad()
+def _products(
+    student_NH: torch.Tensor, student_VH: torch.Tensor, teacher_NH: torch.Tensor, teacher_VH: torch.Tensor
+) -> None:
+    """The four matrix products of the loss and nothing else, in its chunks and buffers."""
+    if student_NH.device.type == "cpu":  # it has no bfloat16 product with float32 output
+        student_NH, student_VH, teacher_NH, teacher_VH = (
+            x.float() for x in (student_NH, student_VH, teacher_NH, teacher_VH)
+        )
+    vocabulary, device = len(student_VH), student_NH.device
+    rows = min(CHUNK // (12 * vocabulary), len(student_NH))
+    student_cV, teacher_cV = (torch.empty(rows, vocabulary, device=device) for _ in range(2))
+    slope_cV = torch.zeros(rows, vocabulary, device=device, dtype=student_NH.dtype)
+    states_cH = torch.empty(rows, student_NH.shape[1], device=device)
+    head_VH = torch.zeros(student_VH.shape, device=device)
+    for begin in range(0, len(student_NH), rows):
+        states_part = student_NH[begin : begin + rows]
+        c = len(states_part)
+        set_product(states_part, student_VH.T, out=student_cV[:c])
+        set_product(teacher_NH[begin : begin + rows], teacher_VH.T, out=teacher_cV[:c])
+        set_product(slope_cV[:c], student_VH, out=states_cH[:c])
+        add_product(slope_cV[:c].T, states_part, out=head_VH)
 
 
 # --- a whole update ---------------------------------------------------------------------------------------------------
@@ -89,6 +139,7 @@ def updates_of(device: torch.device, toy: bool, *settings: str) -> Updates:
         f"rollout.max_response_tokens={response}",
         f"rollout.prompts_per_step={rollouts}",
         "optim.micro_batch_tokens=8192",
+        f"loss.chunk_bytes={CHUNK}",
         *settings,
     )
     prompts = classed_prompts(rollouts, prompt, shapes(toy)[0].vocab)
