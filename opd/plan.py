@@ -34,6 +34,7 @@ class Size:
     hidden: int
     intermediate: int
     cache_per_token: int  # numbers of the keys and values of all layers
+    repeated_per_token: int  # those of one layer, repeated for all attention heads; 0 where every head has its own
     packed_row: int  # tokens of the longest row that sequences may share under sdpa (opd.models.packed_row_of)
     adapters: int = 0  # numbers that learn in place of the parameters (opd.adapters); 0: all parameters learn
 
@@ -51,6 +52,7 @@ def size_of(model: PreTrainedModel) -> Size:
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = optional.get("head_dim") or hidden // heads
+    kv_heads = optional.get("num_key_value_heads") or heads
     return Size(
         parameters=parameters,
         multiplied=parameters - (0 if head is embedding else embedding.numel()),
@@ -59,7 +61,8 @@ def size_of(model: PreTrainedModel) -> Size:
         layers=config.num_hidden_layers,
         hidden=hidden,
         intermediate=optional.get("intermediate_size") or 4 * hidden,
-        cache_per_token=2 * config.num_hidden_layers * (optional.get("num_key_value_heads") or heads) * head_dim,
+        cache_per_token=2 * config.num_hidden_layers * kv_heads * head_dim,
+        repeated_per_token=2 * heads * head_dim if kv_heads < heads else 0,
         packed_row=packed_row_of(model),
     )
 
@@ -217,7 +220,8 @@ def _generation(config: Config, student: Size, responses: int, tokens: int) -> d
     return {
         # its buffers have up to a quarter of their columns free (opd/rollout/kv_cache.py)
         "KV cache": responses * length * student.cache_per_token * _bytes_each(config.student) * 5 // 4,
-        "logits": responses * student.vocab * 4 * 4,  # as the model gives them, in float32, softmax, softmax in blocks
+        "attention": responses * length * student.repeated_per_token * _bytes_each(config.student),
+        "logits": responses * student.vocab * 4 * 8,  # what a draw makes of them, measured on a GPU
     }
 
 

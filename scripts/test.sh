@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh "$@"
 source .venv/bin/activate
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-if [ "${1:-}" = --vllm ]; then exec python -m pytest tests/test_vllm.py --run-vllm "${@:2}"; fi
+if [ "${1:-}" = --vllm ]; then exec python -m pytest tests/test_vllm.py tests/test_kernels.py --run-vllm "${@:2}"; fi
 if ! command -v chromedriver >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   echo "test: installing Chromium, in which tests look at the pages" >&2
   { apt-get update -qq && apt-get install -qq -y chromium chromium-driver; } >/dev/null 2>&1 ||

@@ -74,7 +74,7 @@ def test_two_phases_and_vllm_by_hand():
     settings = ["student.dtype=bfloat16", "engine.phases=2", "teacher.cache_gb=1e-4"]
     found = plan.make_plan(tiny_config(*settings), s, t, torch.device("cpu"), 60, longest_answer=30)
     p, q = s.parameters, t.parameters
-    assert found.phases["rollout"].keys() == {"weights", "copy for autocast", "KV cache", "logits"}
+    assert found.phases["rollout"].keys() == {"weights", "copy for autocast", "KV cache", "attention", "logits"}
     assert found.phases["teacher"].keys() == {"teacher", "activations"} and found.phases["teacher"]["teacher"] == 4 * q
     update = found.phases["update"]
     assert update["teacher head"] == 4 * 35 * 48 and "teacher" not in update and update["optimizer"] == 8 * p
@@ -213,8 +213,9 @@ def test_a_recipe_for_one_gpu_fits_by_hand_arithmetic(name, card, tmp_path):
     held = 4 * p + 2 * p + 8 * p + 2 * q  # float32 weights, bfloat16 copy, moments; bfloat16 teacher
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     cache = config.rollout.batch_size * longest * layers * 2 * kv * dim * 2 * 5 // 4
-    logits = config.rollout.batch_size * vocabulary * 16
-    assert found.peaks["rollout"] == held + cache + logits
+    attention = config.rollout.batch_size * longest * 2 * 16 * 128 * 2  # 16 heads share 8 of keys and values
+    logits = config.rollout.batch_size * vocabulary * 32
+    assert found.peaks["rollout"] == held + cache + attention + logits
     one_layer = longest * (8 * hidden + 3 * intermediate) * 2  # one response to a micro-batch
     row = 3840 if small else longest  # what sequences may share; for the 1.7B model it is 12,288
     masks = longest * row * 2  # of one layer, in bfloat16
@@ -231,7 +232,8 @@ def test_adapters_fit_a_small_card_by_hand_arithmetic(tmp_path):
     weights, longest = 2 * p + 4 * adapters, 2048 + 4096
     assert found.adapters == adapters and found.checkpoint == 12 * adapters
     cache = 16 * longest * 28 * 2 * 8 * 128 * 2 * 5 // 4
-    assert found.peaks["rollout"] == weights + cache + 16 * 151936 * 16
+    attention = 16 * longest * 2 * 16 * 128 * 2
+    assert found.peaks["rollout"] == weights + cache + attention + 16 * 151936 * 32
     assert found.phases["teacher"]["teacher"] == found.host["teacher waiting"] == 2 * q
     one_layer = longest * (8 * 2048 + 3 * 6144) * 2
     backward = one_layer + 28 * longest * 2048 * 2 + longest * longest * 2 + config.loss.chunk_bytes
@@ -255,7 +257,7 @@ def test_the_papers_pairs_fit_eight_gpus_by_hand_arithmetic(tmp_path):
             assert found.phases["teacher"]["teacher layers gathered"] == 2 * 10**9
         else:
             held += 2 * q
-        hidden, intermediate, layers, _, kv, dim, vocabulary, _ = MODELS[
+        hidden, intermediate, layers, heads, kv, dim, vocabulary, _ = MODELS[
             load_config(f"configs/{name}.json", [])[0].student.path
         ]
         head, batch, length = vocabulary * hidden, config.rollout.batch_size, 2048 + 8192
@@ -267,10 +269,8 @@ def test_the_papers_pairs_fit_eight_gpus_by_hand_arithmetic(tmp_path):
         masks = 16384 * length * 2
         backward = one_layer + layers * 16384 * hidden * 2 + masks + config.loss.chunk_bytes + 4 * head
         assert found.peaks["update"] == held + gradients + backward
-        assert (
-            found.peaks["rollout"]
-            == held + batch * length * layers * 2 * kv * dim * 2 * 5 // 4 + batch * vocabulary * 16
-        )
+        cache, attention = batch * length * layers * 2 * kv * dim * 2 * 5 // 4, batch * length * 2 * heads * dim * 2
+        assert found.peaks["rollout"] == held + cache + attention + batch * vocabulary * 32
         assert found.peaks["loading"] == held - 2 * p - 12 * -(-p // 8) + 4 * p
         assert max(found.peaks.values()) < GPU[80] * 2**30, (name, {k: v / 2**30 for k, v in found.peaks.items()})
 

@@ -78,8 +78,8 @@ def test_wings_are_not_above_the_hall(path):
 
 
 def test_opd_is_complete_without_tip():
-    """In a process where importing tip fails, every module of opd imports."""
-    modules = ", ".join(module(path) for path in OPD)
+    """In a process where importing tip fails, every module of opd imports; its kernels need Triton, and so CUDA."""
+    modules = ", ".join(module(path) for path in OPD if path.stem != "kernels")
     subprocess.run([sys.executable, "-c", f"import sys; sys.modules['tip'] = None; import {modules}"], check=True)
 
 

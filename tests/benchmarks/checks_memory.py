@@ -40,9 +40,10 @@ def large_pair(device: torch.device, toy: bool) -> tuple[LanguageModel, Language
     )
 
 
-def plan_for(pair: tuple[LanguageModel, LanguageModel], config: Config) -> Plan:
-    student, teacher = (size_of(lm.model) for lm in pair)
-    return make_plan(config, student, teacher, pair[0].device, updates=1)
+def plan_for(toy: bool, config: Config, device: torch.device) -> Plan:
+    """The plan for such a pair, from models on the meta device: two phases empty the parameters of others."""
+    student, teacher = (size_of(random_model(shape, 0, "meta")) for shape in shapes(toy))
+    return make_plan(config, student, teacher, device, updates=1)
 
 
 def held(device: torch.device) -> int:
@@ -89,14 +90,9 @@ def loss_memory(device: torch.device, toy: bool) -> dict[str, Any]:
 
 
 def _planned_loss(device: torch.device, toy: bool, tokens: int) -> int:
-    """Bytes of the loss in a plan whose micro-batch has so many tokens; models on the meta device have a size too."""
-    pair = large_pair_without_weights(toy)
+    """Bytes of the loss in a plan whose micro-batch has so many tokens."""
     config = config_of(*BFLOAT16, f"optim.micro_batch_tokens={tokens}", f"rollout.max_response_tokens={tokens}")
-    return make_plan(config, *pair, device, updates=1).phases["update"]["loss"]
-
-
-def large_pair_without_weights(toy: bool) -> list:
-    return [size_of(random_model(shape, 0, "meta")) for shape in shapes(toy)]
+    return plan_for(toy, config, device).phases["update"]["loss"]
 
 
 # --- a whole update ---------------------------------------------------------------------------------------------------
@@ -107,13 +103,15 @@ class Peaks:
         self.device, self.phase = device, ""
         self.bytes: dict[str, int] = {}
 
+    def watch(self, updates: Updates) -> None:
+        updates.entered, updates.left = self.entered, self.left
+
     def entered(self, phase: str) -> None:
-        """A phase begins, so the one before has ended."""
-        self.note()
         self.phase = phase
         reset_peak_memory(self.device)
 
-    def note(self) -> None:
+    def left(self) -> None:
+        """The phase at hand has ended. What the next one moves does not count as its own."""
         if self.phase:
             peak = round(peak_memory_gb(self.device) * 2**30)
             self.bytes[self.phase] = max(peak, self.bytes.get(self.phase, 0))
@@ -132,13 +130,14 @@ def update_memory(device: torch.device, toy: bool) -> dict[str, Any]:
             f"rollout.prompts_per_step={rollouts}",
             f"optim.micro_batch_tokens={tokens}",
         )
-        peaks, planned = Peaks(device), plan_for(pair, config).peaks
-        updates = Updates(*pair, [], 0, config, weighter_of("plain"), peaks.entered)
+        peaks, planned = Peaks(device), plan_for(toy, config, device).peaks
+        updates = Updates(*pair, [], 0, config, weighter_of("plain"))
+        peaks.watch(updates)
         lengths = [(prompt, config.rollout.max_response_tokens)] * rollouts
         responses = random_rollouts(lengths, shapes(toy)[0].vocab)
         for _ in range(2):  # the first one makes the optimizer's moments
             updates.learn(responses, Watch(device, updates.enter))
-        peaks.note()
+        peaks.left()
         answers += [
             against_plan(device, f"{phase} at {tokens} tokens", peak, planned[phase])
             for phase, peak in peaks.bytes.items()

@@ -166,11 +166,11 @@ def whole_update(device: torch.device, toy: bool) -> dict[str, Any]:
     for name, weighter, phases in (("plain", "plain", 1), ("soft_or", "soft_or", 1), ("two phases", "plain", 2)):
         updates = updates_of(device, toy, f"engine.phases={phases}")
         peaks, updates.weighter = Peaks(device), weighter_of(weighter)
-        planned = plan_for((updates.student, updates.teacher), updates.config).peaks
+        planned = plan_for(toy, updates.config, device).peaks
         updates.one()  # it warms up, and makes the optimizer's moments
-        updates.entered = peaks.entered
+        peaks.watch(updates)
         times = updates.one()
-        peaks.note()
+        peaks.left()
         totals[name] = times["total"]
         figures |= {f"s of {phase}, {name}": times[phase] for phase in ("rollout", "teacher", "score", "update")}
         figures |= {f"s of moves, {name}": times["move"], f"s in all, {name}": times["total"]}

@@ -60,6 +60,7 @@ class Updates:
     config: Config
     weighter: TokenWeighter
     entered: Callable[[str], None] = lambda phase: None  # is told each phase once the models lie where it wants them
+    left: Callable[[], None] = lambda: None  # is told the end of each phase before the models move
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +76,7 @@ class Updates:
         self.sampler = TransformersSampler(self.student, self.config.rollout.batch_size)
 
     def enter(self, phase: str) -> None:
+        self.left()
         self.phases.enter(phase)
         self.entered(phase)
 
